@@ -1,0 +1,147 @@
+"""Fetch the pictures that the course ships: Noto emoji sprites and sample photographs.
+
+The emoji come from the npm package `emoji-datasource-google`, the photographs from the wheel of
+scikit-image. Both are copied once into `paligemma/assets/` and committed; nobody needs to run this
+again unless a kind is added.
+
+    python tools/make_assets.py                      # runs `npm pack` in a temporary folder
+    python tools/make_assets.py --package DIR        # an already unpacked package
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+ASSETS = Path(__file__).resolve().parent.parent / "paligemma" / "assets"
+NPM_PACKAGE = "emoji-datasource-google@16.0.0"
+
+# (name, plural, short name in the package); the article follows from the name's first letter.
+KINDS = [
+    ("cat", "cats", "cat"),
+    ("dog", "dogs", "dog"),
+    ("lion", "lions", "lion_face"),
+    ("tiger", "tigers", "tiger"),
+    ("horse", "horses", "horse"),
+    ("cow", "cows", "cow"),
+    ("pig", "pigs", "pig"),
+    ("rabbit", "rabbits", "rabbit"),
+    ("bear", "bears", "bear"),
+    ("panda", "pandas", "panda_face"),
+    ("frog", "frogs", "frog"),
+    ("monkey", "monkeys", "monkey_face"),
+    ("elephant", "elephants", "elephant"),
+    ("penguin", "penguins", "penguin"),
+    ("duck", "ducks", "duck"),
+    ("owl", "owls", "owl"),
+    ("whale", "whales", "whale"),
+    ("octopus", "octopuses", "octopus"),
+    ("crab", "crabs", "crab"),
+    ("snail", "snails", "snail"),
+    ("butterfly", "butterflies", "butterfly"),
+    ("bee", "bees", "bee"),
+    ("turtle", "turtles", "turtle"),
+    ("snake", "snakes", "snake"),
+    ("tulip", "tulips", "tulip"),
+    ("cactus", "cactuses", "cactus"),
+    ("mushroom", "mushrooms", "mushroom"),
+    ("tree", "trees", "deciduous_tree"),
+    ("apple", "apples", "apple"),
+    ("banana", "bananas", "banana"),
+    ("lemon", "lemons", "lemon"),
+    ("strawberry", "strawberries", "strawberry"),
+    ("carrot", "carrots", "carrot"),
+    ("pizza", "pizzas", "pizza"),
+    ("burger", "burgers", "hamburger"),
+    ("cake", "cakes", "cake"),
+    ("car", "cars", "car"),
+    ("bus", "buses", "bus"),
+    ("bike", "bikes", "bike"),
+    ("boat", "boats", "boat"),
+    ("rocket", "rockets", "rocket"),
+    ("house", "houses", "house"),
+    ("ball", "balls", "soccer"),
+    ("guitar", "guitars", "guitar"),
+    ("key", "keys", "key"),
+    ("umbrella", "umbrellas", "umbrella"),
+    ("balloon", "balloons", "balloon"),
+    ("crown", "crowns", "crown"),
+]
+
+# name here -> (file in skimage.data, width in pixels)
+PICTURES = {
+    "cat": ("chelsea.png", 451),
+    "coffee": ("coffee.png", 450),
+    "astronaut": ("astronaut.png", 448),
+}
+
+
+def unpack(folder):
+    """Download and unpack the npm package into `folder`, return the package's root."""
+    subprocess.run(["npm", "pack", "--silent", NPM_PACKAGE], cwd=folder, check=True)
+    with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return Path(folder) / "package"
+
+
+def make_emoji(package):
+    """Copy the 64 x 64 sprites of KINDS and write kinds.json."""
+    entries = {e["short_name"]: e for e in json.loads((package / "emoji.json").read_text())}
+    folder = ASSETS / "emoji"
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = []
+    for name, plural, short in KINDS:
+        entry = entries[short]
+        source = package / "img" / "google" / "64" / entry["image"]
+        with Image.open(source) as picture:
+            picture.convert("RGBA").save(folder / f"{name}.png", optimize=True)
+        kinds.append(
+            {
+                "name": name,
+                "plural": plural,
+                "codepoint": entry["unified"],
+                "category": entry["category"],
+            }
+        )
+    (folder / "kinds.json").write_text(json.dumps(kinds, indent=1) + "\n")
+    # kept beside the pictures: the licence of the package they were taken from
+    shutil.copyfile(package / "LICENSE", folder / "LICENSE.emoji-datasource-google")
+    return len(kinds)
+
+
+def make_pictures():
+    """Write the sample photographs as JPEG, each at most 60 KB."""
+    import skimage
+
+    folder = ASSETS / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (source, width) in PICTURES.items():
+        with Image.open(Path(skimage.__file__).parent / "data" / source) as picture:
+            height = round(picture.height * width / picture.width)
+            picture = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        target = folder / f"{name}.jpg"
+        for quality in range(92, 40, -4):
+            picture.save(target, quality=quality, optimize=True)
+            if target.stat().st_size <= 60_000:
+                break
+    return len(PICTURES)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--package", type=Path, help="an unpacked emoji-datasource-google")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        kinds = make_emoji(options.package or unpack(temporary))
+    print(f"{kinds} kinds and {make_pictures()} photographs written under paligemma/assets")
+
+
+if __name__ == "__main__":
+    main()
