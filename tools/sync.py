@@ -9,7 +9,7 @@ content: the notebook remembers a digest of the cells at the last sync. Examples
 
     python tools/sync.py                         all lessons, and the lesson table in README.md
     python tools/sync.py 09_rope --execute       one lesson, run, outputs stored
-    python tools/sync.py --check                 write nothing, say what disagrees, exit 1 if anything
+    python tools/sync.py --check                 write nothing, say what disagrees
     python tools/sync.py 09_rope --figures DIR   its stored pictures as PNG files
     python tools/sync.py --student DIR           notebooks without solutions and outputs
 """
@@ -31,7 +31,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60  # a lesson that runs longer is split or made smaller
@@ -106,12 +106,12 @@ class Lesson:
         return read_pair_text(self.pair.read_text()) if self.pair.exists() else None
 
     def title(self):
-        """Number, topic, whole title, minutes and part, from the lesson's title cell."""
+        """Topic, whole title, minutes and part, from the lesson's title cell."""
         nb = self.read_pair() or self.read_notebook()
         for cell in nb.cells:
             found = re.match(r"# (\d+) · (.+)\n+\*(\d+) minutes\* · (.+)", cell.source)
             if found and cell.cell_type == "markdown":
-                number, title, minutes, part = found.groups()
+                _, title, minutes, part = found.groups()
                 topic = title.split(":")[0].strip()
                 part = part.strip().removeprefix("part ").replace(",", "")
                 return {"topic": topic, "title": title, "minutes": int(minutes), "part": part}
@@ -197,7 +197,7 @@ def set_ids(nb):
 
 
 def build_notebook(cells, old):
-    """A notebook of these cells; unchanged ones keep the metadata and outputs they have in `old`."""
+    """A notebook of these cells; unchanged ones keep their metadata and outputs from `old`."""
     kept = {}
     for cell in old.cells if old else []:
         kept.setdefault((cell.cell_type, cell.source), []).append(cell)
@@ -350,7 +350,6 @@ def tidy_outputs(nb):
 
 def execute(lesson, nb):
     """Run a notebook in place and return the seconds it took."""
-    os.environ["PALIGEMMA_FIGURES"] = str(ROOT / "figures")
     client = NotebookClient(
         nb,
         timeout=10 * SECONDS,
@@ -362,8 +361,11 @@ def execute(lesson, nb):
     about = nbformat.from_dict(nb.metadata)
     start = time.perf_counter()
     try:
-        client.execute()
-    except CellExecutionError as error:
+        client.execute(
+            env=os.environ | {"PALIGEMMA_FIGURES": str(ROOT / "figures")},
+            stderr=subprocess.DEVNULL,  # the kernel's own log; what cells write is in the outputs
+        )
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise SyncError(f"{lesson.name}: a cell failed, outputs not stored\n{error}") from None
     seconds = time.perf_counter() - start
     nb.metadata = about  # without the versions that the kernel adds
@@ -383,7 +385,10 @@ def sync(lesson, everyone, titles, choice=None, run=False):
         if "navigation" in tags(cell):
             cell.source = navigation(lesson, everyone, titles)
     text = pair_text(source, lesson.name)
-    new = build_notebook(read_pair_text(text).cells, nb)
+    cells = read_pair_text(text).cells
+    if [(c.cell_type, tags(c)) for c in cells] != [(c.cell_type, tags(c)) for c in source.cells]:
+        raise SyncError(f"{lesson.name}: a cell holds a line that begins with %%; rewrite it")
+    new = build_notebook(cells, nb)
     module = module_text(new, lesson)
 
     written = []
@@ -485,19 +490,15 @@ def main(argv=None):
     )
     parser.add_argument("names", nargs="*", metavar="NN_stem", help="lessons (default: all)")
     parser.add_argument("--execute", action="store_true", help="run, and store the outputs")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 on a difference"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     parser.add_argument(
         "--from",
         dest="choice",
         choices=["pair", "notebook"],
         help="which side wins where both were edited",
     )
-    parser.add_argument("--figures", action="store_true", help="last argument: folder for PNGs")
-    parser.add_argument(
-        "--student", action="store_true", help="last argument: folder for notebooks"
-    )
+    parser.add_argument("--figures", action="store_true", help="PNGs; the last argument is DIR")
+    parser.add_argument("--student", action="store_true", help="copies; the last argument is DIR")
     options = parser.parse_intermixed_args(argv)
 
     names, folder = [Path(name).stem for name in options.names], None
