@@ -1,0 +1,71 @@
+# The course's commands; `make` alone lists them. Each builds what it needs into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BASE := $(VENV)/base.stamp
+DEV := $(VENV)/dev.stamp
+# Tests run in two processes; one thread each, unless told otherwise.
+WORKERS ?= 2
+NBVAL := --nbval --nbval-sanitize-with tools/nbval.cfg --nbval-cell-timeout 60 --dist loadfile
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check sync lab bench train clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(BASE) ## the shipped model captions a picture and writes demo.png
+	@$(BIN)/python -m paligemma.inference --prompt "caption en" \
+		--image_file_path paligemma/assets/pictures/scene.png --output demo.png
+
+test: $(DEV) ## everything that CI checks: style, freshness, tests, every notebook run
+	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; start=$$(date +%s); failed=""; \
+	step() { echo "== $$1"; shift; "$$@" || failed="$$failed '$$*'"; }; \
+	step "style" $(BIN)/ruff check --quiet .; \
+	step "format" $(BIN)/ruff format --quiet --check .; \
+	step "freshness" $(BIN)/python tools/sync.py --check; \
+	step "tests" $(BIN)/python -m pytest -q -n $(WORKERS) tests; \
+	step "notebooks" $(BIN)/python -m pytest -q -n $(WORKERS) $(NBVAL) notebooks; \
+	seconds=$$(( $$(date +%s) - start )); \
+	if [ -n "$$failed" ]; then echo "FAILED after $$seconds s:$$failed"; exit 1; fi; \
+	echo "All passed in $$seconds s."
+
+check: $(DEV) ## fast: style, and notebooks = pairs = modules
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/python tools/sync.py --check
+
+sync: $(DEV) ## bring notebooks, pairs, modules and the README's table into step
+	@$(BIN)/python tools/sync.py
+
+lab: $(DEV) ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab --notebook-dir=.
+
+bench: $(DEV) ## time the 3B shapes beside transformers
+	@$(BIN)/python tools/bench.py
+
+train: $(DEV) ## train the shipped model again
+	@$(BIN)/python tools/train_tiny.py
+
+clean: ## remove what these commands wrote, but not .venv
+	@rm -rf demo.png build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find paligemma tests tools notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here: install Python 3.10 or newer, \
+	or say where it is: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is \
+	$$($(PYTHON) --version), this needs 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Making the environment in $(VENV) (once; torch is large) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+$(BASE): pyproject.toml constraints.txt | $(BIN)/python
+	@$(PIP) --editable .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@$(PIP) --editable ".[dev,reference]"
+	@touch $(BASE) $@
