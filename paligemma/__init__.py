@@ -1,3 +1,21 @@
-"""PaliGemma, built from scratch, one notebook at a time."""
+"""PaliGemma, built from scratch: one notebook, one module, one idea at a time.
 
+import paligemma
+
+pg = paligemma.load()                  # the tiny model that ships with the package
+print(pg("photo.jpg", "caption en"))   # greedy
+for piece in pg.stream("photo.jpg", "caption en"):
+    print(piece, end="", flush=True)
+"""
+
+__all__ = ["Pipeline", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Imported on first use: `python -m paligemma.inference` would otherwise load it twice.
+    if name in __all__:
+        from paligemma import inference
+
+        return getattr(inference, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+import sys
+
+from paligemma.inference import main
+
+sys.exit(main())

@@ -1,0 +1,116 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["navigation"]
+# [← SigLIP's attention](04_siglip_attention.ipynb) | [contents](../README.md) | [Tokenizer →](06_tokenizer.ipynb)
+
+# %% [markdown]
+# # 5 · SigLIP: how is a vision encoder put together?
+#
+# *35 minutes* · part I, Seeing
+
+# %%
+#| export
+"""The SigLIP vision encoder: patches in, one context-aware vector a patch out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paligemma.patch_embedding import PatchEmbedding
+from paligemma.siglip_attention import SiglipAttention
+
+
+# %%
+#| export
+@dataclass
+class SiglipVisionConfig:
+    """Shape of the vision tower; the defaults are SigLIP So400m/14 at 224 pixels.
+
+    Source: Zhai et al. 2023 (SigLIP); Alabdulmohsin et al. 2023 (the So400m shape);
+    PaliGemma's published `config.json`.
+    """
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def num_image_tokens(self) -> int:
+        """N, the number of patches: (image_size / patch_size)²."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+# %%
+#| export
+class SiglipMLP(nn.Module):
+    """Two linear layers with tanh-approximated GELU between; each patch on its own."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`float[B, N, D]` → `float[B, N, D]`."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiglipEncoderLayer(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SiglipAttention(config.hidden_size, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`float[B, N, D]` → `float[B, N, D]`."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+# %%
+#| export
+class SiglipVisionModel(nn.Module):
+    """Patch embedding, `num_hidden_layers` blocks, one last layer norm; no pooling head.
+
+    Source: `SiglipVisionTransformer` in transformers, `vit.py` in big_vision.
+    """
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = PatchEmbedding(
+            config.hidden_size, config.image_size, config.patch_size, config.num_channels
+        )
+        self.encoder = nn.Module()  # only a name: published keys read encoder.layers.0.…
+        self.encoder.layers = nn.ModuleList(
+            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`float[B, 3, H, W]` in -1…1 → `float[B, N, D]`."""
+        x = self.embeddings(pixel_values)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.post_layernorm(x)

@@ -1,0 +1,95 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown] tags=["navigation"]
+# [← Grouped-query attention](10_grouped_query_attention.ipynb) | [contents](../README.md) | [Gemma →](12_gemma.ipynb)
+
+# %% [markdown]
+# # 11 · KV cache: why is the second token cheaper than the first?
+#
+# *30 minutes* · part II, Language
+
+# %%
+#| export
+"""Keys and values of the tokens already seen, kept in memory that is allocated once."""
+
+import torch
+
+
+# %%
+#| export
+class KVCache:
+    """Preallocated keys and values for every layer.
+
+    Args:
+        num_layers: how many attention layers write to it.
+        batch_size: B.
+        num_key_value_heads: K.
+        max_length: most tokens it will ever hold (prompt and answer).
+        head_dim: Dh.
+        device: where it lives.
+        dtype: of the keys and values.
+
+    Source: the static cache of gemma_pytorch; Pope et al. 2022, section 3.3, for its cost.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_key_value_heads: int,
+        max_length: int,
+        head_dim: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        shape = (batch_size, num_key_value_heads, max_length, head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+        self.max_length = max_length
+        self._lengths = [0] * num_layers
+
+    def __len__(self) -> int:
+        """S, the number of tokens that every layer holds."""
+        return min(self._lengths)
+
+    def update(
+        self, layer_idx: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens of one layer and return all of them.
+
+        Args:
+            layer_idx: the layer that writes.
+            k, v: `float[B, K, L, Dh]`, the new tokens.
+
+        Returns:
+            keys, values: views `float[B, K, S + L, Dh]`, nothing copied.
+
+        Raises:
+            ValueError: more tokens than `max_length`.
+        """
+        start = self._lengths[layer_idx]
+        end = start + k.shape[2]
+        if end > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens and {end} are needed; "
+                "make it with a larger max_length"
+            )
+        self.keys[layer_idx][:, :, start:end] = k
+        self.values[layer_idx][:, :, start:end] = v
+        self._lengths[layer_idx] = end
+        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values together."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))

@@ -1,0 +1,290 @@
+# Exported from notebooks/22_inference.ipynb — edit there, then run `make sync`.
+"""The whole model behind one object and one command."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from paligemma.checkpoint import load_model, weight_files
+from paligemma.generation import generate, generate_steps, stream
+from paligemma.image_processor import open_image
+from paligemma.model import PaliGemma
+from paligemma.processor import Processor
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+SMALL = 1_000_000_000  # bytes of weights up to which load() computes in float32
+
+
+class Pipeline:
+    """A model with its processor: pictures and prompts in, text out.
+
+    Args:
+        model: in evaluation mode, on any device.
+        processor: from the same checkpoint.
+    """
+
+    def __init__(self, model: PaliGemma, processor: Processor):
+        self.model = model
+        self.processor = processor
+
+    def __call__(self, image, prompt: str, **options) -> str:
+        """Answer one prompt about one picture; arguments as in `stream`, whose pieces it joins."""
+        return "".join(self.stream(image, prompt, **options))
+
+    def stream(
+        self,
+        image,
+        prompt: str,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Answer piece by piece, as the tokens come.
+
+        Args:
+            image: a path, a `PIL.Image` or `uint8[H, W, 3]` in RGB order.
+            prompt: such as "caption en", "answer en how many cats are there?", "detect cat".
+            max_new_tokens: at most so many tokens.
+            temperature: 0 is greedy; above it tokens are drawn.
+            top_p, top_k: limit the draw, see `paligemma.sampling.sample`.
+            seed: makes a draw repeatable; None: different each time.
+
+        Yields:
+            Pieces of text, never half a character.
+
+        Raises:
+            ValueError: a picture, prompt or option that cannot be used.
+        """
+        steps = generate_steps(
+            self.model,
+            **self._inputs([image], [prompt]),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            generator=self._generator(seed),
+            eos_token_id=self.processor.tokenizer.eos_id,
+        )
+        return stream((int(token) for token in steps), self.processor.tokenizer)
+
+    def batch(
+        self,
+        images: Sequence,
+        prompts: Sequence[str],
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Answer B prompts about B pictures together; greedy, the same as one by one.
+
+        Args:
+            images, prompts: equally long; the rest as in `stream`.
+
+        Returns:
+            B strings.
+        """
+        ids = generate(
+            self.model,
+            **self._inputs(list(images), list(prompts)),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            generator=self._generator(seed),
+            eos_token_id=self.processor.tokenizer.eos_id,
+        )
+        return [self.processor.decode(row) for row in ids]
+
+    def _inputs(self, images: list, prompts: list[str]) -> dict[str, torch.Tensor]:
+        names = ("input_ids", "pixel_values", "attention_mask")
+        batch = self.processor(images, prompts)
+        return {name: batch[name].to(self.model.device) for name in names}
+
+    def _generator(self, seed: int | None) -> torch.Generator:
+        generator = torch.Generator(self.model.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        return generator
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    progress: bool = False,
+) -> Pipeline:
+    """Load a checkpoint with its processor.
+
+    Args:
+        path: a checkpoint directory, or a name on the Hugging Face hub such as
+            "google/paligemma-3b-mix-224" (needs the package `huggingface_hub` and the network);
+            None: the tiny model that ships with this package.
+        device: "cpu", "cuda", "mps".
+        dtype: to compute in; None: float32 for a small checkpoint, else the type it is stored in.
+        quantize: None; no quantised weights in this version.
+        progress: show a bar on standard error while loading.
+
+    Raises:
+        ValueError: nothing usable at `path`, or an option that this version does not know.
+    """
+    if quantize is not None:
+        raise ValueError(f"quantize is {quantize!r}; this version computes unquantised: use None")
+    path = TINY if path is None else find_checkpoint(path)
+    if dtype is None and sum(file.stat().st_size for file in weight_files(path)) <= SMALL:
+        dtype = torch.float32
+    processor = Processor.from_pretrained(path)
+    return Pipeline(load_model(path, device, dtype, progress), processor)
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """A directory as it is; a hub name downloaded, or found in the hub's cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)):
+        raise ValueError(f"no directory {path}; give a checkpoint directory or a hub name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(
+            f"no directory {path}; to fetch it from the hub: pip install huggingface_hub"
+        ) from None
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except Exception as error:  # the hub's many errors share no base class
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is no directory, and the hub did not give it: {reason}") from None
+
+
+EXAMPLES = """examples:
+  paligemma --image_file_path photo.jpg                        caption with the shipped tiny model
+  paligemma --model_path ~/paligemma-3b-mix-224 --image_file_path photo.jpg \\
+            --prompt "answer en what is on the table?"         a published checkpoint
+  paligemma --image_file_path photo.jpg --do_sample --temperature 0.8 --top_p 0.9 --seed 1
+  paligemma --image_file_path photo.jpg --output captioned.png write the picture with its answer
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Accepts dashes for underscores; an error is one line."""
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([_underscore(a) for a in args], namespace)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _underscore(argument: str) -> str:
+    """`--top-p=0.9` → `--top_p=0.9`; values stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    name, *value = argument[2:].split("=", 1)
+    return "=".join(["--" + name.replace("-", "_"), *value])
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return values[text.lower()]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `paligemma`."""
+    parser = _Parser(
+        prog="paligemma",
+        description="Answer a prompt about a picture.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--image_file_path", metavar="FILE", required=True, help="the picture")
+    add("--prompt", default="caption en", help="what to do with it (default: caption en)")
+    add("--model_path", metavar="DIR", help="checkpoint directory or hub name (default: shipped)")
+    add("--max_tokens_to_generate", metavar="N", type=int, default=100, help="default: 100")
+    flag = {"type": _boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
+    add("--do_sample", **flag, help="draw tokens rather than take the likeliest")
+    add("--temperature", type=float, default=0.8, help="with --do_sample (default: 0.8)")
+    add("--top_p", type=float, default=0.9, help="with --do_sample (default: 0.9)")
+    add("--seed", type=int, help="makes --do_sample repeatable")
+    add("--only_cpu", **flag, help="leave a GPU alone")
+    add("--quantize", choices=["int8", "int4"], help="smaller weights")
+    add("--task", choices=["answer"], default="answer", help="default: answer")
+    add("--output", metavar="FILE", help="write the picture with the answer below it")
+    add("--json", action="store_true", help="print one JSON object instead of streaming")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, or exits with 2 and one line on bad input."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does, once its arguments are read."""
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"cannot write {args.output}: its directory does not exist")
+    image = open_image(args.image_file_path)  # before the weights: a wrong path fails at once
+    device = None if args.only_cpu else torch.accelerator.current_accelerator()
+    pipeline = load(args.model_path, device or "cpu", quantize=args.quantize, progress=True)
+    pieces = pipeline.stream(
+        image,
+        args.prompt,
+        max_new_tokens=args.max_tokens_to_generate,
+        temperature=args.temperature if args.do_sample else 0.0,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    answer = ""
+    for piece in pieces:
+        answer += piece
+        if not args.json:
+            print(piece, end="", flush=True)
+    print(json.dumps({"prompt": args.prompt, "answer": answer}) if args.json else "", flush=True)
+    if args.output:
+        from paligemma.plotting import draw_caption  # matplotlib only where it is needed
+
+        save_picture(draw_caption(image, answer), args.output)
+
+
+def save_picture(image, file: str | os.PathLike) -> None:
+    """Write a `PIL.Image` whole or not at all; the format follows the file's ending."""
+    file = Path(file)
+    temporary = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        image.save(temporary)
+        os.replace(temporary, file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot write {file} ({error}); use a name such as answer.png") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

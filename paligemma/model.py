@@ -1,0 +1,200 @@
+# Exported from notebooks/15_model.ipynb — edit there, then run `make sync`.
+"""PaliGemma: vision tower, projector and language model over one prefix-LM sequence."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paligemma.gemma import GemmaConfig, GemmaModel
+from paligemma.kv_cache import KVCache
+from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
+
+
+@dataclass
+class PaliGemmaConfig:
+    """Shape of the whole model; the defaults are PaliGemma 3B at 224 pixels.
+
+    Source: Beyer et al. 2024 (PaliGemma); the published `config.json`.
+    """
+
+    vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
+    text_config: GemmaConfig = field(default_factory=GemmaConfig)
+    image_token_index: int = 257152
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    bos_token_id: int = 2
+
+
+@dataclass
+class PaliGemmaOutput:
+    """What a forward pass returns: `logits` float32[B, L, V] and, with labels, the mean loss."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+def prefix_lm_mask(
+    attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None, length: int
+) -> torch.Tensor | None:
+    """Who may look at whom: prefix at prefix in both directions, suffix only backwards.
+
+    Args:
+        attention_mask: `int64[B, S + L]`, 0 on padding; S tokens are in the cache already.
+        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all L are prefix when S is 0
+            and all are suffix after that.
+        length: L, the number of new tokens (the queries).
+
+    Returns:
+        `bool[B, 1, L, S + L]`, True where query i may look at key j; None when all may.
+
+    Source: PaliGemma paper, figure 2; Raffel et al. 2020 (prefix LM).
+    """
+    total = attention_mask.shape[1]
+    past = total - length
+    if token_type_ids is None:
+        token_type_ids = torch.full_like(attention_mask[:, past:], 1 if past else 0)
+    key = torch.arange(total, device=attention_mask.device)
+    query = key[past:, None]  # (L, 1)
+    prefix = F.pad(token_type_ids == 0, (past, 0), value=True)[:, None, None, :]
+    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S + L)
+    # A padded query sees itself: a softmax over nothing would be 0/0.
+    mask = real & (prefix | (key <= query)) | (key == query)  # (B, 1, L, S + L)
+    return None if bool(mask.all()) else mask
+
+
+class PaliGemmaProjector(nn.Module):
+    """One linear layer from the vision tower's width to the language model's."""
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`float[B, N, D of vision]` → `float[B, N, D of text]`."""
+        return self.linear(x)
+
+
+class PaliGemma(nn.Module):
+    """A picture and a prompt in, the next token's logits out.
+
+    Source: Beyer et al. 2024, section 3; `PaliGemmaForConditionalGeneration` in transformers.
+    """
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = SiglipVisionModel(config.vision_config)
+        self.multi_modal_projector = PaliGemmaProjector(config)
+        self.language_model = GemmaModel(config.text_config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.language_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of the cache."""
+        return self.language_model.embed_tokens.weight.dtype
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`float[B, 3, H, W]` → `float[B, N, D]`, the soft tokens that stand for the picture."""
+        return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
+
+    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens."""
+        c = self.config.text_config
+        return KVCache(
+            c.num_hidden_layers,
+            batch_size,
+            c.num_key_value_heads,
+            max_length,
+            c.head_dim,
+            self.device,
+            self.dtype,
+        )
+
+    def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
+        """Embed the text and put the picture's features where `<image>` stands.
+
+        Args:
+            input_ids: `int64[B, L]`.
+            image_features: `float[B, N, D]` or None when no row holds `<image>`.
+
+        Returns:
+            `float[B, L, D]`; text scaled by √D, pictures as they are.
+
+        Raises:
+            ValueError: not exactly N image tokens a picture.
+        """
+        is_image = input_ids == self.config.image_token_index
+        embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
+        found = int(is_image.sum())
+        wanted = 0 if image_features is None else image_features.shape[:2].numel()
+        if found != wanted:
+            raise ValueError(
+                f"input_ids hold {found} <image> tokens and the pictures give {wanted}; "
+                "make both with the same Processor"
+            )
+        if image_features is None:
+            return embeds
+        return embeds.masked_scatter(is_image[..., None], image_features.to(embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int | None = None,
+    ) -> PaliGemmaOutput:
+        """Logits for the new tokens, and the loss when there are labels.
+
+        Args:
+            input_ids: `int64[B, L]`, the new tokens.
+            pixel_values: `float[B, 3, H, W]`; with a filled cache the picture is in there already.
+            attention_mask: `int64[B, S + L]`, 0 on padding, S tokens cached; None: no padding.
+            token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: prefix (suffix after a cache).
+            labels: `int64[B, L]`, -100 where nothing is to be learnt; not shifted.
+            cache: from `make_cache`; gains the L tokens.
+            logits_to_keep: only the last so many positions get logits (and a loss); None: all.
+
+        Returns:
+            `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
+        """
+        batch, length = input_ids.shape
+        past = 0 if cache is None else len(cache)
+        features = None if pixel_values is None else self.encode_image(pixel_values)
+        x = self.merge(input_ids, features)  # (B, L, D)
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(batch, past + length)
+        elif attention_mask.shape != (batch, past + length):
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}; expected [{batch}, "
+                f"{past + length}]: {past} cached tokens and {length} new ones"
+            )
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # padding shifts nothing
+        mask = prefix_lm_mask(attention_mask, token_type_ids, length)
+        hidden = self.language_model(x, positions, mask, cache)
+        if logits_to_keep is not None:
+            hidden = hidden[:, -logits_to_keep:]
+            labels = None if labels is None else labels[:, -logits_to_keep:]
+        logits = self.language_model.logits(hidden)
+        return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))
+
+
+def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each labelled token given everything before it.
+
+    Args:
+        logits: `float32[B, L, V]`.
+        labels: `int64[B, L]`, -100 where nothing is to be learnt; shifted here, once.
+
+    Returns:
+        A scalar, `float32`.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
