@@ -148,6 +148,8 @@ def test_outputs_are_clean(cells):
             return f"prints a path: {found[0]}"
         if any(str(place) in text for place in (ROOT, Path.home(), sys.prefix)):
             return "prints a path of this machine"
+        if re.search(r"\bat 0x[0-9a-f]{6,}", text):
+            return "shows a memory address: give the value a name"
         return None
 
     assert not cells_where(cells, problem)

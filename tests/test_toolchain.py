@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -307,3 +308,23 @@ def test_figures_and_student_edition(course, tmp_path):
     for cell in nb.cells:
         assert "solution" not in cell.metadata.get("tags", [])
         assert not cell.get("outputs")
+
+
+SANITIZED = {
+    "took 12 ms, 1.3 s or 0.5 µs": "took TIME, TIME or TIME",
+    "in 12.25 seconds": "in TIME",
+    "max difference 1.2e-07": "max difference TINY",
+    "step    8.1 ms": "step TIME",
+    "<Box at 0x7f31763eac90>": "<Box at ADDRESS>",
+    "3 steps, 1.2e-03, 17 samples, v1.5s": "3 steps, 1.2e-03, 17 samples, v1.5s",
+}
+
+
+@pytest.mark.parametrize("text", SANITIZED)
+def test_nbval_ignores_times_and_noise_only(text):
+    from nbval.plugin import get_sanitize_patterns
+
+    sanitized = text
+    for regex, replacement in get_sanitize_patterns((ROOT / "tools" / "nbval.cfg").read_text()):
+        sanitized = re.sub(regex, replacement, sanitized)
+    assert sanitized == SANITIZED[text]
