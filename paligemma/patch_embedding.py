@@ -27,20 +27,18 @@ class PatchEmbedding(nn.Module):
                 f"image_size {image_size} is not a multiple of patch_size {patch_size}; "
                 f"the nearest that fits is {max(1, round(image_size / patch_size)) * patch_size}"
             )
-        self.image_size = image_size
+        self.input_shape = (num_channels, image_size, image_size)
         self.num_patches = (image_size // patch_size) ** 2
-        self.patch_embedding = nn.Conv2d(
-            num_channels, hidden_size, kernel_size=patch_size, stride=patch_size
-        )
+        self.patch_embedding = nn.Conv2d(num_channels, hidden_size, patch_size, stride=patch_size)
         self.position_embedding = nn.Embedding(self.num_patches, hidden_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`float[B, 3, H, W]` → `float[B, N, D]`, patches row by row from the top left."""
-        if pixel_values.shape[-2:] != (self.image_size, self.image_size):
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != self.input_shape:
             raise ValueError(
                 f"pixel_values are {list(pixel_values.shape)}; this model reads "
-                f"[B, 3, {self.image_size}, {self.image_size}]: resize with ImageProcessor"
+                f"[B, {', '.join(map(str, self.input_shape))}]: prepare them with ImageProcessor"
             )
         patches = self.patch_embedding(pixel_values)  # (B, D, rows, columns)
         patches = patches.flatten(2).transpose(1, 2)  # (B, N, D)
-        return patches + self.position_embedding.weight
+        return patches + self.position_embedding.weight  # (B, N, D) + (N, D)
