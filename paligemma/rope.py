@@ -10,23 +10,29 @@ class RotaryEmbedding(nn.Module):
 
     Args:
         head_dim: width Dh of a head; even.
-        base: wavelengths run from 2π to 2π·base positions (`rope_theta`, 10000 in Gemma).
+        base: wavelengths run from 2π to almost 2π·base positions (`rope_theta`).
+
+    Raises:
+        ValueError: `head_dim` is not a positive even number, or `base` is not positive.
 
     Source: Su et al. 2021 (RoFormer), section 3.2.2.
     """
 
     def __init__(self, head_dim: int, base: float = 10000.0):
         super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"head_dim {head_dim} is odd; RoPE rotates pairs of channels")
-        self.head_dim = head_dim
-        self.base = base
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(
+                f"head_dim {head_dim} does not split into pairs of channels; give an even number"
+            )
+        if not base > 0:
+            raise ValueError(f"base {base} is not a positive number; Gemma's is 10000")
+        self.head_dim, self.base = head_dim, base
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Angles for the given positions.
 
         Args:
-            positions: `int64[B, L]`.
+            positions: `int64[B, L]`, each token's place in its row.
 
         Returns:
             cos, sin: `float32[B, 1, L, Dh]`, ready to broadcast over heads.
