@@ -109,9 +109,7 @@ def test_first_pair_turns_one_radian_a_position():
     x[..., 0] = 1
     out = turned(x, torch.tensor([[1]]))[0, 0, 0]
     angle = torch.tensor(1.0)
-    expected = torch.tensor(
-        [angle.cos(), 0, 0, 0, angle.sin(), 0, 0, 0]
-    )  # partner: channel 0 + 8/2
+    expected = torch.tensor([angle.cos(), 0, 0, 0, angle.sin(), 0, 0, 0])  # partner: 0 + 8/2
     assert torch.allclose(out, expected, atol=1e-6)
 
 

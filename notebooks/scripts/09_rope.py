@@ -38,20 +38,15 @@ model_map("rope")
 
 # %% tags=["setup"]
 import math
+import time
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from paligemma.plotting import (
-    COLOURS,
-    check,
-    sample_picture,
-    save_figure,
-    show_attention,
-    show_heatmap,
-)
+from paligemma.plotting import COLOURS, check, sample_picture, save_figure
+from paligemma.plotting import show_attention, show_heatmap
 
 torch.manual_seed(9)
 torch.set_printoptions(precision=3, sci_mode=False)
@@ -81,27 +76,18 @@ fig
 # %%
 for order in orders:
     x = torch.stack([words[word] for word in order])
-    print(
-        f"{' '.join(order)}: dog becomes",
-        F.scaled_dot_product_attention(x, x, x)[order.index("dog")],
-    )
+    out = F.scaled_dot_product_attention(x, x, x)
+    print(f"{' '.join(order)}: dog becomes", out[order.index("dog")])
 
 # %% [markdown]
-# To this layer the two sentences mean the same. (The causal mask of a text model leaks a
-# little order, because later tokens see more. The image tokens and the prompt of PaliGemma
-# have no such mask.)
+# To this layer the two sentences mean the same. (A causal mask leaks a little order, because
+# later tokens see more. The image and the prompt of PaliGemma have no such mask.)
 #
-# So something must carry the position into the score.
-
-# %% [markdown]
 # ## Add a vector, or turn one?
 #
-# The vision encoder *added* a learned vector for each place (lesson 03). This works for a
-# fixed grid, but the table ends with its last row, and it ties the model to absolute places.
-#
-# In text the useful fact is relative: *two words before me*. RoPE (rotary position embedding)
-# **turns** queries and keys by an angle proportional to their position, and the score will
-# contain the difference only.
+# SigLIP *added* a learned vector for each place (lesson 03): a table that ends with its last row,
+# and absolute places. In text the useful fact is relative: *two words before me*. RoPE (rotary
+# position embedding) **turns** queries and keys by an angle proportional to their position.
 
 # %% [markdown]
 # ## By hand: two numbers, a quarter turn
@@ -110,7 +96,8 @@ for order in orders:
 #
 # $$(x\cos a - y\sin a,\;\; x\sin a + y\cos a).$$
 #
-# For 90° the cosine is 0 and the sine is 1, so $(x, y)$ becomes $(-y, x)$. Check it with a pencil.
+# For 90° the cosine is 0 and the sine is 1, so $(x, y)$ becomes $(-y, x)$. Let a token at
+# position $m$ be turned by $m$ quarter turns. Check the four lines with a pencil.
 
 
 # %%
@@ -120,33 +107,28 @@ def turn(v, degrees):
     return round(x * math.cos(a) - y * math.sin(a), 6), round(x * math.sin(a) + y * math.cos(a), 6)
 
 
-turn((3, 1), 90)
-
-# %% [markdown]
-# Now let a token at position $m$ be turned by $m$ quarter turns. Position 0 stays, position 1
-# gets 90°, position 2 gets 180°.
-
-# %%
 for position in range(4):
-    print(f"position {position}: {turn((3, 1), 90 * position)}")
+    print(f"(3, 1) at position {position}: {turn((3, 1), 90 * position)}")
 
 
 # %% [markdown]
-# The length of the vector never changes: a turn moves a vector, it does not stretch it. What a
-# token *says* (its length, and the angles between its parts) stays; only the direction tells
-# *where* it says it.
+# The length never changes: a turn moves a vector, it does not stretch it.
 #
-# Next, a query at position $m$ and a key at position $n$. Their score is the dot product.
+# Next, a query $q = (3, 1)$ at position $m$ and a key $k = (2, 0)$ at position $n$. Their score is
+# the dot product of the two turned vectors.
 
 
 # %%
-def score(q, m, k, n, degrees=90):
+q, k = (3, 1), (2, 0)
+
+
+def score(m, n, degrees=90):
     a, b = turn(q, m * degrees), turn(k, n * degrees)
     return round(a[0] * b[0] + a[1] * b[1], 3)
 
 
 for m, n in [(2, 1), (3, 2), (101, 100), (1, 2), (102, 100)]:
-    print(f"query at {m:3}, key at {n:3}, distance {m - n:2}: score {score((3, 1), m, (1, 2), n)}")
+    print(f"query at {m:3}, key at {n:3}, distance {m - n:2}: score {score(m, n)}")
 
 # %% [markdown]
 # The first three pairs stand one apart, at very different places, and score the same. Swap the
@@ -161,41 +143,22 @@ for m, n in [(2, 1), (3, 2), (101, 100), (1, 2), (102, 100)]:
 #
 # $$(R_m q)\cdot(R_n k) = q^\top R_m^\top R_n\,k = q^\top R_{n-m}\,k.$$
 #
-# Only $n-m$ is left. In a picture: both arrows turn by the same extra amount, so the angle
-# between them stays, and a dot product depends on two lengths and that angle.
+# Only $n-m$ is left. Below, a step is 20°. From left to right both tokens move six places, so both
+# arrows turn by 120°. The angle between them stays, and with it the score.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
 for ax, (m, n) in zip(axes, [(3, 1), (9, 7)]):
-    for name, vector, position, colour in (
-        ("q", (3, 1), m, "language"),
-        ("k", (1, 2), n, "vision"),
-    ):
-        x, y = turn(vector, 20 * position)
-        ax.annotate(
-            "",
-            (x, y),
-            (0, 0),
-            arrowprops={"arrowstyle": "-|>", "lw": 2.2, "color": COLOURS[colour]},
-        )
-        ax.text(
-            1.18 * x,
-            1.18 * y,
-            f"{name} at {position}",
-            color=COLOURS[colour],
-            ha="center",
-            va="center",
-        )
-    ax.add_patch(plt.Circle((0, 0), math.hypot(3, 1), fill=False, color=COLOURS["muted"], lw=0.8))
-    ax.add_patch(plt.Circle((0, 0), math.hypot(1, 2), fill=False, color=COLOURS["muted"], lw=0.8))
-    ax.set(xlim=(-4.6, 4.6), ylim=(-4.2, 4.2), aspect="equal")
-    ax.set_title(f"score {score((3, 1), m, (1, 2), n, 20):.2f}")
+    for name, v, at, colour in (("q", q, m, "language"), ("k", k, n, "vision")):
+        x, y = turn(v, 20 * at)
+        far = 1 + 0.55 / math.hypot(x, y)
+        style = {"color": COLOURS[colour]}
+        ax.quiver(0, 0, x, y, angles="xy", scale_units="xy", scale=1, width=0.012, **style)
+        ax.text(far * x, far * y, f"{name} at {at}", ha="center", va="center", **style)
+        ax.add_patch(plt.Circle((0, 0), math.hypot(*v), fill=False, lw=0.8, alpha=0.5, **style))
+    ax.set(xlim=(-4.4, 4.4), ylim=(-3.9, 3.9), aspect="equal", title=f"score {score(m, n, 20):.2f}")
     ax.set_axis_off()
 save_figure(fig, "09_same_distance")
-
-# %% [markdown]
-# Here a step is 20°. From left to right both tokens moved six places, and both arrows turned by
-# 120°. The angle between them is the same, and so is the score.
 
 # %% [markdown]
 # ### One clock is not enough
@@ -214,7 +177,7 @@ head_dim, base = 8, 10000.0
 for i in range(head_dim // 2):
     theta = base ** (-2 * i / head_dim)
     print(
-        f"pair {i}: {theta:.3f} radians a position, once round in {2 * math.pi / theta:8.1f} positions"
+        f"pair {i}: {theta:.3f} radians a position, one turn in {math.tau / theta:6.1f} positions"
     )
 
 
@@ -237,7 +200,6 @@ def rope_loop(x, position, base=10000.0):
     return out
 
 
-# %%
 x = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0])  # four pairs, each (1, 0)
 for position in (0, 1, 10):
     print(f"position {position:2}:", rope_loop(x, position))
@@ -265,7 +227,6 @@ def rope_complex(x, positions, base=10000.0):
     return torch.cat((z.real, z.imag), dim=-1)  # (L, Dh)
 
 
-# %%
 x = torch.randn(6, 8)
 positions = torch.tensor([0, 1, 2, 10, 255, 300])
 slow = torch.stack([rope_loop(row, int(p)) for row, p in zip(x, positions)])
@@ -290,9 +251,7 @@ def rotate_half(x):
     return torch.cat((-second, first), dim=-1)
 
 
-rotate_half(torch.tensor([1, 2, 3, 4, 5, 6, 7, 8]))
-
-# %%
+print("rotate_half of 1…8:", rotate_half(torch.arange(1, 9)).tolist())
 angle = positions[:, None] * base ** (-torch.arange(4) / 4)  # (L, Dh/2)
 angle = torch.cat((angle, angle), dim=-1)  # (L, Dh): both members of a pair turn alike
 fast = x * angle.cos() + rotate_half(x) * angle.sin()
@@ -377,15 +336,12 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return (x * cos + turned * sin).type_as(x)
 
 
-# %% [markdown]
-# Against the vectorised version, and the shapes for two rows of six tokens and three heads:
-
 # %%
 rope = RotaryEmbedding(head_dim=8)
 cos, sin = rope(positions[None])
-assert torch.allclose(apply_rope(x[None, None], cos, sin)[0, 0], fast, atol=1e-5)
+assert torch.allclose(apply_rope(x[None, None], cos, sin)[0, 0], fast, atol=1e-5)  # as before
 
-cos, sin = rope(positions.expand(2, 6))
+cos, sin = rope(positions.expand(2, 6))  # two rows of six tokens, three heads
 q = torch.randn(2, 3, 6, 8)
 assert cos.shape == sin.shape == (2, 1, 6, 8) and apply_rope(q, cos, sin).shape == q.shape
 print("cos", tuple(cos.shape), "| turned queries", tuple(apply_rope(q, cos, sin).shape))
@@ -409,51 +365,41 @@ print(counted.bfloat16().long().tolist(), "in bfloat16")
 # transformers' Gemma makes of them. `tests/test_rope.py` computes it, and a test checks that
 # the file is still what transformers gives today.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 ref = load_file("reference/rope.safetensors")
 cos, sin = RotaryEmbedding(256)(ref["positions"])
-q_turned, k_turned = apply_rope(ref["q"], cos, sin), apply_rope(ref["k"], cos, sin)
-for name, ours in (("q_turned", q_turned), ("k_turned", k_turned)):
-    gap = (ours - ref[name]).abs().max().item()
+for name in ("q", "k"):
+    ours = apply_rope(ref[name], cos, sin)
+    gap = (ours - ref[f"{name}_turned"]).abs().max().item()
+    print(f"{name}: shape {tuple(ours.shape)}, largest difference {gap:.1e}")
     assert gap <= 1e-5
-    print(f"{name}: shape {tuple(ours.shape)}, largest difference at most 1e-5: {gap <= 1e-5}")
 
 # %% [markdown]
 # ## See it: only the distance counts
 #
-# One query vector and one key vector, copied to 40 positions. Without RoPE all 1600 scores
-# would be the same number. What does turning make of them?
+# One query vector and one key vector, copied to 64 positions. Without RoPE all 4096 scores
+# would be one number. What does turning make of them?
 
 # %%
-q, k = torch.randn(2, 64)
-cos, sin = RotaryEmbedding(64)(torch.arange(40)[None])
-scores = (
-    apply_rope(q.expand(1, 1, 40, 64), cos, sin) @ apply_rope(k.expand(1, 1, 40, 64), cos, sin).mT
-)
-scores = scores[0, 0]
+n = 64
+q, k = torch.randn(2, 1, 1, 1, 64).expand(2, 1, 1, n, 64)  # (B, H, L, Dh) each
+cos, sin = RotaryEmbedding(64)(torch.arange(n)[None])
+scores = (apply_rope(q, cos, sin) @ apply_rope(k, cos, sin).mT)[0, 0]  # (L, L)
+along = max((d.max() - d.min()).item() for o in range(1 - n, n) for d in [scores.diagonal(o)])
+print(f"range of all scores: {scores.max() - scores.min():.1f}")
+print(f"along one diagonal less than 0.001: {along < 1e-3}")
+
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.7), layout="constrained")
-show_heatmap((q @ k).expand(40, 40), "without RoPE", centre=0, ax=axes[0])
+show_heatmap((q @ k.mT)[0, 0], "without RoPE", centre=0, ax=axes[0])
 show_heatmap(scores, "with RoPE", centre=0, ax=axes[1])
 for ax in axes:
-    ax.set(xlabel="position of the key", ylabel="position of the query")
-    ax.set(
-        xticks=range(0, 40, 10),
-        yticks=range(0, 40, 10),
-        xticklabels=range(0, 40, 10),
-        yticklabels=range(0, 40, 10),
-    )
+    ax.set(xlabel="position of the key, 0 to 63", ylabel="position of the query, 0 to 63")
 save_figure(fig, "09_scores")
 
 # %% [markdown]
 # Every diagonal has one colour: walk down and right by the same number of steps, and the score
 # stays. The two sides of the main diagonal differ, so *before* and *after* are told apart. This
-# is the proof above as a measurement:
-
-# %%
-spread = max((d.max() - d.min()).item() for o in range(-39, 40) for d in [scores.diagonal(o)])
-assert spread < 1e-3
-print(f"the score varies between diagonals by {scores.max() - scores.min():.1f}")
-print(f"along a diagonal by less than 0.001: {spread < 1e-3}")
+# is the proof from above, as a measurement.
 
 # %% [markdown]
 # ### The hands of Gemma's clock
@@ -468,14 +414,11 @@ wavelength = 2 * math.pi * 10000 ** (torch.arange(128) / 128)
 fig, ax = plt.subplots(figsize=(7.4, 3.4), layout="constrained")
 ax.semilogy(wavelength, color=COLOURS["language"], lw=2.5)
 for size, count in tokens.items():
+    round_, still = (wavelength <= count).sum(), (wavelength > 8 * count).sum()
+    print(f"{count:4} tokens: {round_} of 128 pairs go round, {still} move less than 1/8 of a turn")
     ax.axhline(count, color=COLOURS["vision"], lw=1, ls="--")
-    ax.text(
-        0,
-        count * 1.12,
-        f"{count} image tokens ({size} pixels)",
-        color=COLOURS["vision"],
-        fontsize=8,
-    )
+    label = f"{count} image tokens ({size} pixels)"
+    ax.text(0, count * 1.12, label, color=COLOURS["vision"], fontsize=8)
 ax.set(xlabel="pair of channels", ylabel="positions for one turn", xlim=(-1, 128), ylim=(4, 1e5))
 save_figure(fig, "09_wavelengths")
 
@@ -483,15 +426,6 @@ save_figure(fig, "09_wavelengths")
 # Below a dashed line are the hands that go round at least once within the picture: they tell
 # near places apart but repeat. Above are the slow ones, which never repeat inside it and so tell
 # far from near. Both kinds are needed, as minutes and hours are.
-
-# %%
-for count in tokens.values():
-    fast_hands = (wavelength <= count).sum().item()
-    still = (wavelength > 8 * count).sum().item()
-    print(
-        f"{count:4} tokens: {fast_hands} of 128 pairs go round; {still} move less than 1/8 of a turn"
-    )
-
 
 # %% [markdown]
 # ### Where "near" is, on a picture
@@ -509,15 +443,15 @@ def pull(distance, base=10000.0, head_dim=256):
 
 patches = torch.arange(256)
 centres = [16 * 4 + 4, 16 * 8 + 11]
-weights = torch.stack([(16 * pull(patches - c)).softmax(0) for c in centres])
-show_attention(
-    sample_picture("cat"), weights, titles=[f"from row {c // 16}, column {c % 16}" for c in centres]
-)
+weights = torch.stack([(6 * pull(patches - c)).softmax(0) for c in centres])
+titles = [f"from row {c // 16}, column {c % 16}" for c in centres]
+show_attention(sample_picture("cat"), weights, titles)
 
 # %% [markdown]
 # To RoPE a picture is one long line. The neighbours left and right are near, the patch below is
-# as far as any token 16 steps away. The decoder still sees two dimensions, but because SigLIP's
-# learned positions put them into the *content* of each image token, not because of RoPE.
+# 16 steps away: no nearer than one far off in the next row. The decoder still sees two dimensions,
+# but because SigLIP's learned positions put them into the *content* of each image token, not
+# because of RoPE.
 
 # %% [markdown]
 # ## At full size
@@ -532,44 +466,35 @@ turning = layers * (H + K) * Dh * 3  # two products and a sum for each number
 with torch.device("meta"):
     projections = [nn.Linear(D, heads * Dh, bias=False) for heads in (H, K)]
 projecting = layers * 2 * sum(p.weight.numel() for p in projections)
-print("parameters:", len(RotaryEmbedding(Dh).state_dict()))
-print(
-    f"FLOPs a token: turning {turning:,}, projecting q and k {projecting:,} ({projecting // turning} times)"
-)
-print(
-    f"cos and sin for {L} tokens: {2 * L * Dh * 4 / 1024:.0f} KB, made once, used by {layers} layers"
-)
+table = 2 * L * Dh * 4 / 1024
+print("parameters:", sum(p.numel() for p in RotaryEmbedding(Dh).parameters()))
+print(f"FLOPs a token, turning:           {turning:11,}")
+print(f"FLOPs a token, making q and k:    {projecting:11,} ({projecting // turning} times as many)")
+print(f"cos and sin for {L} tokens: {table:.0f} KB, made once, used by {layers} layers")
 
 # %% [markdown]
 # Counting FLOPs flatters it. Turning does little arithmetic for each number it reads, so it
-# waits for memory. Measured here, one layer of the 3B shapes in float32:
+# waits for memory: compare the times below with the ratio above. Hence the table is made once,
+# not in each of 18 layers, and kernels that turn while they read are worth having. Measured
+# here for one layer, in float32:
+
 
 # %% tags=["nbval-ignore-output"]
-from time import perf_counter
-
-
 def milliseconds(run, repeat=10):
     run()
-    start = perf_counter()
+    start = time.perf_counter()
     for _ in range(repeat):
         run()
-    return (perf_counter() - start) / repeat * 1000
+    return (time.perf_counter() - start) / repeat * 1000
 
 
-cos, sin = RotaryEmbedding(Dh)(torch.arange(L)[None])
-q, k = torch.randn(1, H, L, Dh), torch.randn(1, K, L, Dh)
+places = torch.arange(L)[None]
+cos, sin = RotaryEmbedding(Dh)(places)
+qk = torch.randn(1, H + K, L, Dh)  # query heads and the key head together
 hidden, weight = torch.randn(L, D), torch.randn((H + K) * Dh, D)
-print(
-    f"make cos and sin:  {milliseconds(lambda: RotaryEmbedding(Dh)(torch.arange(L)[None])):5.1f} ms"
-)
-print(
-    f"turn q and k:      {milliseconds(lambda: (apply_rope(q, cos, sin), apply_rope(k, cos, sin))):5.1f} ms"
-)
-print(f"project to q and k:{milliseconds(lambda: hidden @ weight.T):5.1f} ms")
-
-# %% [markdown]
-# So making the table once and not in each of 18 layers is worth it, and a fused kernel
-# that turns while it reads can save time that the FLOP count does not show.
+print(f"make cos and sin: {milliseconds(lambda: RotaryEmbedding(Dh)(places)):5.1f} ms")
+print(f"turn q and k:     {milliseconds(lambda: apply_rope(qk, cos, sin)):5.1f} ms")
+print(f"make q and k:     {milliseconds(lambda: hidden @ weight.T):5.1f} ms")
 
 # %% [markdown]
 # ### What the base decides
@@ -579,28 +504,24 @@ print(f"project to q and k:{milliseconds(lambda: hidden @ weight.T):5.1f} ms")
 # never occur. Below, the pull for three bases, over more tokens than a 448-pixel picture has.
 
 # %%
-distance = torch.arange(1200)
 fig, ax = plt.subplots(figsize=(7.4, 3.3), layout="constrained")
-for value, colour in ((100, "bad"), (10_000, "language"), (1_000_000, "vision")):
-    ax.plot(pull(distance, float(value)), color=COLOURS[colour], lw=1.4, label=f"base {value:,}")
-for count in (256, 1024):
-    ax.axvline(count, color=COLOURS["muted"], lw=1, ls="--")
-    ax.text(count + 8, 0.98, f"{count} tokens", color=COLOURS["ink"], fontsize=8, va="top")
-ax.set(xlabel="distance in tokens", ylabel="pull", xlim=(0, 1200), ylim=(-0.15, 1.02))
-ax.legend(loc="upper center", ncols=3)
-fig
-
-# %%
-for value in (100.0, 10_000.0, 1_000_000.0):
+for value, colour in ((100.0, "bad"), (10_000.0, "language"), (1_000_000.0, "vision")):
     near, middle, far = pull(torch.tensor([1, 256, 1024]), value).tolist()
-    longest = 2 * math.pi * value ** (127 / 128)
-    print(
-        f"base {value:9,.0f}: pull {near:.2f} at 1, {middle:.2f} at 256, {far:.2f} at 1024; longest {longest:,.0f}"
-    )
+    slowest = math.tau * value ** (127 / 128)
+    print(f"base {value:9,.0f}: slowest hand {slowest:9,.0f}, pull at 1, 256 and 1024:", end=" ")
+    print(f"{near:.2f}, {middle:.2f}, {far:.2f}")
+    curve = pull(torch.arange(1200), value)
+    ax.plot(curve, color=COLOURS[colour], lw=1.4, label=f"base {value:,.0f}")
+for count in (256, 1024):
+    ax.axvline(count, ymax=0.82, color=COLOURS["muted"], lw=1, ls="--")
+    ax.text(count + 8, 0.85, f"{count} tokens", fontsize=8)
+ax.set(xlabel="distance in tokens", ylabel="pull", xlim=(0, 1200), ylim=(-0.16, 1.12))
+ax.legend(loc="upper center", ncols=3)
+save_figure(fig, "09_base")
 
 # %% [markdown]
-# With base 100 nothing tells 256 from 1024: no hand is slow enough. With 10,000 the pull still
-# falls between them. The base is part of what the weights learned: change it afterwards and
+# With base 100 even the slowest hand goes round within 1024 tokens, so no hand is left that tells
+# far from farther. With 10,000 the pull still falls between 256 and 1024. The base is part of what the weights learned: change it afterwards and
 # every distance means something else. That is why `rope_theta` is read from the checkpoint's
 # config.
 
@@ -619,7 +540,6 @@ def apply_rope_ported(x, cos, sin):
     return torch.stack((x * cos - y * sin, x * sin + y * cos), dim=-1).flatten(-2)
 
 
-# %%
 q, k = ref["q"], ref["k"]
 tables = {shift: RotaryEmbedding(256)(ref["positions"] + shift) for shift in (0, 50)}
 
@@ -638,24 +558,20 @@ for name, apply in (("ours", apply_rope), ("ported", apply_rope_ported)):
 # Both tests pass. Only a comparison with the reference exposes it:
 
 # %%
-for name, apply in (("ours", apply_rope), ("ported", apply_rope_ported)):
-    gap = (scores_at(apply, 0) - ref["scores"]).abs().max()
-    print(f"{name:6}: scores equal to the reference: {bool(gap < 1e-4)} (off by {gap:.1f})")
-
-# %%
 fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
 names = ref["positions"][0].tolist()
-for ax, (name, apply) in zip(
-    axes, (("half: as the reference", apply_rope), ("interleaved", apply_rope_ported))
-):
-    show_heatmap(
-        scores_at(apply, 0)[0, 0], name, rows=names, columns=names, annotate=".1f", centre=0, ax=ax
-    )
+for ax, name, apply in zip(axes, ("ours", "ported"), (apply_rope, apply_rope_ported)):
+    ours = scores_at(apply, 0)
+    gap = (ours - ref["scores"]).abs().max()
+    print(f"{name:6}: equal to the reference {bool(gap < 1e-4)}, off by {gap:.1f}")
+    show_heatmap(ours[0, 0], name, rows=names, columns=names, annotate=".1f", centre=0, ax=ax)
     ax.set(xlabel="position of the key", ylabel="position of the query")
 fig
 
 # %% [markdown]
-# It pairs channels 0 and 1, 2 and 3 (*interleaved*), as the RoFormer paper writes it. Gemma
+# Only the diagonal agrees: at distance 0 both turns cancel, whatever the pairing.
+#
+# The port pairs channels 0 and 1, 2 and 3 (*interleaved*), as the RoFormer paper writes it. Gemma
 # pairs $i$ with $i + 128$. Each is a right RoPE on its own. But training taught the weights of
 # `q_proj` and `k_proj` which channels turn together and how fast, so a checkpoint works with one
 # pairing only.
@@ -666,8 +582,8 @@ fig
 # ### A second one: counting the padding
 #
 # Prompts of different lengths share a batch, so the short one is padded on the left. A row of
-# two tokens with three pads in front stands at 0, 1, not at 3, 4. Which mistakes hurt? First
-# the one that looks worst: number everything from 0, pads included.
+# two tokens with three pads in front stands at 0, 1, not at 3, 4; its next token at 2. Three ways
+# to number them, and the scores of that next token with the two before it:
 
 # %%
 rope = RotaryEmbedding(64)
@@ -680,28 +596,20 @@ def new_token_scores(key_positions, query_position):
     return (q @ k.mT / 8)[0, 0, 0]
 
 
-print("alone, no padding:   ", new_token_scores([0, 1], 2))
-print("pads counted:        ", new_token_scores([3, 4], 5))
+print("alone, no padding:            ", new_token_scores([0, 1], 2))
+print("pads counted everywhere:      ", new_token_scores([3, 4], 5))
+print("pads counted in the prompt:   ", new_token_scores([3, 4], 2))
 
 # %% [markdown]
-# No harm: every real token moved by three, and distances stay. Now the version that is easy to
-# write: the prompt is numbered with `arange`, pads included, and the new token later
-# with the number of *real* tokens.
-
-# %%
-print("prompt with pads, new token without:", new_token_scores([3, 4], 2))
-
-# %% [markdown]
-# Now the new token stands *before* its own prompt. A prompt without padding gets right answers,
-# so a test with a single prompt passes. Add a longer neighbour to the batch, and this row's
-# answer changes. That is the symptom: **the answer depends on who else is in the batch**.
-#
-# The cure is one rule for both phases: count real tokens only (exercise 2).
+# Counting pads everywhere does no harm: distances stay. But when the prompt is numbered with
+# `arange` and the new token with the count of *real* tokens, it stands *before* its own prompt.
+# One prompt alone passes every test; with a longer neighbour in the batch its answer changes. The
+# symptom: **the answer depends on who else is in the batch**. The cure is one rule for both phases:
+# count real tokens only (exercise 2).
 
 # %% [markdown]
 # ## Exercises
-
-# %% [markdown]
+#
 # ### Exercise 1 (predict): what may change without a trace?
 #
 # Before you run anything: which of these leave **every** score between queries and keys as it
@@ -721,9 +629,8 @@ answer = None  # your answer
 
 # %% tags=["check"]
 def test_1(answer):
-    assert isinstance(answer, str) and set(answer) <= set("abcde"), (
-        "give a string of letters from a to e"
-    )
+    letters = isinstance(answer, str) and set(answer) <= set("abcde")
+    assert letters, "give a string of letters from a to e"
     p, q, k = torch.arange(12)[None], torch.randn(1, 1, 12, 64), torch.randn(1, 1, 12, 64)
     scores = lambda p, r: apply_rope(q, *rope(r)) @ apply_rope(k, *rope(p)).mT
     changed = {
