@@ -33,7 +33,8 @@ model_map("patch_embedding")
 # %% [markdown]
 # ## Setup
 #
-# From earlier lessons we need the drawing helpers (lesson 01) and the `ImageProcessor`, which turns a picture file into numbers between −1 and 1 (lesson 02).
+# From earlier lessons we need the drawing helpers (lesson 01) and the `ImageProcessor`, which
+# turns a picture file into numbers between −1 and 1 (lesson 02).
 
 # %%
 #| export
@@ -48,6 +49,7 @@ import time
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.image_processor import ImageProcessor
 from paligemma.plotting import (
@@ -64,9 +66,11 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## The problem
 #
-# A transformer reads a **sequence of vectors**: token 0, token 1, token 2 … A picture is a grid of pixels, and each pixel is only three numbers. Something has to stand between the two.
+# A transformer reads a **sequence of vectors**: token 0, token 1, token 2 … A picture is a grid of
+# pixels, and each pixel is only three numbers. Something has to stand between the two.
 #
-# The plain idea is one token for each pixel. Let us count what that costs before we dismiss it.
+# One token for each pixel? Attention (lesson 04) compares each token with each other token, so the
+# work grows with the *square* of their number. Let us count.
 
 # %%
 pixels = 224 * 224
@@ -75,12 +79,12 @@ patches = (224 // 14) ** 2
 print(f"one token a 14×14 patch: {patches} tokens, {patches**2:,} pairs")
 
 # %% [markdown]
-# Attention (lesson 04) compares each token with each other token, so the work grows with the *square* of the count. Squares of 14 × 14 pixels bring it down by a factor of 196² ≈ 38,000.
+# Squares of 14 × 14 pixels bring the pairs down by a factor of 196² ≈ 38,000. Such a square is a
+# **patch**. It is the picture's word: small enough to be simple, large enough to hold an edge or
+# an eye.
 #
-# Such a square is called a **patch**. It is the picture's word: small enough to be simple, large enough to hold an edge or an eye.
-
-# %% [markdown]
-# Here is the sample cat as the vision tower sees it: squashed to 224 × 224, cut into 16 rows of 16 patches, and the patches laid end to end. The next cell holds two small helpers for drawing patches; each patch is one row of numbers.
+# Here is the cat as the vision tower sees it: squashed to 224 × 224, then cut into 16 rows of 16
+# patches. `mosaic` only draws patches, each given as one row of numbers.
 
 
 # %%
@@ -117,47 +121,37 @@ axes["row"].imshow(mosaic(tokens[112:128], 1, gap=1))
 axes["row"].set_title("tokens 112 … 127 of the sequence (the framed row)")
 for axis in axes.values():
     axis.set_axis_off()
-save_figure(figure, "03_patches")
+save_figure(figure, "03_patches.png")
 
 # %% [markdown]
-# The order is that of reading: row by row, from the top left. Token 16 lies right *below* token 0, although fifteen others stand between them. Nothing in a sequence says so. That is the second half of this lesson.
+# The order is that of reading: row by row, from the top left. Token 16 lies right *below* token 0,
+# although fifteen others stand between them. Nothing in a sequence says so. That is the second
+# half of this lesson.
 
 # %% [markdown]
 # ## By hand
 #
-# A grey picture of 4 × 4 pixels, numbered in reading order, and patches of 2 × 2. With a pencil: which four numbers stand in patch 1?
+# A grey picture of 4 × 4 pixels, numbered in reading order, and patches of 2 × 2. With a pencil:
+# which four numbers stand in patch 1?
 
 # %%
 picture = torch.arange(16).view(4, 4)
 patches = torch.stack([picture[y : y + 2, x : x + 2].flatten() for y in (0, 2) for x in (0, 2)])
 print(picture, patches, sep="\n\n")
 
-# %% [markdown]
-# Patch 1 is `2 3 6 7`: two numbers from the first line, two from the second. In memory these pairs are *not* neighbours, four and five lie between them. Keep this in mind for the bug below.
-
-# %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3), layout="constrained")
-which = torch.arange(4).view(2, 2).repeat_interleave(2, 0).repeat_interleave(2, 1)
-colours = plt.matplotlib.colors.ListedColormap(["#cfe0ee", "#f6d9c4", "#cde6df", "#ead2df"])
-for axis, cells, numbers in (
-    (left, which, picture),
-    (right, torch.arange(4).repeat(4, 1).T, patches),
-):
-    axis.imshow(cells, cmap=colours)
-    axis.set(xticks=[0.5, 1.5, 2.5], yticks=[0.5, 1.5, 2.5], xticklabels=[], yticklabels=[])
-    axis.grid(color=COLOURS["paper"], linewidth=1.5)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    for y in range(4):
-        for x in range(4):
-            axis.text(x, y, int(numbers[y, x]), ha="center", va="center", fontsize=11)
-left.set_title("the picture")
-right.set(title="one patch a row", yticks=range(4), yticklabels=[f"patch {n}" for n in range(4)])
-right.grid(False)
-figure
+_, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6), layout="constrained")
+show_heatmap(picture, "the picture", annotate=True, ax=left)
+names = [f"patch {n}" for n in range(4)]
+show_heatmap(patches, "one patch a row", rows=names, annotate=True, ax=right)
 
 # %% [markdown]
-# Now each patch becomes a **vector**. Every entry of it is a weighted sum of the patch's pixels: one row of weights for each entry. We choose two rows by hand: one adds all pixels, one takes right minus left.
+# Patch 1 is `2 3 6 7`: two numbers from the first line, two from the second. In memory these pairs
+# are *not* neighbours, four and five lie between them. Keep this in mind for the bug below.
+
+# %% [markdown]
+# Now each patch becomes a **vector**. Every entry of it is a weighted sum of the patch's pixels:
+# one row of weights for each entry. We choose two rows by hand: one adds all pixels, one takes
+# right minus left.
 
 # %%
 weight = torch.tensor([[1, 1, 1, 1], [-1, 1, -1, 1]])  # (D=2, pixels=4)
@@ -165,12 +159,15 @@ vectors = patches @ weight.T  # (N=4, D=2)
 print(vectors)
 
 # %% [markdown]
-# Patch 0 holds 0, 1, 4, 5: the sum is 10, and right minus left is (1 + 5) − (0 + 4) = 2. The whole "embedding" is this one matrix product. In the real model the rows of weights are learned, and there are 1152 of them.
+# Patch 0 holds 0, 1, 4, 5: the sum is 10, and right minus left is (1 + 5) − (0 + 4) = 2. The whole
+# "embedding" is this one matrix product. In the real model the rows of weights are learned, and
+# there are 1152 of them.
 
 # %% [markdown]
 # ### Where was it?
 #
-# Take a picture of plain sky: all pixels equal, so all vectors are equal. Top and bottom cannot be told apart. The cure is to add to each vector a second one that depends only on the *place*.
+# Take a picture of plain sky: all pixels equal, so all vectors are equal. Top and bottom cannot be
+# told apart. The cure is to add to each vector a second one that depends only on the *place*.
 
 # %%
 sky = torch.full((4, 4), 5) @ weight.T
@@ -178,18 +175,22 @@ places = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])  # one vector a place
 print(sky, sky + places, sep="\n\n")
 
 # %% [markdown]
-# Now the four are distinct. `places` is a plain table with one row for each place. In SigLIP it starts as random numbers and is **learned** like any other weight. Nobody tells the model which rows are neighbours.
+# Now the four are distinct. `places` is a plain table with one row for each place. In SigLIP it
+# starts as random numbers and is **learned** like any other weight. Nobody tells the model which
+# rows are neighbours.
 
 # %% [markdown]
 # ## As a loop
 #
-# The plainest code for a colour picture: walk over rows and columns, cut a square, write its numbers in one line. `C` is the number of channels, `P` the patch's side.
+# The plainest code for a colour picture: walk over rows and columns, cut a square, write its
+# numbers in one line: first all red ones, then green, then blue. `C` is the number of channels,
+# `P` the patch's side. Then embed one patch at a time, here into 8 numbers with random weights.
 
 
 # %%
 def patches_by_loop(pixels, P):
     """float[C, H, W] → float[N, C·P·P], row by row."""
-    C, H, W = pixels.shape
+    _, H, W = pixels.shape
     patches = []
     for y in range(0, H, P):
         for x in range(0, W, P):
@@ -198,23 +199,18 @@ def patches_by_loop(pixels, P):
 
 
 slow = patches_by_loop(cat[0], 14)
-print(tuple(slow.shape), "and 3 · 14 · 14 =", 3 * 14 * 14)
-
-# %% [markdown]
-# 256 patches, each 588 numbers: first all red ones, then green, then blue. Then the embedding, one patch at a time, for a small width of 8 with random weights.
-
-# %%
 D = 8
 weight, bias = torch.randn(D, 588) / 588**0.5, torch.randn(D)
 vectors = torch.stack([weight @ patch + bias for patch in slow])
-print(tuple(vectors.shape))
+print(tuple(slow.shape), "→", tuple(vectors.shape))
 
 # %% [markdown]
 # ## Vectorised
 #
-# No loop is needed. Split the height in two axes (which row of patches, which line inside the patch), the width likewise. Then bring the two "which patch" axes to the front.
+# No loop is needed. Split the height in two axes (which row of patches, which line inside the
+# patch), the width likewise. Then bring the two "which patch" axes to the front.
 #
-# $$(C,\ R \cdot P,\ S \cdot P) \to (C, R, P, S, P) \to (R, S, C, P, P) \to (R \cdot S,\ C \cdot P \cdot P)$$
+# $$(C,\ RP,\ SP) \to (C, R, P, S, P) \to (R, S, C, P, P) \to (RS,\ CPP)$$
 
 
 # %%
@@ -230,7 +226,8 @@ assert torch.equal(patches_by_reshape(cat[0], 14), slow)
 print("equal to the loop, number for number")
 
 # %% [markdown]
-# `reshape` only renames addresses; `permute` is what moves patches together. PyTorch also has a function for exactly this: `F.unfold`. It returns the patches as columns, hence the transpose.
+# `reshape` only renames addresses; `permute` is what moves patches together. PyTorch also has a
+# function for exactly this: `F.unfold`. It returns the patches as columns, hence the transpose.
 
 # %%
 unfolded = F.unfold(cat, kernel_size=14, stride=14)  # (B, C·P·P, N)
@@ -241,25 +238,25 @@ print(tuple(unfolded.shape), "transposed, equal to the loop")
 # %% [markdown]
 # ### One convolution does both
 #
-# A **convolution** slides a small window over the picture and takes a weighted sum at each stop. Let the window be as large as a patch (`kernel_size=14`) and let it jump by a whole patch (`stride=14`): every stop is one patch. Cutting and multiplying become one operation.
+# A **convolution** slides a small window over the picture and takes a weighted sum at each stop.
+# With a window as large as a patch and a jump of a whole patch (`stride=14`), every stop is one
+# patch: cutting and multiplying become one.
+#
+# The result is still a grid, channels first. A sequence wants `(B, N, D)`: join rows and columns
+# into one axis, *then* swap it with the channel axis.
 
 # %%
 kernel = weight.view(D, 3, 14, 14)  # the same 588 weights a row, seen as a small picture
 grid = F.conv2d(cat, kernel, bias, stride=14)  # (B, D, rows, columns)
-print(tuple(grid.shape))
-
-# %% [markdown]
-# The result is still a grid: channel axis first, then 16 rows and 16 columns. A sequence wants `(B, N, D)`: join rows and columns into one axis, *then* swap it with the channel axis.
-
-# %%
 sequence = grid.flatten(2).transpose(1, 2)  # (B, D, N) → (B, N, D)
 assert torch.allclose(sequence[0], vectors, atol=1e-5)
-print(tuple(sequence.shape), "equal to the loop")
+print(tuple(grid.shape), "→", tuple(sequence.shape), "equal to the loop")
 
 # %% [markdown]
 # ## The module
 #
-# The convolution, the table of positions, and two checks. The names `patch_embedding` and `position_embedding` are those of the published checkpoint, so its weights load without renaming.
+# The convolution, the table of positions, and two checks. The names `patch_embedding` and
+# `position_embedding` are those of the published checkpoint, so its weights load without renaming.
 
 
 # %%
@@ -304,7 +301,9 @@ class PatchEmbedding(nn.Module):
 
 
 # %% [markdown]
-# The positions are the *whole* table, always in the same order, so no index is looked up. `nn.Embedding` is kept only for its name in the checkpoint. The same table is added to each picture of a batch.
+# The positions are the *whole* table, always in the same order, so no index is looked up.
+# `nn.Embedding` is kept only for its name in the checkpoint. The same table is added to each
+# picture of a batch.
 
 # %%
 embed = PatchEmbedding(hidden_size=D, image_size=224, patch_size=14)
@@ -319,15 +318,15 @@ print(tuple(out.shape), "equal to loop + matrix product + table")
 # %% [markdown]
 # ## Against the reference
 #
-# Does it do what the published implementation does? The file holds a picture, weights and the output of `SiglipVisionEmbeddings` from transformers, in small (28 × 28 pixels, patch 7, width 16). A test computes it afresh. `load_state_dict` is strict: any missing or misspelt name would raise.
+# Does it do what the published implementation does? The file holds a picture, weights and the
+# output of `SiglipVisionEmbeddings` from transformers, in small (28 × 28 pixels, patch 7, width
+# 16). A test computes it afresh. `load_state_dict` is strict: any missing or misspelt name would
+# raise.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 stored = load_file("reference/patch_embedding.safetensors")
 ours = PatchEmbedding(hidden_size=16, image_size=28, patch_size=7)
 ours.load_state_dict({name: stored[name] for name in ours.state_dict()})
-print({name: tuple(tensor.shape) for name, tensor in stored.items()})
-
-# %% tags=["nbval-ignore-output"]
 with torch.no_grad():
     difference = (ours(stored["pixel_values"]) - stored["output"]).abs().max().item()
 assert difference <= 1e-5
@@ -336,7 +335,8 @@ print(f"largest difference: {difference:.1e}")
 # %% [markdown]
 # ## See it: what positions do
 #
-# First without them. We shuffle the patches of the cat and embed both pictures with the positions set to zero. For each vector of one picture we look for the nearest vector of the other.
+# First without them. We shuffle the patches of the cat and embed both pictures with the positions
+# set to zero. For each vector of one picture we look for the nearest vector of the other.
 
 # %%
 order = torch.randperm(256)
@@ -352,23 +352,24 @@ def gap(embed):
 with_positions, without = PatchEmbedding(64, 224, 14), PatchEmbedding(64, 224, 14)
 without.position_embedding.weight.data.zero_()
 gaps = [gap(without), gap(with_positions)]
+assert gaps[0] < 1e-3 < gaps[1]
+print(f"without positions {gaps[0]:.2f}, with positions {gaps[1]:.2f}")
 
 # %%
 pair = [mosaic(tokens, 16), mosaic(tokens[order], 16)]
-titles = [f"{gaps[0]:.2f} apart without positions", f"{gaps[1]:.2f} apart with positions"]
 show_images(pair, ["the cat", "the same 256 patches, shuffled"], height=2.8)
 
-# %%
-print(titles[0], titles[1], sep="\n")
-assert gaps[0] < 1e-3 < gaps[1]
-
 # %% [markdown]
-# Without positions the two pictures are **the same bag of vectors**. Whatever comes after and treats all tokens alike, attention included, cannot tell the cat from the confetti. With positions a patch at a new place is a new vector.
+# Without positions the two pictures are **the same bag of vectors**. Whatever comes after and
+# treats all tokens alike, attention included, cannot tell the cat from the confetti. With
+# positions a patch at a new place is a new vector.
 
 # %% [markdown]
 # ### What does a learned position look like?
 #
-# The table starts as noise. Let us learn one, for a task that needs places: *guess a patch's colour from all the others*. We take 300 random crops of the three photographs, each as 8 × 8 patches with one mean colour a patch.
+# The table starts as noise. Let us learn one, for a task that needs places: *guess a patch's
+# colour from all the others*. We take 300 random crops of the three photographs, each as 8 × 8
+# patches with one mean colour a patch.
 
 
 # %%
@@ -386,7 +387,9 @@ colours = torch.stack([crop(index) for index in range(300)])  # (300, 64, 3)
 print(tuple(colours.shape))
 
 # %% [markdown]
-# The guess is a weighted mean of the other 63 colours. The weights come from the **position vectors alone**: large where two of them point the same way (a dot product), turned into shares that add up to 1 by softmax. This is a first taste of attention.
+# The guess is a weighted mean of the other 63 colours. The weights come from the **position
+# vectors alone**: large where two of them point the same way (a dot product), turned into shares
+# that add up to 1 by softmax. This is a first taste of attention.
 
 
 # %%
@@ -409,7 +412,9 @@ for step in range(201):
         print(f"step {step:3d}: squared error {loss.item():.3f}")
 
 # %% [markdown]
-# At step 0 all places look alike and the guess is the mean colour. At the end the error is about a third. What has the table learned? We take four places and draw how similar (cosine) every other place's vector is to theirs.
+# At step 0 all places look alike and the guess is the mean of the others. At the end it is about a
+# quarter of that. What has the table learned? We take four places and draw how similar (cosine)
+# every other place's vector is to theirs.
 
 # %%
 figure, axes = plt.subplots(2, 4, figsize=(8.4, 4.6), layout="constrained")
@@ -424,12 +429,17 @@ for row, (values, name) in enumerate([(before, "before"), (table.detach(), "lear
 save_figure(figure, "03_positions")
 
 # %% [markdown]
-# **What to notice.** Orange is similar, blue is opposite, the dot is the place itself. Nobody told the table that place 18 lies below place 10. It *found* the grid, because near patches have near colours. Position tables of trained vision transformers show the same spots.
+# **What to notice.** Orange is similar, blue is opposite, the dot is the place itself. Nobody told
+# the table that place 18 lies below place 10. It *found* the grid, because near patches have near
+# colours. Position tables of trained vision transformers show the same spots.
 
 # %% [markdown]
 # ### Nothing is lost
 #
-# A patch of 588 numbers goes into a vector of 1152. There is room for all of it: even from random weights the picture can be computed back. Take the position and the bias off, then undo the matrix.
+# A patch of 588 numbers goes into a vector of 1152. There is room for all of it: even from random
+# weights the picture can be computed back. So the embedding is no summary, only a change of
+# coordinates, learned to make what the next layers need easy to read. Summarising starts in the
+# encoder.
 
 # %%
 big = PatchEmbedding(hidden_size=1152, image_size=224, patch_size=14)
@@ -440,40 +450,26 @@ assert torch.allclose(back, slow, atol=1e-3)
 print("all", back.numel(), "pixel values recovered")
 
 # %% [markdown]
-# So the embedding is not a summary. It is a change of coordinates, chosen so that what the next layers need is easy to read. Summarising starts in the encoder.
-
-# %% [markdown]
 # ## At full size
 #
-# PaliGemma's vision tower is SigLIP So400m/14: width 1152, patch 14. We build it on the **meta device**: shapes without memory. A multiplication with its addition counts as two FLOPs.
+# PaliGemma's vision tower is SigLIP So400m/14: width 1152, patch 14. We build it on the **meta
+# device**: shapes without memory. A multiplication with its addition counts as two FLOPs;
+# PyTorch's own counter must agree with the formula $2 \cdot N \cdot 588 \cdot 1152$.
 
 # %%
-print(" size tokens  parameters   MFLOPs  MB of weights  MB out   (bfloat16)")
+print("size  tokens  parameters   MFLOPs  MB of weights  MB out   (bfloat16)")
 for size in (224, 448, 896):
-    with torch.device("meta"):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
         full = PatchEmbedding(1152, size, 14)
         out = full(torch.empty(1, 3, size, size))
     count = sum(p.numel() for p in full.parameters())
-    flops = 2 * full.num_patches * (3 * 14 * 14) * 1152
+    flops = counter.get_total_flops()
+    assert flops == 2 * full.num_patches * (3 * 14 * 14) * 1152
+    weights, result = count * 2 / 1e6, out.numel() * 2 / 1e6  # two bytes a number
     print(
-        f"{size:5} {full.num_patches:6} {count:11,} {flops / 1e6:8,.0f} {count * 2 / 1e6:14.2f} {out.numel() * 2 / 1e6:7.2f}"
+        f"{size:4} {full.num_patches:7} {count:11,} {flops / 1e6:8,.0f} {weights:14.2f} {result:7.2f}"
     )
 
-# %% [markdown]
-# Twice the side: four times the tokens, FLOPs and output. The convolution's weights stay the same; only the table grows. PyTorch's own counter should agree with the formula.
-
-# %%
-from torch.utils.flop_counter import FlopCounterMode
-
-with FlopCounterMode(display=False) as counter:
-    full(torch.empty(1, 3, 896, 896, device="meta"))
-assert counter.get_total_flops() == flops
-print(f"{counter.get_total_flops():,} FLOPs at 896, as computed")
-
-# %% [markdown]
-# How much is that of the whole tower? An encoder block (lessons 04 and 05) holds four D × D matrices, an MLP of D × M twice, and small vectors. There are 27.
-
-# %%
 D, M, layers = 1152, 4304, 27
 block = 4 * (D * D + D) + (D * M + M) + (M * D + D) + 4 * D
 patch_part = 3 * 14 * 14 * D + D + 256 * D
@@ -481,44 +477,42 @@ tower = patch_part + layers * block + 2 * D
 print(f"{patch_part:,} of {tower:,} parameters: {patch_part / tower:.2%}")
 
 # %% [markdown]
-# A quarter of a per cent. The patch embedding is nearly free itself; its *choice* is dear, since patch size and picture size fix how many tokens all later layers must carry. And the time, measured here (best of five):
+# Twice the side: four times the tokens, FLOPs and output; of the weights only the table grows.
+# Last line: the part's share of the whole tower at 224, whose 27 blocks are counted by formula
+# (lesson 05 builds them). The part is nearly free; its *choice* is dear, since it fixes how many
+# tokens all later layers carry.
+#
+# Now the time on this machine: the module at each size, then the three ways at 448.
 
 
 # %% tags=["nbval-ignore-output"]
-def best(function, *inputs, runs=5):
-    """Shortest of a few runs, in milliseconds."""
+def best(function, *inputs):
+    """Shortest of three runs, in milliseconds."""
     times = []
     with torch.no_grad():
-        for _ in range(runs):
+        for _ in range(3):
             start = time.perf_counter()
             function(*inputs)
             times.append(time.perf_counter() - start)
     return 1000 * min(times)
 
 
-for size in (224, 448, 896):
+for size in (224, 896, 448):
     full, image = PatchEmbedding(1152, size, 14), torch.randn(1, 3, size, size)
     print(f"{size}: {best(full, image):.1f} ms")
 
-# %% [markdown]
-# And what did leaving the loop bring? The same 448 picture in three ways, each including the matrix product:
-
-# %% tags=["nbval-ignore-output"]
-full, image = PatchEmbedding(1152, 448, 14), torch.randn(1, 3, 448, 448)
 kernel, bias = full.patch_embedding.weight.flatten(1), full.patch_embedding.bias
-one_by_one = lambda: torch.stack([kernel @ patch + bias for patch in patches_by_loop(image[0], 14)])
-as_matrix = lambda: F.linear(patches_by_reshape(image[0], 14), kernel, bias)
-for name, way in (
-    ("loop", one_by_one),
-    ("reshape + matmul", as_matrix),
-    ("Conv2d", lambda: full(image)),
-):
-    print(f"{name:17} {best(way, runs=3):.1f} ms")
+loop = lambda: torch.stack([kernel @ patch + bias for patch in patches_by_loop(image[0], 14)])
+matrix = lambda: F.linear(patches_by_reshape(image[0], 14), kernel, bias)
+for name, way in {"loop": loop, "reshape": matrix, "Conv2d": lambda: full(image)}.items():
+    print(f"{name:8} {best(way):6.1f} ms")
 
 # %% [markdown]
 # ## A bug people really make
 #
-# A colleague writes the module anew. The shapes are right, no error, the statistics are the same to the last digit. After a day of training the model describes colours well and never says where anything is.
+# A colleague writes the module anew. It runs, the shapes are right, the loss goes down. But after
+# a day of training the model names colours well and never says *where* anything is. Read `forward`
+# and compare the numbers before you scroll on.
 
 
 # %%
@@ -529,36 +523,42 @@ class ColleaguesEmbedding(PatchEmbedding):
         return patches + self.position_embedding.weight
 
 
+torch.manual_seed(3)
+right, wrong = PatchEmbedding(588, 224, 14), ColleaguesEmbedding(588, 224, 14)
+wrong.load_state_dict(right.state_dict())
+right.position_embedding.weight.data.zero_()
+wrong.position_embedding.weight.data.zero_()
+for embed in (right, wrong):
+    out = embed(cat)
+    print(f"{tuple(out.shape)}  mean {out.mean():.3f}  spread {out.std():.3f}")
+
 # %% [markdown]
-# To look inside, give both modules weights that *copy*: width 588, an identity matrix as kernel, no bias, no positions. Then each output vector should simply be a patch, and we can draw it.
+# Same shape, same mean, same spread. To look inside, let the weights *copy*: width 588, an
+# identity matrix as kernel, no bias, no positions. Then each output vector should simply be a
+# patch, and we can draw it.
 
 # %%
 views = []
-for kind in (PatchEmbedding, ColleaguesEmbedding):
-    copy = kind(hidden_size=588, image_size=224, patch_size=14)
-    copy.patch_embedding.weight.data = torch.eye(588).view(588, 3, 14, 14)
-    for tensor in (copy.patch_embedding.bias, copy.position_embedding.weight):
-        tensor.data.zero_()
-    views.append(copy(cat)[0].detach())
-    print(
-        f"{kind.__name__:20} {tuple(views[-1].shape)}  mean {views[-1].mean():.3f}  std {views[-1].std():.3f}"
-    )
-
-# %%
-save_figure(
-    show_images(
-        [mosaic(view, 16, gap=1) for view in views], ["ours", "the colleague's"], height=3.4
-    ),
-    "03_bug",
-)
+for embed in (right, wrong):
+    embed.patch_embedding.weight.data = torch.eye(588).view(588, 3, 14, 14)
+    embed.patch_embedding.bias.data.zero_()
+    views.append(mosaic(embed(cat)[0].detach(), 16, gap=1))
+save_figure(show_images(views, ["ours", "the colleague's"], height=3.4), "03_bug.png")
 
 # %% [markdown]
-# The picture is shredded. The convolution's result lies in memory as D grids of 16 × 16. `reshape` to `(N, D)` cuts that memory into runs of D numbers: it mixes **places** where it should mix channels. A "token" is now two or three whole maps of one weight each. `transpose` was not decoration.
+# The picture is shredded. The convolution's result lies in memory as D grids of 16 × 16. `reshape`
+# to `(N, D)` cuts that memory into runs of D numbers: it mixes **places** where only channels
+# belong together. Its "token 0" is filter 0 at all 256 places, then filter 1 at all places, and
+# the first part of filter 2.
 
 # %% [markdown]
 # ### The check that finds it
 #
-# Do not look at shapes; ask about **cause and effect**. Change one patch of the picture: exactly one token may change. This works for any weights and in any framework.
+# Do not look at shapes; ask about **cause and effect**. Change one patch of the picture: exactly
+# one token may change. This works for any weights and in any framework.
+#
+# And it is needed: the scrambling is the same for each picture, so the module still *learns*, only
+# badly. No error will ever tell you.
 
 
 # %%
@@ -577,14 +577,13 @@ print("the colleague's:", len(touched), "tokens:", touched[:5], "…")
 assert tokens_touched(PatchEmbedding) == [53] and len(touched) > 1
 
 # %% [markdown]
-# Worse: the module still *learns*, since the scrambling is the same for each picture. It only learns badly. Silent bugs of this kind cost weeks; the check costs six lines.
-
-# %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1 (predict): who notices the shuffle?
 #
-# Embed the cat and the shuffled cat. Three comparisons: **(a)** the *bag* of vectors (in any order) without positions; **(b)** the *mean* of all vectors, **with** positions; **(c)** the bag with positions. For each: does it change? Answer with three of `True` / `False`.
+# Embed the cat and the shuffled cat. Three comparisons: **(a)** the *bag* of vectors (in any
+# order) without positions; **(b)** the *mean* of all vectors, **with** positions; **(c)** the bag
+# with positions. For each: does it change? Answer with three of `True` / `False`.
 
 # %% tags=["exercise"]
 answer = None  # your answer, such as (True, True, True)
@@ -609,16 +608,16 @@ check(test_1, answer)
 # </details>
 
 # %% tags=["solution"]
-answer = (False, False, True)  # mean(patch + place) = mean(patch) + mean(place): order falls out
+# mean(patch + place) = mean(patch) + mean(place): averaging removes the order again. Positions
+# help only where something non-linear (attention, an MLP) acts before the vectors are summed.
+answer = (False, False, True)
 check(test_1, answer)
-
-# %% [markdown]
-# The middle one surprises. Adding positions and then averaging removes them again. Positions help only where something *non-linear* (attention, an MLP) acts on each vector before they are summed.
 
 # %% [markdown]
 # ### Exercise 2 (fill in): which pixels does a token see?
 #
-# To draw attention on a picture you must know where token `index` lies. Return its box `(x0, y0, x1, y1)` in pixels, the last two not included. Mind the order: x runs to the right.
+# To draw attention on a picture you must know where token `index` lies. Return its box `(x0, y0,
+# x1, y1)` in pixels, the last two not included. Mind the order: x runs to the right.
 
 
 # %% tags=["exercise"]
@@ -665,7 +664,9 @@ check(test_2, patch_box)
 # %% [markdown]
 # ### Exercise 3 (extend): a table for a larger picture
 #
-# A model trained at 224 has 256 positions; at 448 it needs 1024. The usual start is to see the table as a small *picture* with D channels and enlarge it. Write `resize_positions(table, side)`: float[N, D] → float[side², D], bilinear (`F.interpolate`, `align_corners=False`).
+# A model trained at 224 has 256 positions; at 448 it needs 1024. The usual start is to see the
+# table as a small *picture* with D channels and enlarge it. Write `resize_positions(table, side)`:
+# float[N, D] → float[side², D], bilinear (`F.interpolate`, `align_corners=False`).
 
 
 # %% tags=["exercise"]
@@ -685,7 +686,7 @@ def test_3(resize_positions):
     assert (row == row[:, :1]).all() and (row.diff(dim=0) >= 0).all(), "rows are mixed up"
     assert (column == column[:1]).all(), "columns are mixed up"
     assert torch.allclose(row[1:3, 0], torch.tensor([0.25, 0.75])), (
-        "not bilinear with align_corners=False"
+        "not bilinear, or corners aligned"
     )
 
 
@@ -694,7 +695,8 @@ check(test_3, resize_positions)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `F.interpolate` wants `(1, D, rows, columns)`. Go there and back with `reshape` *and* `permute`: the bug of this lesson is waiting on both ways.
+# `F.interpolate` wants `(1, D, rows, columns)`. Go there and back with `reshape` *and* `permute`:
+# the bug of this lesson is waiting on both ways.
 #
 # </details>
 
@@ -713,8 +715,10 @@ check(test_3, resize_positions)
 # ## Summary
 #
 # - A picture becomes a sequence by cutting: N = (size / patch)², in reading order.
-# - The embedding is one matrix product for each patch. `Conv2d` with kernel = stride is that product.
-# - Without positions a picture is a bag of patches; a learned table gives each place its own vector.
+# - The embedding is one matrix product for each patch. `Conv2d` with kernel = stride is that
+#   product.
+# - Without positions a picture is a bag of patches; a learned table gives each place its own
+#   vector.
 # - The part is cheap. The number of tokens it makes is not.
 # - Test *what affects what*, not only shapes.
 
@@ -725,7 +729,8 @@ check(test_3, resize_positions)
 #
 # <details><summary>Answer</summary>
 #
-# Patches overlap by half. The window stops (224 − 14) / 7 + 1 = 31 times each way: 961 tokens for 256, and each inner pixel is seen four times. The weights keep their shape.
+# Patches overlap by half. The window stops (224 − 14) / 7 + 1 = 31 times each way: 961 tokens for
+# 256, and each inner pixel is seen four times. The weights keep their shape.
 #
 # </details>
 
@@ -734,24 +739,30 @@ check(test_3, resize_positions)
 #
 # <details><summary>Answer</summary>
 #
-# The convolution could. The table of positions cannot: 256 rows for 1024 patches. It must be enlarged (exercise 3) and trained further, and that is why there are separate checkpoints for each size.
+# The convolution could. The table of positions cannot: 256 rows for 1024 patches. It must be
+# enlarged (exercise 3) and trained further, and that is why there are separate checkpoints for
+# each size.
 #
 # </details>
 
 # %% [markdown]
-# **3.** Going from 224 to 896 pixels, by how much do tokens grow, and by how much the pairs that attention compares?
+# **3.** Going from 224 to 896 pixels, by how much do tokens grow, and by how much the pairs that
+# attention compares?
 #
 # <details><summary>Answer</summary>
 #
-# The side grows four times, tokens 16 times (256 → 4096), pairs 256 times. For small print or small objects this can be worth it; for naming the animal it is not.
+# The side grows four times, tokens 16 times (256 → 4096), pairs 256 times. For small print or
+# small objects this can be worth it; for naming the animal it is not.
 #
 # </details>
 
 # %% [markdown]
 # ## References
 #
-# - Dosovitskiy et al. 2021, *An Image is Worth 16x16 Words* (ViT), section 3.1; its figure 7 shows learned positions.
-# - Zhai et al. 2023, *Sigmoid Loss for Language Image Pre-Training* (SigLIP); Alabdulmohsin et al. 2023 for the So400m shape.
+# - Dosovitskiy et al. 2021, *An Image is Worth 16x16 Words* (ViT), section 3.1; its figure 7 shows
+#   learned positions.
+# - Zhai et al. 2023, *Sigmoid Loss for Language Image Pre-Training* (SigLIP); Alabdulmohsin et al.
+#   2023 for the So400m shape.
 # - Beyer et al. 2024, *PaliGemma*, section 3: sizes 224, 448, 896.
 # - `SiglipVisionEmbeddings` in transformers, `modeling_siglip.py`; `vit.py` in big_vision.
 
