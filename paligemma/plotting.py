@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.transforms import Affine2D
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 COLOURS = {
@@ -91,6 +92,27 @@ def to_array(values):
     return np.asarray(values)
 
 
+def sample_picture(name="cat"):
+    """Open one of the pictures that ship with the course.
+
+    Args:
+        name: "cat", "coffee", "astronaut" or "scene".
+
+    Returns:
+        PIL.Image in RGB.
+
+    Raises:
+        ValueError: there is no picture of that name.
+    """
+    folder = resources.files("paligemma") / "assets" / "pictures"
+    files = [entry for entry in folder.iterdir() if entry.name.endswith((".jpg", ".png"))]
+    found = {entry.name.rpartition(".")[0]: entry for entry in files}
+    if name not in found:
+        raise ValueError(f"no sample picture {name!r}: choose from {', '.join(sorted(found))}")
+    with found[name].open("rb") as file:
+        return Image.open(file).convert("RGB")
+
+
 def to_pixels(image):
     """Turn a picture of any usual kind into pixels that can be drawn.
 
@@ -125,30 +147,6 @@ def to_pixels(image):
     return pixels.astype(np.uint8)
 
 
-def sample_picture(name="cat"):
-    """Open one of the pictures that ship with the course.
-
-    Args:
-        name: "cat", "coffee", "astronaut" or "scene".
-
-    Returns:
-        PIL.Image in RGB.
-
-    Raises:
-        ValueError: there is no picture of that name.
-    """
-    folder = resources.files("paligemma") / "assets" / "pictures"
-    found = {}
-    for entry in folder.iterdir():
-        stem, _, suffix = entry.name.rpartition(".")
-        if suffix in ("jpg", "png"):
-            found[stem] = entry
-    if name not in found:
-        raise ValueError(f"no sample picture {name!r}: choose from {', '.join(sorted(found))}")
-    with found[name].open("rb") as file:
-        return Image.open(file).convert("RGB")
-
-
 def show_images(images, titles=None, columns=None, height=2.2):
     """Lay pictures out in a grid, each in its own proportions.
 
@@ -168,7 +166,9 @@ def show_images(images, titles=None, columns=None, height=2.2):
     if not pictures:
         raise ValueError("there is nothing to show: give at least one picture")
     aspect = max(picture.shape[1] / picture.shape[0] for picture in pictures)
-    columns = columns or max(1, min(len(pictures), int(9.5 / (height * aspect + 0.15))))
+    if columns is None:  # what fits into a row, a little smaller if that saves a row
+        rows = max(1, round(len(pictures) * (height * aspect + 0.15) / 9.5))
+        columns = math.ceil(len(pictures) / rows)
     rows = math.ceil(len(pictures) / columns)
     width = min(height * aspect, 9.5 / columns - 0.15)
     lines = max((str(title).count("\n") + 1 for title in titles), default=0)
@@ -233,7 +233,9 @@ def _limits(values, centre):
 
 
 def _label_cells(ax, shape, rows, columns):
-    rows, columns = ([str(name) for name in names or []] for names in (rows, columns))
+    rows, columns = (
+        [] if names is None else [str(name) for name in names] for names in (rows, columns)
+    )
     turn = {"rotation": 45, "ha": "right"} if max(map(len, columns), default=0) > 5 else {}
     ax.set_xticks(range(len(columns)), columns, rotation_mode="anchor", **turn)
     ax.set_yticks(range(len(rows)), rows)
@@ -275,7 +277,7 @@ def _names_and_colours(labels, count):
 
 def _write_label(picture, text, x, y, colour):
     """Write text on a tag that stands on (x, y), moved or shortened to lie in the picture."""
-    pad = round(2 * _scale(picture))
+    text, pad = " ".join(text.split()), round(2 * _scale(picture))
     size = min(12 * _scale(picture), picture.height / 3)
     while size > 7 and _font(size).getlength(text) + 2 * pad > picture.width:
         size *= 0.9
@@ -312,7 +314,7 @@ def draw_boxes(image, boxes, labels=None):
     edge = [picture.width - 1, picture.height - 1]
     corners = boxes.reshape(-1, 2, 2).clip(0, edge).round().astype(int)  # (objects, 2, 2)
     corners = [(*pair.min(axis=0).tolist(), *pair.max(axis=0).tolist()) for pair in corners]
-    draw, line = ImageDraw.Draw(picture), round(2.5 * _scale(picture))
+    draw, line = ImageDraw.Draw(picture), round(3 * _scale(picture))
     for corner, colour in zip(corners, colours):
         draw.rectangle(corner, outline=colour, width=line)
     for corner, name, colour in zip(corners, names, colours):
@@ -337,15 +339,13 @@ def draw_masks(image, masks, labels=None):
     picture = Image.fromarray(to_pixels(image))
     masks = [to_array(mask).astype(bool) for mask in masks]
     names, colours = _names_and_colours(labels, len(masks))
-    reach = 2 * round(1.5 * _scale(picture)) + 1
+    shrink = ImageFilter.BoxBlur(round(1.5 * _scale(picture)))  # only deep inside stays 255
     for mask, colour in zip(masks, colours):
         if mask.shape != (picture.height, picture.width):
-            raise ValueError(
-                f"a mask has shape {list(mask.shape)}, the picture is {picture.height} high and "
-                f"{picture.width} wide: resize the mask to the picture"
-            )
+            right = [picture.height, picture.width]
+            raise ValueError(f"a mask has shape {list(mask.shape)}, expected {right}: resize it")
         shape = Image.fromarray(mask.astype(np.uint8) * 255)
-        inside = np.asarray(shape.filter(ImageFilter.MinFilter(reach))) > 0
+        inside = np.asarray(shape.filter(shrink)) == 255
         strength = np.where(mask & ~inside, 255, np.where(mask, 110, 0)).astype(np.uint8)
         picture.paste(colour, mask=Image.fromarray(strength))
     for mask, name, colour in zip(masks, names, colours):
@@ -395,7 +395,7 @@ def _wrap(text, font, width):
 
 
 def show_attention(image, weights, titles=None, columns=None):
-    """Show where on a picture attention falls: what it looks at stays bright.
+    """Show where on a picture attention falls: what it looks at glows.
 
     Args:
         image: the picture (what `to_pixels` takes).
@@ -419,28 +419,22 @@ def show_attention(image, weights, titles=None, columns=None):
     pixels = to_pixels(image).astype(float)
     height, width = pixels.shape[:2]
     rows, columns_of = np.arange(height) * side // height, np.arange(width) * side // width
-    dim = pixels.mean(axis=2, keepdims=True) * 0.3
+    dim = 40 + 0.3 * pixels.mean(axis=2, keepdims=True)
+    bright = 0.5 * pixels + 0.5 * np.array([255, 205, 70])
     pictures = []
     for level in maps.clip(0) / maps.max(axis=1, keepdims=True).clip(1e-12):
         level = level.reshape(side, side)[rows][:, columns_of, None]  # (H, W, 1)
-        pictures.append((dim + (pixels - dim) * level).round().astype(np.uint8))
+        pictures.append((dim + (bright - dim) * level).round().astype(np.uint8))
     return show_images(pictures, titles, columns, height=2.4)
 
 
 def check(test, *answers):
-    """Run the test of an exercise and print how it went, without ever raising.
-
-    Args:
-        test: a function that asserts.
-        answers: what it is called with.
-    """
+    """Run the test of an exercise on the answers and print how it went; never raises."""
     try:
         test(*answers)
     except (Exception, SystemExit) as error:
         kind, reason = type(error).__name__, str(error).strip().split("\n")[0]
-        if not isinstance(error, AssertionError):
-            reason = f"{kind}: {reason}" if reason else kind
-        print(f"✗ not yet: {reason or 'an assertion failed'}")
+        print("✗ not yet:", reason if kind == "AssertionError" and reason else f"{kind}: {reason}")
     else:
         print("✓ correct")
 
@@ -457,12 +451,11 @@ def save_figure(figure, name):
     """
     drawn = hasattr(figure, "savefig")
     if folder := os.environ.get("PALIGEMMA_FIGURES"):
-        suffix = "" if Path(name).suffix else ".svg" if drawn else ".png"
-        path = Path(folder) / f"{name}{suffix}"
+        path = Path(folder) / (name if Path(name).suffix else name + (".svg" if drawn else ".png"))
         path.parent.mkdir(parents=True, exist_ok=True)
         if drawn:
             undated = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-            figure.savefig(path, bbox_inches="tight", metadata=undated, dpi=160)
+            figure.savefig(path, bbox_inches="tight", metadata=undated, dpi=130)
         else:
             figure.save(path)
     if drawn:
@@ -575,44 +568,38 @@ def _shape(ax, left, bottom, width, height, fill, edge, line=0.9, order=4):
     ax.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle=corner, **style))
 
 
+def _number(stem):
+    return f"{list(STEMS).index(stem):02d}"
+
+
 def _draw_box(ax, stem, left, bottom, width, height, text, lit):
     colour = COLOURS[STEMS[stem]]
-    fill, edge, ink = (
-        (colour, colour, "white") if lit else (_mix(colour, a) for a in (0.09, 0.35, 0.72))
-    )
+    fill, ink = (colour, "white") if lit else (_mix(colour, 0.09), _mix(colour, 0.72))
+    inside = 4 < height < 6  # the small boxes within attention, which may have the same colour
+    edge = _mix(colour, 0.35) if not lit else "white" if inside else colour
     _shape(ax, left, bottom, width, height, fill, edge)
-    low = height < 4
-    shift = (0.9, -0.1) if low else (0, -0.75 if height < 6 else -0.5)
-    ax.text(
-        left + width / 2 + shift[0],
-        bottom + height / 2 + shift[1],
-        text,
-        ha="center",
-        va="center",
-        color=ink,
-        fontsize=8.5 if height > 6 else 7.1,
-        weight="bold" if lit else "normal",
-        linespacing=1.25,
-        zorder=5,
-    )
-    y, side = (bottom + height / 2 - 0.1, "center") if low else (bottom + height - 0.5, "top")
-    number = f"{list(STEMS).index(stem):02d}"
-    ax.text(left + 0.7, y, number, va=side, color=ink, fontsize=6, zorder=5)
+    weight = "bold" if lit else "normal"
+    if height < 4:
+        x, y, top, size = left + width / 2 + 0.9, bottom + height / 2 - 0.1, None, 7.1
+    else:
+        lower, size = (0.75, 7.1) if inside else (0.5, 8.5)
+        x, y, top = left + width / 2, bottom + height / 2 - lower, bottom + height - 0.5
+    where = {"ha": "center", "va": "center", "color": ink, "zorder": 5}
+    ax.text(x, y, text, fontsize=size, weight=weight, linespacing=1.25, **where)
+    where |= {"ha": "left", "va": "top" if top else "center"}
+    ax.text(left + 0.7, top or y, _number(stem), fontsize=6, **where)
 
 
 def _draw_frame(ax, stem, left, bottom, width, height, title, lit):
     colour, inner = COLOURS[STEMS[stem]], height < 12
-    fill, edge = (
-        _mix(colour, (0.28 if inner else 0.14) if lit else 0.05),
-        _mix(colour, 1 if lit else 0.35),
-    )
-    _shape(ax, left, bottom, width, height, fill, edge, line=1.6 if lit else 0.8, order=2)
-    ink, y = _mix(colour, 1 if lit else 0.72), bottom + height - (1.6 if inner else 1.9)
+    fill = _mix(colour, (1 if inner else 0.14) if lit else 0.05)
+    edge, line = _mix(colour, 1 if lit else 0.35), 1.6 if lit else 0.8
+    _shape(ax, left, bottom, width, height, fill, edge, line=line, order=2)
+    ink = "white" if inner and lit else _mix(colour, 1 if lit else 0.72)
+    y, size = (bottom + height - 1.6, 7.2) if inner else (bottom + height - 1.9, 8)
     weight = "bold" if lit else "normal"
-    ax.text(left + 1.1, y, f"{list(STEMS).index(stem):02d}", va="center", color=ink, fontsize=6)
-    ax.text(
-        left + 3.4, y, title, va="center", color=ink, fontsize=7.2 if inner else 8, weight=weight
-    )
+    ax.text(left + 1.1, y, _number(stem), va="center", color=ink, fontsize=6)
+    ax.text(left + 3.4, y, title, va="center", color=ink, fontsize=size, weight=weight)
 
 
 def _draw_arrow(ax, corners):
@@ -638,10 +625,9 @@ def _draw_sequence(ax, lit):
 
 
 def _draw_ends(ax, lit):
-    """Draw what goes in and what comes out, and the names of the two lowest rows."""
-    ink = COLOURS["ink"]
-    words = COLOURS["vision"] if lit else _mix(COLOURS["vision"], 0.72)
-    _draw_cat(ax, 1, 46.4, 1.0 if lit else 0.35)
+    """Draw what goes in and what comes out, the sums, and the names of the two lowest rows."""
+    words = _mix(COLOURS["vision"], 1 if lit else 0.72)
+    _draw_cat(ax, 1, 46.4, 1.0 if lit else 0.35, words)
     ax.text(1.2, 58, "01", fontsize=6, color=words)
     ax.text(3.4, 58, "picture", fontsize=8, color=words, weight="bold" if lit else "normal")
     for left, bottom, height, text, name in (
@@ -655,26 +641,23 @@ def _draw_ends(ax, lit):
     ax.text(0.4, 6, "use it", fontsize=8, va="center")
     ax.text(0.4, 2, "train it", fontsize=8, va="center")
     for x in (39.3, 61):
-        ax.add_patch(
-            Circle((x, 19.8), 1.2, facecolor="white", edgecolor=ink, linewidth=0.9, zorder=4)
-        )
+        ax.add_patch(Circle((x, 19.8), 1.2, fc="white", ec=COLOURS["ink"], lw=0.9, zorder=4))
         ax.text(x, 19.75, "+", ha="center", va="center", fontsize=8, zorder=5)
 
 
-def _draw_cat(ax, left, bottom, strength):
-    fur, dark = "#d98a3d", COLOURS["ink"]
+def _draw_cat(ax, left, bottom, strength, frame):
+    place = Affine2D().scale(1.04).translate(left, bottom) + ax.transData
     for shape, colour in (
         (Rectangle((0, 0), 10, 10), "#bcdcec"),
         (Rectangle((0, 0), 10, 2.4), "#9cc08f"),
-        (Polygon([(2.2, 8.8), (2.1, 5), (4.4, 6.6)]), fur),
-        (Polygon([(7.8, 8.8), (7.9, 5), (5.6, 6.6)]), fur),
-        (Circle((5, 4.6), 2.95), fur),
-        (Circle((3.8, 5.1), 0.42), dark),
-        (Circle((6.2, 5.1), 0.42), dark),
+        (Polygon([(2.2, 8.8), (2.1, 5), (4.4, 6.6)]), "#d98a3d"),
+        (Polygon([(7.8, 8.8), (7.9, 5), (5.6, 6.6)]), "#d98a3d"),
+        (Circle((5, 4.6), 2.95), "#d98a3d"),
+        (Circle((3.8, 5.1), 0.42), COLOURS["ink"]),
+        (Circle((6.2, 5.1), 0.42), COLOURS["ink"]),
         (Polygon([(4.6, 4.2), (5.4, 4.2), (5, 3.7)]), "#7d3b2a"),
     ):
-        shape.set(facecolor=_mix(colour, strength), edgecolor="none", zorder=4)
-        shape.set_transform(
-            mpl.transforms.Affine2D().scale(1.04).translate(left, bottom) + ax.transData
-        )
+        shape.set(facecolor=_mix(colour, strength), zorder=4, transform=place)
         ax.add_artist(shape)
+    frame = Rectangle((0, 0), 10, 10, fill=False, ec=frame, lw=2 * strength, zorder=4)
+    ax.add_artist(frame).set_transform(place)

@@ -21,11 +21,14 @@
 # **What you will be able to do**
 #
 # - say what every number of a picture means: its row, its column, its channel, its range;
-# - turn a picture from the layout of files into the layout of networks and back, and prove it right;
+# - turn a picture from the layout of files into the layout of networks and back, and prove it
+#   right;
 # - use the drawing helpers that all later lessons use, and read the map of the course.
 
 # %% [markdown]
-# The map below is drawn in every lesson. Follow the arrows: a picture and a prompt come in at the left, an answer leaves at the right. The coloured box is the part that the lesson builds; the small number in a box is its lesson. Today it is only the picture itself.
+# The map below is drawn in every lesson. Follow the arrows: a picture and a prompt come in at the
+# left, an answer leaves at the right. The coloured box is the part that the lesson builds; the
+# small number in a box is its lesson. Today it is only the picture itself.
 
 # %% tags=["map"]
 from paligemma.plotting import model_map, sample_picture  # the module that this lesson builds
@@ -35,7 +38,8 @@ model_map("plotting")
 # %% [markdown]
 # ## Setup
 #
-# NumPy and Pillow hold pictures on the way in, PyTorch holds them inside the model, matplotlib draws. Nothing here is random.
+# NumPy and Pillow hold pictures on the way in, PyTorch holds them inside the model, matplotlib
+# draws. Nothing here is random.
 
 # %%
 import time
@@ -48,29 +52,36 @@ from PIL import Image
 # %% [markdown]
 # ## The problem
 #
-# A neural network multiplies and adds. So before a model can see a cat, the cat has to be numbers, in an order on which the code that loads the picture and the code that reads it agree.
+# A neural network multiplies and adds. So before a model can see a cat, the cat has to be
+# numbers, in an order on which the code that loads the picture and the code that reads it agree.
 #
-# Nothing fails when they disagree: a wrong order is still a picture, only of something else. This lesson makes the agreement explicit, and gives us the means to look.
+# Nothing fails when they disagree: a wrong order is still a picture, only of something else. This
+# lesson makes the agreement explicit, and gives us the means to look.
 
 # %%
 cat = sample_picture("cat")
-eye = (152, 84, 172, 97)  # left, top, right, bottom, in pixels
-figure, (whole, close) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+eye = (155, 101, 185, 121)  # left, top, right, bottom, in pixels
+figure, (whole, close) = plt.subplots(1, 2, figsize=(8, 2.7), layout="constrained")
 whole.imshow(cat)
-whole.add_patch(plt.Rectangle(eye[:2], 20, 13, fill=False, edgecolor="white", linewidth=2))
+whole.add_patch(plt.Rectangle(eye[:2], 30, 20, fill=False, edgecolor="white", linewidth=2))
 close.imshow(cat.crop(eye), interpolation="nearest")
 whole.set_title(f"{cat.width} × {cat.height} pixels")
-close.set_title("the white frame: 20 × 13 pixels, each one colour")
+close.set_title("the white frame: 30 × 20 pixels, one colour each")
 for axis in (whole, close):
     axis.set_axis_off()
 
 # %% [markdown]
-# **What to notice.** From close up there is no cat and no eye, only small squares of one colour each: *pixels*. A colour is three numbers: how much red, green and blue light. These three are the *channels*.
+# **What to notice.** From close up there is no cat and no eye, only small squares of one colour
+# each: *pixels*. A colour is three numbers: how much red, green and blue light. These three are
+# the *channels*.
 
 # %% [markdown]
 # ## By hand
 #
-# A picture small enough to type: 2 rows, 4 columns. Each pixel is (red, green, blue), from 0 (dark) to 255 (full).
+# A picture small enough to type: 2 rows, 4 columns. Each pixel is (red, green, blue), from 0
+# (dark) to 255 (full). The axes are height, width, channel: **HWC**. The row comes first, so the
+# pixel at x = 2, y = 0 is `tiny[0, 2]`. Boxes are usually written x first: many a box in the
+# wrong place starts here.
 
 # %%
 rows = [
@@ -79,11 +90,6 @@ rows = [
 ]
 tiny = torch.tensor(rows, dtype=torch.uint8)  # (2, 4, 3): height, width, channel
 print(list(tiny.shape), tiny.dtype)
-
-# %% [markdown]
-# The axes are height, width, channel: **HWC**. The row comes first, so the pixel at x = 2, y = 0 is `tiny[0, 2]`. Boxes are usually written x first. Half of all "my boxes are in the wrong place" starts here.
-
-# %%
 print("row 0, column 2:", tiny[0, 2].tolist(), "blue")
 print("row 1, column 3:", tiny[1, 3].tolist(), "the cat's orange")
 print("all reds:", tiny[:, :, 0].tolist())
@@ -91,7 +97,8 @@ print("all reds:", tiny[:, :, 0].tolist())
 # %% [markdown]
 # ### One byte a number
 #
-# `uint8` is a whole number in eight bits: 0 to 255. It is what files hold. It does not calculate well: past 255 it starts again at 0, with no warning. Make the grey pixel 200 brighter:
+# `uint8` is a whole number in eight bits: 0 to 255. It is what files hold. It does not calculate
+# well: past 255 it starts again at 0, with no warning. Make the grey pixel 200 brighter:
 
 # %%
 grey = tiny[1, 1]
@@ -101,9 +108,10 @@ print("float32:", (grey.float() + 200).tolist())
 # %% [markdown]
 # ### Three ranges
 #
-# So we convert to float before any arithmetic. Three ranges are in use, and a model understands only the one it was trained with. SigLIP, the eye of PaliGemma, wants $[-1, 1]$:
+# So we convert to float before any arithmetic. Three ranges are in use, and a model understands
+# only the one it was trained with. SigLIP, the eye of PaliGemma, wants $[-1, 1]$:
 #
-# $$ x \in \{0 \dots 255\} \;\to\; \frac{x}{255} \in [0, 1] \;\to\; 2\,\frac{x}{255} - 1 \in [-1, 1] $$
+# $$ x \in [0, 255] \;\to\; \frac{x}{255} \in [0, 1] \;\to\; 2\,\frac{x}{255} - 1 \in [-1, 1] $$
 
 # %%
 orange = tiny[1, 3]
@@ -116,7 +124,8 @@ print("-1 … 1: ", [round(value, 2) for value in signed.tolist()])
 # %% [markdown]
 # ## As a loop
 #
-# PyTorch's convolutions want the channel first: **CHW**, three grey pictures one behind the other. The plainest way there visits each number once. Its place changes, its value does not.
+# PyTorch's convolutions want the channel first: **CHW**, three grey pictures one behind the
+# other. The plainest way there visits each number once. Its place changes, its value does not.
 
 # %%
 H, W, C = tiny.shape
@@ -132,7 +141,9 @@ print("blue: ", planes[2].tolist())
 # %% [markdown]
 # ## Vectorised
 #
-# `permute(2, 0, 1)` says: the new axes are the old axes 2, 0 and 1. Not one number moves in memory. PyTorch only changes the *strides*, the steps it takes to reach the next channel, row and column.
+# `permute(2, 0, 1)` says: the new axes are the old axes 2, 0 and 1. Not one number moves in
+# memory. PyTorch only changes the *strides*, the steps it takes to reach the next channel, row
+# and column.
 
 # %%
 fast = tiny.permute(2, 0, 1)  # (C, H, W)
@@ -143,7 +154,9 @@ print("same memory:", fast.data_ptr() == tiny.data_ptr())
 # %% [markdown]
 # ## The module
 #
-# Now `paligemma/plotting.py`: every cell that begins with `#| export` goes into it, as it stands here. It starts with a palette and a style. The colours mean the same in every figure: **blue** sees, **orange** reads, **green** joins the two, **purple** answers.
+# Now `paligemma/plotting.py`: every cell that begins with `#| export` goes into it, as it stands
+# here. It starts with a palette and a style. The colours mean the same in every figure: **blue**
+# sees, **orange** reads, **green** joins the two, **purple** answers.
 
 # %%
 #| export
@@ -151,7 +164,9 @@ print("same memory:", fast.data_ptr() == tiny.data_ptr())
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
+from PIL import Image
 
 COLOURS = {
     "ink": "#23272f",
@@ -216,12 +231,13 @@ set_style()
 # %% [markdown]
 # ### One door for pictures
 #
-# Pictures arrive as Pillow images, arrays and tensors. Everything we draw goes through two functions. `to_array` takes any of them to NumPy. `to_pixels` goes on to `uint8` HWC and refuses what it would have to guess: a channel-first tensor, or floats outside $[0, 1]$.
+# Pictures arrive as Pillow images, arrays and tensors. `to_array` takes any of them to NumPy, and
+# `sample_picture` opens those that ship with the course. `to_pixels` goes on to `uint8` HWC and
+# refuses what it would have to guess: a channel-first tensor, or floats outside $[0, 1]$.
 
 # %%
 #| export
-import numpy as np
-from PIL import Image
+from importlib import resources
 
 
 def to_array(values):
@@ -239,6 +255,27 @@ def to_array(values):
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
     return np.asarray(values)
+
+
+def sample_picture(name="cat"):
+    """Open one of the pictures that ship with the course.
+
+    Args:
+        name: "cat", "coffee", "astronaut" or "scene".
+
+    Returns:
+        PIL.Image in RGB.
+
+    Raises:
+        ValueError: there is no picture of that name.
+    """
+    folder = resources.files("paligemma") / "assets" / "pictures"
+    files = [entry for entry in folder.iterdir() if entry.name.endswith((".jpg", ".png"))]
+    found = {entry.name.rpartition(".")[0]: entry for entry in files}
+    if name not in found:
+        raise ValueError(f"no sample picture {name!r}: choose from {', '.join(sorted(found))}")
+    with found[name].open("rb") as file:
+        return Image.open(file).convert("RGB")
 
 
 # %%
@@ -277,10 +314,8 @@ def to_pixels(image):
     return pixels.astype(np.uint8)
 
 
-# %% [markdown]
-# It is the same tiny picture whichever way it comes, and a wrong layout is an error with advice in it:
-
 # %%
+# The same tiny picture, whichever way it comes; and a wrong layout is an error with advice.
 assert np.array_equal(to_pixels(tiny), to_pixels(tiny.float() / 255))
 assert np.array_equal(to_pixels(tiny), to_pixels(Image.fromarray(tiny.numpy())))
 assert to_pixels(tiny).shape == (2, 4, 3) and to_pixels(tiny).dtype == np.uint8
@@ -292,36 +327,9 @@ except ValueError as error:
 # %% [markdown]
 # ### Pictures side by side
 #
-# `sample_picture` opens one of the four pictures that ship with the course; `show_images` lays any number out in a grid. It closes the figure before it returns it, so that Jupyter draws it once, as the value of the cell, and not a second time at the cell's end.
-
-# %%
-#| export
-from importlib import resources
-
-
-def sample_picture(name="cat"):
-    """Open one of the pictures that ship with the course.
-
-    Args:
-        name: "cat", "coffee", "astronaut" or "scene".
-
-    Returns:
-        PIL.Image in RGB.
-
-    Raises:
-        ValueError: there is no picture of that name.
-    """
-    folder = resources.files("paligemma") / "assets" / "pictures"
-    found = {}
-    for entry in folder.iterdir():
-        stem, _, suffix = entry.name.rpartition(".")
-        if suffix in ("jpg", "png"):
-            found[stem] = entry
-    if name not in found:
-        raise ValueError(f"no sample picture {name!r}: choose from {', '.join(sorted(found))}")
-    with found[name].open("rb") as file:
-        return Image.open(file).convert("RGB")
-
+# `show_images` lays any number of pictures out in a grid. It closes the figure before it returns
+# it, so that Jupyter draws it once, as the value of the cell, and not a second time at the cell's
+# end.
 
 # %%
 #| export
@@ -347,7 +355,9 @@ def show_images(images, titles=None, columns=None, height=2.2):
     if not pictures:
         raise ValueError("there is nothing to show: give at least one picture")
     aspect = max(picture.shape[1] / picture.shape[0] for picture in pictures)
-    columns = columns or max(1, min(len(pictures), int(9.5 / (height * aspect + 0.15))))
+    if columns is None:  # what fits into a row, a little smaller if that saves a row
+        rows = max(1, round(len(pictures) * (height * aspect + 0.15) / 9.5))
+        columns = math.ceil(len(pictures) / rows)
     rows = math.ceil(len(pictures) / columns)
     width = min(height * aspect, 9.5 / columns - 0.15)
     lines = max((str(title).count("\n") + 1 for title in titles), default=0)
@@ -364,15 +374,11 @@ def show_images(images, titles=None, columns=None, height=2.2):
 
 
 # %% [markdown]
-# A network that reads the tiny picture sees the three grey pictures on the right. White is high in all of them, yellow in two, and the cat's orange is mostly red.
-
-# %%
-show_images([tiny, *planes], ["all three channels", "red", "green", "blue"], height=1.15)
-
-# %% [markdown]
 # ### Numbers as colours
 #
-# Most tensors are not pictures. `show_heatmap` draws any matrix. Without a `centre`, pale is low and dark is high. With `centre=0`, blue is negative and orange is positive: two colours that nearly everyone can tell apart (Wong, 2011).
+# Most tensors are not pictures. `show_heatmap` draws any matrix. Without a `centre`, pale is low
+# and dark is high. With `centre=0`, blue is negative and orange is positive: two colours that
+# nearly everyone can tell apart (Wong, 2011).
 
 
 # %%
@@ -428,7 +434,9 @@ def _limits(values, centre):
 
 
 def _label_cells(ax, shape, rows, columns):
-    rows, columns = ([str(name) for name in names or []] for names in (rows, columns))
+    rows, columns = (
+        [] if names is None else [str(name) for name in names] for names in (rows, columns)
+    )
     turn = {"rotation": 45, "ha": "right"} if max(map(len, columns), default=0) > 5 else {}
     ax.set_xticks(range(len(columns)), columns, rotation_mode="anchor", **turn)
     ax.set_yticks(range(len(rows)), rows)
@@ -452,18 +460,25 @@ def _write_cells(ax, values, levels, annotate, centre):
 
 
 # %% [markdown]
-# The red channel as a file holds it, and as SigLIP is given it:
+# The tiny picture; its red channel as a file holds it; and the same numbers as SigLIP is given
+# them. White and yellow are as red as red itself, and the cat's orange nearly so.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(8, 1.7), layout="constrained")
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.3, 1.7), layout="constrained")
+left.imshow(tiny)
+left.set_title("all three channels")
+left.set_axis_off()
 signed = tiny.float() / 255 * 2 - 1
-show_heatmap(tiny[:, :, 0], "red, uint8", annotate=True, ax=left)
+show_heatmap(tiny[:, :, 0], "red, uint8", annotate=True, ax=middle)
 show_heatmap(signed[:, :, 0], "red, -1 … 1", annotate=True, centre=0, ax=right)
 
 # %% [markdown]
 # ### Writing on a picture
 #
-# Later the model will answer with boxes and masks. We draw those with Pillow, on a copy, so that the result is again a picture of the same size. Lines and letters grow with the picture, and a label is moved or shortened until it lies inside.
+# Later the model will answer with boxes and masks. We draw those with Pillow, on a copy, so that
+# the result is again a picture of the same size. Lines and letters grow with the picture, and a
+# label is moved or shortened until it lies inside. A mask's outline is what the mask loses when
+# it shrinks a little.
 
 # %%
 #| export
@@ -490,7 +505,7 @@ def _names_and_colours(labels, count):
 
 def _write_label(picture, text, x, y, colour):
     """Write text on a tag that stands on (x, y), moved or shortened to lie in the picture."""
-    pad = round(2 * _scale(picture))
+    text, pad = " ".join(text.split()), round(2 * _scale(picture))
     size = min(12 * _scale(picture), picture.height / 3)
     while size > 7 and _font(size).getlength(text) + 2 * pad > picture.width:
         size *= 0.9
@@ -529,16 +544,13 @@ def draw_boxes(image, boxes, labels=None):
     edge = [picture.width - 1, picture.height - 1]
     corners = boxes.reshape(-1, 2, 2).clip(0, edge).round().astype(int)  # (objects, 2, 2)
     corners = [(*pair.min(axis=0).tolist(), *pair.max(axis=0).tolist()) for pair in corners]
-    draw, line = ImageDraw.Draw(picture), round(2.5 * _scale(picture))
+    draw, line = ImageDraw.Draw(picture), round(3 * _scale(picture))
     for corner, colour in zip(corners, colours):
         draw.rectangle(corner, outline=colour, width=line)
     for corner, name, colour in zip(corners, names, colours):
         _write_label(picture, name, corner[0], corner[1], colour)
     return picture
 
-
-# %% [markdown]
-# A mask says for every pixel whether it belongs to the object: a bool picture. The outline comes from a small trick: shrink the mask a little, and keep what the shrunken one has lost.
 
 # %%
 #| export
@@ -562,15 +574,13 @@ def draw_masks(image, masks, labels=None):
     picture = Image.fromarray(to_pixels(image))
     masks = [to_array(mask).astype(bool) for mask in masks]
     names, colours = _names_and_colours(labels, len(masks))
-    reach = 2 * round(1.5 * _scale(picture)) + 1
+    shrink = ImageFilter.BoxBlur(round(1.5 * _scale(picture)))  # only deep inside stays 255
     for mask, colour in zip(masks, colours):
         if mask.shape != (picture.height, picture.width):
-            raise ValueError(
-                f"a mask has shape {list(mask.shape)}, the picture is {picture.height} high and "
-                f"{picture.width} wide: resize the mask to the picture"
-            )
+            right = [picture.height, picture.width]
+            raise ValueError(f"a mask has shape {list(mask.shape)}, expected {right}: resize it")
         shape = Image.fromarray(mask.astype(np.uint8) * 255)
-        inside = np.asarray(shape.filter(ImageFilter.MinFilter(reach))) > 0
+        inside = np.asarray(shape.filter(shrink)) == 255
         strength = np.where(mask & ~inside, 255, np.where(mask, 110, 0)).astype(np.uint8)
         picture.paste(colour, mask=Image.fromarray(strength))
     for mask, name, colour in zip(masks, names, colours):
@@ -581,7 +591,8 @@ def draw_masks(image, masks, labels=None):
 
 
 # %% [markdown]
-# A caption goes beneath, wrapped to the picture's width. `_wrap` asks how many letters still fit; more letters are never narrower, so it can search by halving.
+# A caption goes beneath, wrapped to the picture's width. `_wrap` asks how many letters still fit;
+# more letters are never narrower, so it can search by halving.
 
 # %%
 #| export
@@ -628,7 +639,8 @@ def _wrap(text, font, width):
 
 
 # %% [markdown]
-# All three at work. The box was measured by eye. The mask is simply "every pixel that is much redder than it is blue": not a good cat finder, but a true mask.
+# All three at work. The boxes were measured by eye. The mask is simply "every pixel that is much
+# redder than it is blue": not a good cat finder, but a true mask.
 
 # %%
 pixels = to_array(cat).astype(int)  # signed, so that the difference may be negative
@@ -640,13 +652,15 @@ show_images([boxes, masks, draw_caption(cat, "a cat looks past the camera")], he
 # %% [markdown]
 # ### Where a model looks
 #
-# A vision transformer does not read pixels one by one. It cuts the picture into square *patches* and gives each a vector (lesson 03). Attention is then one weight for each patch. `show_attention` lights the picture up where the weights are high.
+# A vision transformer does not read pixels one by one. It cuts the picture into square *patches*
+# and gives each a vector (lesson 03). Attention is then one weight for each patch.
+# `show_attention` lights up the picture where the weights are high.
 
 
 # %%
 #| export
 def show_attention(image, weights, titles=None, columns=None):
-    """Show where on a picture attention falls: what it looks at stays bright.
+    """Show where on a picture attention falls: what it looks at glows.
 
     Args:
         image: the picture (what `to_pixels` takes).
@@ -670,18 +684,21 @@ def show_attention(image, weights, titles=None, columns=None):
     pixels = to_pixels(image).astype(float)
     height, width = pixels.shape[:2]
     rows, columns_of = np.arange(height) * side // height, np.arange(width) * side // width
-    dim = pixels.mean(axis=2, keepdims=True) * 0.3
+    dim = 40 + 0.3 * pixels.mean(axis=2, keepdims=True)
+    bright = 0.5 * pixels + 0.5 * np.array([255, 205, 70])
     pictures = []
     for level in maps.clip(0) / maps.max(axis=1, keepdims=True).clip(1e-12):
         level = level.reshape(side, side)[rows][:, columns_of, None]  # (H, W, 1)
-        pictures.append((dim + (pixels - dim) * level).round().astype(np.uint8))
+        pictures.append((dim + (bright - dim) * level).round().astype(np.uint8))
     return show_images(pictures, titles, columns, height=2.4)
 
 
 # %% [markdown]
 # ### Answers that check themselves
 #
-# Two small helpers are left. `check` runs an exercise's test and prints how it went; it never stops the notebook. `save_figure` writes a figure for the README and the site, but only when the course's build asks for it.
+# Two small helpers are left. `check` runs an exercise's test and prints how it went; it never
+# stops the notebook. `save_figure` writes a figure for the README and the site, but only when the
+# course's build asks for it.
 
 # %%
 #| export
@@ -690,19 +707,12 @@ from pathlib import Path
 
 
 def check(test, *answers):
-    """Run the test of an exercise and print how it went, without ever raising.
-
-    Args:
-        test: a function that asserts.
-        answers: what it is called with.
-    """
+    """Run the test of an exercise on the answers and print how it went; never raises."""
     try:
         test(*answers)
     except (Exception, SystemExit) as error:
         kind, reason = type(error).__name__, str(error).strip().split("\n")[0]
-        if not isinstance(error, AssertionError):
-            reason = f"{kind}: {reason}" if reason else kind
-        print(f"✗ not yet: {reason or 'an assertion failed'}")
+        print("✗ not yet:", reason if kind == "AssertionError" and reason else f"{kind}: {reason}")
     else:
         print("✓ correct")
 
@@ -719,12 +729,11 @@ def save_figure(figure, name):
     """
     drawn = hasattr(figure, "savefig")
     if folder := os.environ.get("PALIGEMMA_FIGURES"):
-        suffix = "" if Path(name).suffix else ".svg" if drawn else ".png"
-        path = Path(folder) / f"{name}{suffix}"
+        path = Path(folder) / (name if Path(name).suffix else name + (".svg" if drawn else ".png"))
         path.parent.mkdir(parents=True, exist_ok=True)
         if drawn:
             undated = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-            figure.savefig(path, bbox_inches="tight", metadata=undated, dpi=160)
+            figure.savefig(path, bbox_inches="tight", metadata=undated, dpi=130)
         else:
             figure.save(path)
     if drawn:
@@ -735,7 +744,9 @@ def save_figure(figure, name):
 # %% [markdown]
 # ### The map (skip this on a first reading)
 #
-# The map of the course is drawn from three lists: boxes, the frames around them, and arrows. A place is (left, bottom, width, height) on a sheet of 100 × 62. Which lesson belongs to which part of the course, and so has which colour, stands in `PARTS`.
+# The map of the course is drawn from three lists: boxes, the frames around them, and arrows. A
+# place is (left, bottom, width, height) on a sheet of 100 × 62. Which lesson belongs to which
+# part of the course, and so has which colour, stands in `PARTS`.
 
 # %%
 #| export
@@ -839,6 +850,7 @@ def model_map(*stems):
 # %%
 #| export
 from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.transforms import Affine2D
 
 
 def _mix(colour, amount):
@@ -853,46 +865,40 @@ def _shape(ax, left, bottom, width, height, fill, edge, line=0.9, order=4):
     ax.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle=corner, **style))
 
 
+def _number(stem):
+    return f"{list(STEMS).index(stem):02d}"
+
+
 def _draw_box(ax, stem, left, bottom, width, height, text, lit):
     colour = COLOURS[STEMS[stem]]
-    fill, edge, ink = (
-        (colour, colour, "white") if lit else (_mix(colour, a) for a in (0.09, 0.35, 0.72))
-    )
+    fill, ink = (colour, "white") if lit else (_mix(colour, 0.09), _mix(colour, 0.72))
+    inside = 4 < height < 6  # the small boxes within attention, which may have the same colour
+    edge = _mix(colour, 0.35) if not lit else "white" if inside else colour
     _shape(ax, left, bottom, width, height, fill, edge)
-    low = height < 4
-    shift = (0.9, -0.1) if low else (0, -0.75 if height < 6 else -0.5)
-    ax.text(
-        left + width / 2 + shift[0],
-        bottom + height / 2 + shift[1],
-        text,
-        ha="center",
-        va="center",
-        color=ink,
-        fontsize=8.5 if height > 6 else 7.1,
-        weight="bold" if lit else "normal",
-        linespacing=1.25,
-        zorder=5,
-    )
-    y, side = (bottom + height / 2 - 0.1, "center") if low else (bottom + height - 0.5, "top")
-    number = f"{list(STEMS).index(stem):02d}"
-    ax.text(left + 0.7, y, number, va=side, color=ink, fontsize=6, zorder=5)
+    weight = "bold" if lit else "normal"
+    if height < 4:
+        x, y, top, size = left + width / 2 + 0.9, bottom + height / 2 - 0.1, None, 7.1
+    else:
+        lower, size = (0.75, 7.1) if inside else (0.5, 8.5)
+        x, y, top = left + width / 2, bottom + height / 2 - lower, bottom + height - 0.5
+    where = {"ha": "center", "va": "center", "color": ink, "zorder": 5}
+    ax.text(x, y, text, fontsize=size, weight=weight, linespacing=1.25, **where)
+    where |= {"ha": "left", "va": "top" if top else "center"}
+    ax.text(left + 0.7, top or y, _number(stem), fontsize=6, **where)
 
 
 # %%
 #| export
 def _draw_frame(ax, stem, left, bottom, width, height, title, lit):
     colour, inner = COLOURS[STEMS[stem]], height < 12
-    fill, edge = (
-        _mix(colour, (0.28 if inner else 0.14) if lit else 0.05),
-        _mix(colour, 1 if lit else 0.35),
-    )
-    _shape(ax, left, bottom, width, height, fill, edge, line=1.6 if lit else 0.8, order=2)
-    ink, y = _mix(colour, 1 if lit else 0.72), bottom + height - (1.6 if inner else 1.9)
+    fill = _mix(colour, (1 if inner else 0.14) if lit else 0.05)
+    edge, line = _mix(colour, 1 if lit else 0.35), 1.6 if lit else 0.8
+    _shape(ax, left, bottom, width, height, fill, edge, line=line, order=2)
+    ink = "white" if inner and lit else _mix(colour, 1 if lit else 0.72)
+    y, size = (bottom + height - 1.6, 7.2) if inner else (bottom + height - 1.9, 8)
     weight = "bold" if lit else "normal"
-    ax.text(left + 1.1, y, f"{list(STEMS).index(stem):02d}", va="center", color=ink, fontsize=6)
-    ax.text(
-        left + 3.4, y, title, va="center", color=ink, fontsize=7.2 if inner else 8, weight=weight
-    )
+    ax.text(left + 1.1, y, _number(stem), va="center", color=ink, fontsize=6)
+    ax.text(left + 3.4, y, title, va="center", color=ink, fontsize=size, weight=weight)
 
 
 def _draw_arrow(ax, corners):
@@ -920,10 +926,9 @@ def _draw_sequence(ax, lit):
 # %%
 #| export
 def _draw_ends(ax, lit):
-    """Draw what goes in and what comes out, and the names of the two lowest rows."""
-    ink = COLOURS["ink"]
-    words = COLOURS["vision"] if lit else _mix(COLOURS["vision"], 0.72)
-    _draw_cat(ax, 1, 46.4, 1.0 if lit else 0.35)
+    """Draw what goes in and what comes out, the sums, and the names of the two lowest rows."""
+    words = _mix(COLOURS["vision"], 1 if lit else 0.72)
+    _draw_cat(ax, 1, 46.4, 1.0 if lit else 0.35, words)
     ax.text(1.2, 58, "01", fontsize=6, color=words)
     ax.text(3.4, 58, "picture", fontsize=8, color=words, weight="bold" if lit else "normal")
     for left, bottom, height, text, name in (
@@ -937,66 +942,53 @@ def _draw_ends(ax, lit):
     ax.text(0.4, 6, "use it", fontsize=8, va="center")
     ax.text(0.4, 2, "train it", fontsize=8, va="center")
     for x in (39.3, 61):
-        ax.add_patch(
-            Circle((x, 19.8), 1.2, facecolor="white", edgecolor=ink, linewidth=0.9, zorder=4)
-        )
+        ax.add_patch(Circle((x, 19.8), 1.2, fc="white", ec=COLOURS["ink"], lw=0.9, zorder=4))
         ax.text(x, 19.75, "+", ha="center", va="center", fontsize=8, zorder=5)
 
 
-def _draw_cat(ax, left, bottom, strength):
-    fur, dark = "#d98a3d", COLOURS["ink"]
+def _draw_cat(ax, left, bottom, strength, frame):
+    place = Affine2D().scale(1.04).translate(left, bottom) + ax.transData
     for shape, colour in (
         (Rectangle((0, 0), 10, 10), "#bcdcec"),
         (Rectangle((0, 0), 10, 2.4), "#9cc08f"),
-        (Polygon([(2.2, 8.8), (2.1, 5), (4.4, 6.6)]), fur),
-        (Polygon([(7.8, 8.8), (7.9, 5), (5.6, 6.6)]), fur),
-        (Circle((5, 4.6), 2.95), fur),
-        (Circle((3.8, 5.1), 0.42), dark),
-        (Circle((6.2, 5.1), 0.42), dark),
+        (Polygon([(2.2, 8.8), (2.1, 5), (4.4, 6.6)]), "#d98a3d"),
+        (Polygon([(7.8, 8.8), (7.9, 5), (5.6, 6.6)]), "#d98a3d"),
+        (Circle((5, 4.6), 2.95), "#d98a3d"),
+        (Circle((3.8, 5.1), 0.42), COLOURS["ink"]),
+        (Circle((6.2, 5.1), 0.42), COLOURS["ink"]),
         (Polygon([(4.6, 4.2), (5.4, 4.2), (5, 3.7)]), "#7d3b2a"),
     ):
-        shape.set(facecolor=_mix(colour, strength), edgecolor="none", zorder=4)
-        shape.set_transform(
-            mpl.transforms.Affine2D().scale(1.04).translate(left, bottom) + ax.transData
-        )
+        shape.set(facecolor=_mix(colour, strength), zorder=4, transform=place)
         ax.add_artist(shape)
+    frame = Rectangle((0, 0), 10, 10, fill=False, ec=frame, lw=2 * strength, zorder=4)
+    ax.add_artist(frame).set_transform(place)
 
-
-# %% [markdown]
-# Lit are the two lessons that come next:
-
-# %%
-model_map("image_processor", "patch_embedding")
 
 # %% [markdown]
 # ## Against the reference
 #
-# Pillow and matplotlib have their own opinion of what the numbers mean, and millions of users. Pillow's `split` gives the three channels of a picture. They must be our three planes, for a real photograph too.
+# Pillow and matplotlib have their own opinion of what the numbers mean, and millions of users.
+# Pillow's `split` gives the three channels of a picture. They must be our three planes. And what
+# matplotlib paints, one to one on an empty canvas, must be the pixels we gave it.
 
 # %%
 chw = torch.tensor(to_array(cat)).permute(2, 0, 1)  # (3, H, W)
 theirs = np.stack([np.asarray(plane) for plane in cat.split()])
-difference = int(np.abs(chw.numpy().astype(int) - theirs).max())
-assert difference == 0
-print("largest difference from Pillow's channels:", difference)
-
-# %% [markdown]
-# And matplotlib: draw the photograph one to one onto an empty canvas, and read back what it painted.
-
-# %%
+from_pillow = int(np.abs(chw.numpy().astype(int) - theirs).max())
 canvas = plt.figure(figsize=(cat.width / 100, cat.height / 100), dpi=100)
 canvas.figimage(chw.permute(1, 2, 0).float().numpy() / 255)
 canvas.canvas.draw()
 painted = np.asarray(canvas.canvas.buffer_rgba())[:, :, :3]
 plt.close(canvas)
-difference = int(np.abs(painted.astype(int) - to_pixels(cat)).max())
-assert difference == 0
-print("largest difference from what matplotlib painted:", difference)
+from_matplotlib = int(np.abs(painted.astype(int) - to_pixels(cat)).max())
+print(f"largest difference from Pillow {from_pillow}, from matplotlib {from_matplotlib}")
+assert from_pillow == from_matplotlib == 0
 
 # %% [markdown]
 # ## See it
 #
-# What PaliGemma gets is a square: the cat squeezed to 224 × 224, cut into 16 × 16 patches of 14 × 14 pixels. Here they are pulled apart a little.
+# What PaliGemma gets is a square: the cat squeezed to 224 × 224, cut into 16 × 16 patches of 14 ×
+# 14 pixels. Here they are pulled apart a little.
 
 # %%
 square = np.asarray(cat.resize((224, 224), Image.Resampling.BICUBIC))
@@ -1006,10 +998,12 @@ for row in range(16):
         patch = square[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14]
         apart[row * 18 : row * 18 + 14, column * 18 : column * 18 + 14] = patch
 titles = ["224 × 224 pixels", "256 patches of 14 × 14"]
-save_figure(show_images([square, apart], titles, height=3.4), "01_patches.png")
+save_figure(show_images([square, apart], titles, height=2.8), "01_patches.png")
 
 # %% [markdown]
-# **What to notice.** The cat is narrower than it was: the model sees it so, and has learned with it. One patch holds a pupil, or a piece of nose, but never the cat. To find the cat, patches have to be compared. Let us compare them in the simplest way there is: by their pixels.
+# **What to notice.** The cat is narrower than it was: the model sees it so, and has learned with
+# it. One patch holds a pupil, or a piece of nose, but never the cat. To find the cat, patches
+# have to be compared. Let us compare them in the simplest way there is: by their pixels.
 
 # %%
 patches = torch.tensor(square).float().view(16, 14, 16, 14, 3)  # row, y, column, x, channel
@@ -1021,12 +1015,16 @@ titles = [f"like {name}" for name in chosen]
 show_attention(square, weights[list(chosen.values())], titles)
 
 # %% [markdown]
-# **What to notice.** "Like the background" finds the background: it is all of one colour. "Like an eye" finds dark things, and hardly the other eye. Pixels are a poor language for meaning. The next four lessons build the better one: vectors, in which two eyes *are* alike.
+# **What to notice.** It works a little: the eye finds the other eye, which has the same
+# yellow-green. But "like the nose" finds orange fur as well, and "like background" lights up half
+# the cat. Equal colours are not equal things. The next four lessons build vectors in which what
+# patches *show* can be compared.
 
 # %% [markdown]
 # ## At full size
 #
-# A picture has no parameters, but it has bytes. The published models take pictures of three sizes. The number of patches grows with the square of the side, and so does everything after it.
+# A picture has no parameters, but it has bytes. The published models take pictures of three
+# sizes. The number of patches grows with the square of the side, and so does everything after it.
 
 # %%
 print("side  patches   uint8 kB   float32 kB   batch of 32, MB")
@@ -1039,7 +1037,9 @@ for side in (224, 448, 896):
     )
 
 # %% [markdown]
-# Float32 costs four times what the file's bytes cost. So data loaders keep `uint8` as long as they can, and convert last. What does the conversion cost here? One multiplication and one subtraction for each number, and a walk through memory:
+# Float32 costs four times what the file's bytes cost. So data loaders keep `uint8` as long as
+# they can, and convert last. What does the conversion cost here? One multiplication and one
+# subtraction for each number, and a walk through memory:
 
 # %% tags=["nbval-ignore-output"]
 batch = torch.tensor(square).expand(32, -1, -1, -1).contiguous()  # (B, H, W, 3) uint8
@@ -1051,7 +1051,8 @@ print(f"{2 * ready.numel() / 1e6:.1f} million operations in {seconds * 1000:.0f}
 # %% [markdown]
 # ## A bug people really make
 #
-# Three people wrote the step from HWC to CHW. Two of them are wrong. All three run, and everything one usually prints is the same. Before you read on: which one would you trust?
+# Three people wrote the step from HWC to CHW. Two of them are wrong. All three run, and
+# everything one usually prints is the same. Before you read on: which one would you trust?
 
 # %%
 loaders = {
@@ -1066,16 +1067,19 @@ for name, load in loaders.items():
     print(name, list(out.shape), out.dtype, f"min {out.min()} max {out.max()} mean {mean:.3f}")
 
 # %% [markdown]
-# The symptom, in practice: training works, only the model is worse than it should be. Nobody looks at its input, since the shapes are right. So look:
+# The symptom, in practice: training works, only the model is worse than it should be. Nobody
+# looks at its input, since the shapes are right. So look:
 
 # %%
-show_images([load(hwc).permute(1, 2, 0) for load in loaders.values()], list(loaders), height=2)
+show_images([load(hwc).permute(1, 2, 0) for load in loaders.values()], list(loaders), height=1.6)
 
 # %% [markdown]
-# **B** used `reshape`, which keeps the numbers in their order and only cuts the row elsewhere: its "red plane" is the top third of the picture, with the channels in turn. **C** swapped red and blue: some libraries load pictures as BGR, and a cat in BGR still looks like an animal. In a training run it goes unnoticed.
-
-# %% [markdown]
-# Looking does not scale; a check does. Give the loader one picture whose answer is known: pure red must light up plane 0 and nothing else.
+# **B** used `reshape`: the numbers keep their order and are only cut elsewhere, so its "red
+# plane" is the top third of the picture, with the channels in turn. **C** swapped red and blue
+# (BGR, as some libraries load pictures), and its cat still looks like a cat.
+#
+# Looking does not scale; a check does. Give the loader one picture whose answer is known: pure
+# red must light up plane 0 and nothing else.
 
 # %%
 red = torch.zeros(2, 4, 3, dtype=torch.uint8)
@@ -1089,7 +1093,8 @@ for name, load in loaders.items():
 #
 # ### Exercise 1 (predict): eight bits
 #
-# Let `a` and `b` be `uint8` tensors that hold 200 and 100. Without running it: what are `a + b`, `(a + b) // 2`, and `b - a`? Write three numbers.
+# Let `a` and `b` be `uint8` tensors that hold 200 and 100. Without running it: what are `a + b`,
+# `(a + b) // 2`, and `b - a`? Write three numbers.
 
 # %% tags=["exercise"]
 answer = None  # your answer: (a + b, (a + b) // 2, b - a)
@@ -1109,7 +1114,8 @@ check(test_1, answer)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# 256 values go round in a circle, like the hours of a clock: after 255 comes 0, and before 0 comes 255.
+# 256 values go round in a circle, like the hours of a clock: after 255 comes 0, and before 0
+# comes 255.
 #
 # </details>
 
@@ -1120,7 +1126,8 @@ check(test_1, answer)
 # %% [markdown]
 # ### Exercise 2 (fill in): one patch
 #
-# Patches are numbered like words on a page: from left to right, then the next row. Return patch number `index` of a picture. The picture need not be square.
+# Patches are numbered like words on a page: from left to right, then the next row. Return patch
+# number `index` of a picture. The picture need not be square.
 
 
 # %% tags=["exercise"]
@@ -1152,7 +1159,8 @@ check(test_2, cut_patch)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# How many patches are in one row? `divmod(index, that)` gives the patch's row and its column. Multiply both by the size.
+# How many patches are in one row? `divmod(index, that)` gives the patch's row and its column.
+# Multiply both by the size.
 #
 # </details>
 
@@ -1169,7 +1177,9 @@ check(test_2, cut_patch)
 # %% [markdown]
 # ### Exercise 3 (break): a test that sees nothing
 #
-# A colleague tests loaders with a picture of their own, and loader C passes. Build such a picture: at least eight different colours, and still no test could tell A from C with it. But it must unmask B.
+# A colleague tests loaders with a picture of their own, and loader C passes. Build such a
+# picture: at least eight different colours, and still no test could tell A from C with it. But it
+# must unmask B.
 
 
 # %% tags=["exercise"]
@@ -1215,7 +1225,8 @@ check(test_3, blind_picture)
 #
 # - A picture is a tensor: row, column, channel. `[y, x]`, not `[x, y]`.
 # - Files hold `uint8` HWC; PyTorch wants float CHW; SigLIP wants it in $[-1, 1]$.
-# - `permute` moves axes. `reshape` cuts the same row of numbers elsewhere, and destroys a picture without an error.
+# - `permute` moves axes. `reshape` cuts the same row of numbers elsewhere, and destroys a picture
+#   without an error.
 # - Shape, range and mean say nothing about order. One picture with a known answer does.
 
 # %% [markdown]
@@ -1225,25 +1236,30 @@ check(test_3, blind_picture)
 #
 # <details><summary>Answer</summary>
 #
-# The shape alone cannot say: it may be 3 rows of 4 pixels, or 3 channels of 4 rows with 3 columns. That is why functions should state the layout they take instead of guessing it.
+# The shape alone cannot say: it may be 3 rows of 4 pixels, or 3 channels of 4 rows with 3
+# columns. That is why functions should state the layout they take instead of guessing it.
 #
 # </details>
 
 # %% [markdown]
-# **2.** Why is `image / 255 * 2 - 1` right in NumPy for a `uint8` image, while `image * 2 / 255 - 1` is wrong?
+# **2.** Why is `image / 255 * 2 - 1` right in NumPy for a `uint8` image, while `image * 2 / 255 -
+# 1` is wrong?
 #
 # <details><summary>Answer</summary>
 #
-# Dividing makes floats, and from then on all is well. In the second form `image * 2` is still `uint8`: every value above 127 has already wrapped around.
+# Dividing makes floats, and from then on all is well. In the second form `image * 2` is still
+# `uint8`: every value above 127 has already wrapped around.
 #
 # </details>
 
 # %% [markdown]
-# **3.** A picture grows from 224 to 448 pixels a side. How many patches are there now, and how many pairs of patches does attention compare?
+# **3.** A picture grows from 224 to 448 pixels a side. How many patches are there now, and how
+# many pairs of patches does attention compare?
 #
 # <details><summary>Answer</summary>
 #
-# Four times as many patches: 1024 instead of 256. Attention compares each with each, so sixteen times as many pairs: about a million instead of 65,536.
+# Four times as many patches: 1024 instead of 256. Attention compares each with each, so sixteen
+# times as many pairs: about a million instead of 65,536.
 #
 # </details>
 
@@ -1252,8 +1268,10 @@ check(test_3, blind_picture)
 #
 # - Pillow handbook, *Concepts*: modes, sizes and the coordinate system.
 # - matplotlib, `Axes.imshow`: what it takes for a picture, and in which range.
-# - B. Wong, "Points of view: Color blindness", *Nature Methods* 8, 441 (2011): colours that nearly everyone can tell apart.
-# - L. Beyer et al., "PaliGemma: A versatile 3B VLM for transfer" (2024), section 3: the three picture sizes.
+# - B. Wong, "Points of view: Color blindness", *Nature Methods* 8, 441 (2011): colours that
+#   nearly everyone can tell apart.
+# - L. Beyer et al., "PaliGemma: A versatile 3B VLM for transfer" (2024), section 3: the three
+#   picture sizes.
 
 # %% [markdown] tags=["navigation"]
 # [contents](../README.md) | [Image processor →](02_image_processor.ipynb)
