@@ -1,0 +1,400 @@
+"""Time this package beside transformers: load, prefill, decode and peak memory, in one run.
+
+Every measurement happens in a process of its own, ours and theirs in turn, on the same weights,
+picture, prompt, dtype and threads; the medians are printed as a Markdown table.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "paligemma" / "assets" / "tiny"
+CONTENDERS = ("ours", "transformers")
+TEXT_TOKENS = 8  # <bos>, six pieces, "\n"
+LEAST_SECONDS = 0.5  # a short measurement is repeated until it has taken this long
+ROWS = {  # key: (label, unit, digits, more is better)
+    "import": ("import", "s", 2, False),
+    "load": ("load", "s", 2, False),
+    "first": ("load + first token", "s", 2, False),
+    "prefill": ("prefill", "s", 3, False),
+    "decode": ("decode", "tokens/s", 1, True),
+    "memory": ("peak memory", "GB", 2, False),
+}
+HELP = """
+import        PyTorch and the library, up to its model class
+load          to a model that can be called; the weights are memory-mapped by both, so
+load + first  the whole way to the first token of the first answer, which reads them all
+prefill       picture and prompt to the first token, warm
+decode        (seconds for 1 + TOKENS) - (seconds for 1), TOKENS divided by that; greedy, no eos
+peak memory   of the process as the operating system counts it, libraries and mapped weights too
+
+examples:
+  python tools/bench.py                       # the tiny model that ships with the package
+  python tools/random_checkpoint.py checkpoints/random-3b
+  python tools/bench.py --model_path checkpoints/random-3b --rounds 3 --figure figures/bench.svg
+"""
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process ever had resident.
+
+    Linux's `ru_maxrss` starts at the parent's size, so its own high-water mark is read there.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def make_inputs(model_path: Path) -> dict:
+    """The same random picture and prompt for everyone: N `<image>` tokens and 8 of text."""
+    import torch
+
+    from paligemma.checkpoint import read_config
+
+    config = read_config(model_path)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(10, config.image_token_index, (TEXT_TOKENS - 1,), generator=generator)
+    image = torch.full((config.vision_config.num_image_tokens,), config.image_token_index)
+    ids = torch.cat((image, torch.tensor([config.bos_token_id]), words))[None]
+    side = config.vision_config.image_size
+    pixels = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
+    return {"input_ids": ids, "pixel_values": pixels}
+
+
+def make_ours(model_path: Path, dtype: str | None):
+    """Import, then return the function that loads: () → (inputs, tokens) → new ids."""
+    import torch
+
+    from paligemma.checkpoint import load_model
+    from paligemma.generation import generate
+
+    def load():
+        model = load_model(model_path, dtype=dtype and getattr(torch, dtype))
+
+        def answer(inputs: dict, tokens: int) -> list[int]:
+            return generate(model, **inputs, max_new_tokens=tokens, eos_token_id=-1)[0].tolist()
+
+        return answer, str(model.dtype)
+
+    return load
+
+
+def make_transformers(model_path: Path, dtype: str | None, cache: str):
+    """The same through `PaliGemmaForConditionalGeneration.generate`, its public way."""
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+    def load():
+        model = PaliGemmaForConditionalGeneration.from_pretrained(
+            model_path, dtype=dtype or "auto", attn_implementation="sdpa"
+        ).eval()
+        model.generation_config.eos_token_id = None  # never stop early
+        options = {"do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+
+        @torch.inference_mode()
+        def answer(inputs: dict, tokens: int) -> list[int]:
+            ids = inputs["input_ids"]
+            out = model.generate(
+                **inputs,
+                attention_mask=torch.ones_like(ids),
+                token_type_ids=torch.zeros_like(ids),
+                max_new_tokens=tokens,
+                **options,
+            )
+            return out[0, ids.shape[1] :].tolist()
+
+        return answer, str(model.dtype)
+
+    return load
+
+
+def timed(work) -> tuple[float, object]:
+    """Median seconds of one call, repeated until `LEAST_SECONDS` have passed, and its result."""
+    seconds = []
+    while not seconds or sum(seconds) < LEAST_SECONDS:
+        start = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
+
+
+def measure(
+    contender: str, model_path: Path, dtype: str | None, cache: str, threads: int, tokens: int
+) -> dict:
+    """What one process measures; it prints this as JSON."""
+    start = time.perf_counter()
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if contender == "ours":
+        load = make_ours(model_path, dtype)
+    else:
+        load = make_transformers(model_path, dtype, cache)
+    imported = time.perf_counter() - start
+    inputs = make_inputs(model_path)
+    libraries = peak_memory()
+    start = time.perf_counter()
+    answer, found = load()
+    loaded = time.perf_counter() - start
+    answer(inputs, 1)
+    first = time.perf_counter() - start
+    answer(inputs, 3)  # the decode step's own first run is not timed
+    prefill, _ = timed(lambda: answer(inputs, 1))
+    whole, ids = timed(lambda: answer(inputs, 1 + tokens))
+    return {
+        "import": imported,
+        "load": loaded,
+        "first": first,
+        "prefill": prefill,
+        "decode": tokens / (whole - prefill),
+        "memory": peak_memory() / 1e9,
+        "libraries": libraries / 1e9,
+        "ids": ids,
+        "prompt": inputs["input_ids"].shape[1],
+        "dtype": found.removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def start(contender: str, cache: str, args: argparse.Namespace) -> dict:
+    """Run `measure` in a new process and read its answer."""
+    command = [sys.executable, __file__, "--worker", contender, "--cache", cache]
+    command += ["--model_path", str(args.model_path), "--tokens", str(args.tokens)]
+    command += ["--threads", str(args.threads)] + (["--dtype", args.dtype] if args.dtype else [])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise SystemExit(f"measuring {contender} failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def bench(args: argparse.Namespace) -> dict:
+    """Warm up once, choose transformers' faster cache, then measure in turn."""
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    note("warming up (not counted): ours, transformers with each of its caches")
+    start("ours", "dynamic", args)
+    caches = {name: start("transformers", name, args)["decode"] for name in ("dynamic", "static")}
+    cache = max(caches, key=caches.get)
+    rounds = {name: [] for name in CONTENDERS}
+    for i in range(args.rounds):
+        order = CONTENDERS if i % 2 == 0 else CONTENDERS[::-1]  # A B, B A, A B, …
+        for name in order:
+            rounds[name].append(start(name, cache, args))
+            note(f"round {i + 1} of {args.rounds}: {name} {describe(rounds[name][-1])}")
+    sample = rounds["ours"][0]
+    config = json.loads((args.model_path / "config.json").read_text())
+    return {
+        "model": args.label or args.model_path.name,
+        "hidden_size": config["text_config"]["hidden_size"],
+        "weights": count_weights(args.model_path),
+        "prompt": sample["prompt"],
+        "tokens": args.tokens,
+        "dtype": sample["dtype"],
+        "threads": sample["threads"],
+        "cores": os.cpu_count(),
+        "machine": machine(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        },
+        "cache": cache,
+        "cache_tokens_per_second": caches,
+        "rounds": rounds,
+        "median": {
+            name: {key: statistics.median(run[key] for run in runs) for key in ROWS}
+            for name, runs in rounds.items()
+        },
+        "agreement": agreement(rounds["ours"][0]["ids"], rounds["transformers"][0]["ids"]),
+    }
+
+
+def describe(run: dict) -> str:
+    return ", ".join(f"{label} {run[key]:.{n}f} {u}" for key, (label, u, n, _) in ROWS.items())
+
+
+def count_weights(path: Path) -> int:
+    """Numbers stored in the checkpoint, from the files' headers."""
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with open(file, "rb") as stored:
+            header = json.loads(stored.read(int.from_bytes(stored.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                count = 1
+                for side in entry["shape"]:
+                    count *= side
+                total += count
+    return total
+
+
+def machine() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def agreement(ours: list[int], theirs: list[int]) -> dict:
+    """How many greedy tokens, from the first on, are the same."""
+    same = 0
+    while same < min(len(ours), len(theirs)) and ours[same] == theirs[same]:
+        same += 1
+    return {"leading": same, "of": len(theirs), "distinct": len(set(theirs))}
+
+
+def ratio(result: dict, key: str) -> float:
+    """How many times better ours is than transformers: above 1 ours is faster or smaller."""
+    ours, theirs = (result["median"][name][key] for name in CONTENDERS)
+    return ours / theirs if ROWS[key][3] else theirs / ours
+
+
+def markdown(result: dict) -> str:
+    """The table, and below it everything needed to read and repeat it."""
+    lines = ["| | ours | transformers | ours is better by |", "|---|---:|---:|---:|"]
+    for key, (label, unit, digits, _) in ROWS.items():
+        ours, theirs = (f"{result['median'][n][key]:.{digits}f} {unit}" for n in CONTENDERS)
+        lines.append(f"| {label} | {ours} | {theirs} | {ratio(result, key):.2f} × |")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    same = result["agreement"]
+    equal = f"all {same['of']} greedy tokens are equal"
+    if same["leading"] < same["of"]:
+        equal = f"the first {same['leading']} of {same['of']} greedy tokens are equal"
+        if result["dtype"] != "float32":
+            equal += f" ({result['dtype']} rounds differently in the two)"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['model']}: {result['weights']:,} weights in {result['dtype']}; "
+            f"{result['prompt']} tokens in ({result['prompt'] - TEXT_TOKENS} of them the "
+            f"picture), {result['tokens']} decoded one by one; "
+            f"{equal}, {same['distinct']} of them distinct.",
+            f"Median of {len(result['rounds']['ours'])} rounds, each in a new process, in turn; "
+            f"{result['threads']} threads on {result['machine']} ({result['cores']} cores); "
+            f"{versions}; transformers with sdpa and its {result['cache']} cache, the faster one "
+            "here. Files in the page cache; memory is the process's peak as the system counts it, "
+            "mapped weights included.",
+        ]
+    )
+
+
+def draw(result: dict, file: Path) -> None:
+    """Bars of the medians with a dot for each round, one panel a row of the table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from paligemma.plotting import COLOURS
+
+    figure, panels = plt.subplots(1, len(ROWS), figsize=(11.4, 1.9), layout="constrained")
+    colours = [COLOURS["together"], COLOURS["muted"]]
+    for ax, (key, (label, unit, digits, more)) in zip(panels, ROWS.items()):
+        medians = [result["median"][name][key] for name in CONTENDERS]
+        ax.barh(CONTENDERS, medians, color=colours, height=0.62)
+        for y, name in enumerate(CONTENDERS):
+            values = [run[key] for run in result["rounds"][name]]
+            ax.plot(values, [y] * len(values), ".", color=COLOURS["ink"], markersize=3.5)
+            ax.annotate(
+                f"{medians[y]:.{digits}f}",
+                (max(values), y),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        largest = max(run[key] for runs in result["rounds"].values() for run in runs)
+        ax.set(xlim=(0, 1.45 * largest), title=f"{label}, {unit}", xticks=[])
+        ax.set_xlabel("more is better" if more else "less is better", color=COLOURS["muted"])
+        ax.invert_yaxis()
+        ax.tick_params(left=False, labelleft=ax is panels[0])
+        ax.spines["bottom"].set_visible(False)
+    figure.suptitle(
+        f"{result['model']}: {result['weights'] / 1e6:,.1f} million weights, {result['dtype']}, "
+        f"{result['threads']} threads; bars are medians of {len(result['rounds']['ours'])} rounds",
+        fontsize=9,
+        color=COLOURS["ink"],
+        x=0.01,
+        ha="left",
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if file.suffix == ".svg" else None
+    figure.savefig(file, metadata=metadata, dpi=160)
+    plt.close(figure)
+
+
+def whole_number(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model_path",
+        type=Path,
+        help="checkpoint directory; default: the shipped tiny model, or random tiny weights",
+    )
+    parser.add_argument("--label", help="the model's name in table and figure")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="or as stored")
+    parser.add_argument("--rounds", type=whole_number, default=5, help="default: %(default)s")
+    parser.add_argument("--tokens", type=whole_number, default=32, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's own choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw here, .svg or .png")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", default="dynamic", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.worker:
+        found = measure(
+            args.worker, args.model_path, args.dtype, args.cache, args.threads, args.tokens
+        )
+        print(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model_path is None:
+            args.model_path, args.label = SHIPPED, args.label or "tiny (shipped)"
+            if not (SHIPPED / "config.json").is_file():
+                from random_checkpoint import SIZES, write_checkpoint
+
+                args.model_path, args.label = Path(folder), "tiny (random)"
+                write_checkpoint(args.model_path, SIZES["tiny"])
+        elif not (args.model_path / "config.json").is_file():
+            parser.error(f"no config.json in {args.model_path}; give a checkpoint's directory")
+        result = bench(args)
+    print(markdown(result))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.figure:
+        draw(result, args.figure)
+
+
+if __name__ == "__main__":
+    main()
