@@ -1,0 +1,457 @@
+"""Train the tiny PaliGemma that the course ships (paligemma/assets/tiny), on two CPU cores.
+
+Three stages, one run, in float32:
+  look   the vision tower alone learns what each patch shows (its head is thrown away after);
+  speak  the whole model learns captions and short answers, with scenes of one object first,
+         then of one or two, then of up to four; the patch loss stays on as a small helper;
+  cool   the same, with the learning rate falling to zero.
+
+    python tools/train_tiny.py --work DIR             # train; Ctrl-C and run again to go on
+    python tools/train_tiny.py --work DIR --export    # write paligemma/assets/tiny
+    python tools/train_tiny.py --evaluate             # figures of the shipped model
+    python tools/train_tiny.py --evaluate --card      # the same, and write them into its card
+
+DIR gets checkpoint.pt (written whole or not at all), curves.json and tokenizer.model.
+"""
+
+import argparse
+import io
+import json
+import os
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import scenes
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from paligemma.gemma import GemmaConfig
+from paligemma.image_processor import ImageProcessor
+from paligemma.model import PaliGemma, PaliGemmaConfig
+from paligemma.processor import Processor, collate
+from paligemma.siglip import SiglipVisionConfig
+from paligemma.tokenizer import Tokenizer
+
+TINY = scenes.ASSETS / "tiny"
+
+ORDINARY = 640  # pieces before <loc0000>: control ids, "\n", 256 bytes, words and their parts
+
+PLAIN_TEXT = """A picture is a grid of numbers, and a sentence is a row of small pieces.
+The model looks at the picture first and reads the question after it.
+It then writes one word at a time until it has nothing more to say.
+What do you see in this picture? I see a small dog and a red ball on the grass.
+There is a house near the river, and the sun is high in the sky.
+Where is the cat? It is on the left, under the old tree, next to the car.
+The left side is dark, the right side is light, and the middle is green or blue.
+How many people are there? There are five, and all of them are walking home.
+Describe the image in a few words. Read the text in the image aloud.
+Numbers such as 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9 are pieces of their own.
+She said that the train was late; he did not mind, because it was warm.
+We learn by doing, by making mistakes, and by asking why they were mistakes."""
+
+
+def make_tokenizer(path, seed=0):
+    """Train a small SentencePiece model and give it the published layout.
+
+    The ids: pad 0, eos 1, bos 2, unk 3, "\\n" 4, the ordinary pieces, then `<loc0000>` to
+    `<loc1023>` and `<seg000>` to `<seg127>`. `<image>` is the next id, added outside the file.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as model_pb2  # needs protobuf
+
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(30_000):
+        count = int(rng.integers(1, 5))
+        kinds = scenes.draw_kinds(rng, count)
+        scene = scenes.Scene(None, kinds, None)
+        lines += [scene.caption, *scenes.question(rng, scene), "caption en"]
+    for kind in range(len(scenes.NAMES)):  # every form of every word, equally often
+        for count in (1, 2, 3, 4, 5):
+            lines += [scenes.phrase(kind, count)] * 40
+        lines += [f"where is the {scenes.NAMES[kind]}?", f"detect {scenes.NAMES[kind]}"] * 40
+        lines += [f"segment {scenes.NAMES[kind]} ; {scenes.NAMES[(kind + 1) % 48]}"] * 40
+    lines += PLAIN_TEXT.splitlines() * 20
+    stream = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=stream,
+        model_type="bpe",
+        vocab_size=ORDINARY,
+        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        user_defined_symbols=["\n"],
+        num_threads=1,
+        minloglevel=2,
+    )
+    proto = model_pb2.ModelProto.FromString(stream.getvalue())
+    for name in [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]:
+        piece = proto.pieces.add()
+        piece.piece, piece.score = name, 0.0
+        piece.type = model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    path.write_bytes(proto.SerializeToString())
+
+
+# ---------------------------------------------------------------- data
+
+
+class Batches:
+    """Batches of scenes as tensors; batch `step` depends on its number and nothing else.
+
+    Args:
+        processor: `Processor`, lays out the text.
+        seed: seed of the world.
+        size: scenes a batch.
+    """
+
+    def __init__(self, processor, seed=0, size=64):
+        self.seed, self.size, self.pad_id = seed, size, processor.tokenizer.pad_id
+        self.prefix = lru_cache(maxsize=None)(processor.encode_prefix)
+        self.suffix = lru_cache(maxsize=None)(processor.encode_suffix)
+
+    def tensors(self, made, prompts, answers):
+        """Scenes, prompts and answers to the tensors that `Processor` makes of them, faster.
+
+        No resizing: a scene has the model's own size.
+        """
+        pixels = torch.from_numpy(np.stack([scene.image for scene in made])).permute(0, 3, 1, 2)
+        batch = {"pixel_values": (pixels.float() / 255 - 0.5) / 0.5}
+        suffixes = [self.suffix(answer) for answer in answers]
+        batch |= collate([self.prefix(prompt) for prompt in prompts], suffixes, self.pad_id)
+        return batch | {"logits_to_keep": max(map(len, suffixes)) + 1}
+
+    def train(self, step, objects, part=(0, 1), asks=0.25):
+        """Batch number `step` and what each patch of it shows, int64[B, 2, 64].
+
+        Args:
+            step: which.
+            part: (i, n): every n-th scene of it, from the i-th.
+            objects: numbers of objects to draw from.
+            asks: share of questions; the rest are captions.
+        """
+        made, texts = [], []
+        for index in range(step * self.size + part[0], (step + 1) * self.size, part[1]):
+            made.append(scenes.make_scene(index, "train", self.seed, objects))
+            rng = np.random.default_rng((self.seed, 9, index))
+            ask = rng.random() < asks
+            texts.append(scenes.question(rng, made[-1]) if ask else caption_task(made[-1]))
+        targets = torch.from_numpy(np.stack([scenes.patch_targets(scene) for scene in made]))
+        return self.tensors(made, *zip(*texts)), targets
+
+
+def caption_task(scene):
+    """The main task: (prompt, answer)."""
+    return "caption en", scene.caption
+
+
+# ---------------------------------------------------------------- model
+
+
+def make_model(options, pieces):
+    """A PaliGemma of the size asked for, with weights drawn at a scale that small models like."""
+    config = PaliGemmaConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=options.vision_width,
+            intermediate_size=4 * options.vision_width,
+            num_hidden_layers=options.vision_layers,
+            num_attention_heads=4,
+            image_size=scenes.SIZE,
+            patch_size=scenes.PATCH,
+        ),
+        text_config=GemmaConfig(
+            vocab_size=-(-(pieces + 1) // 64) * 64,
+            hidden_size=options.text_width,
+            intermediate_size=options.text_mlp,
+            num_hidden_layers=options.text_layers,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=32,
+        ),
+        image_token_index=pieces,
+    )
+    model = PaliGemma(config)
+    torch.nn.init.normal_(model.language_model.embed_tokens.weight, std=options.text_width**-0.5)
+    torch.nn.init.normal_(model.vision_tower.embeddings.position_embedding.weight, std=0.02)
+    return model
+
+
+class PatchHead(torch.nn.Module):
+    """Says for each patch which kind covers it and which has its centre there; thrown away after.
+
+    Its loss gives the vision tower 64 lessons a picture where a caption gives one.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.classes = len(scenes.NAMES) + 1
+        self.linear = torch.nn.Linear(width, 2 * self.classes)
+        self.weight = torch.ones(self.classes)
+        self.weight[-1] = 0.2  # "nothing here" is most of the picture
+
+    def forward(self, features, targets):
+        """float32[B, 64, D] and int64[B, 2, 64] to a loss and the accuracy on objects."""
+        logits = self.linear(features).unflatten(-1, (2, self.classes)).transpose(1, 2)
+        logits, targets = logits.flatten(0, 2), targets.flatten()
+        loss = F.cross_entropy(logits, targets, self.weight)
+        there = targets < self.classes - 1
+        return loss, (logits.argmax(-1) == targets)[there].float().mean()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the nearest orthogonal matrix: for the weight matrices inside the blocks.
+
+    Matrices of one shape are handled as one stack. The step is scaled to the size that AdamW's
+    would have, so both share a learning rate. Source: Jordan et al. 2024; Liu et al. 2025.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        """One update."""
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                grads = torch.stack([p.grad for p in params])
+                moments = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(moments, list(grads), 1 - group["momentum"])
+                update = orthogonal(grads.lerp(torch.stack(moments), group["momentum"]))
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update), alpha=-rate)
+
+
+def orthogonal(g, steps=5):
+    """Newton-Schulz: push all singular values of float32[n, a, b] towards 1."""
+    tall = g.shape[1] > g.shape[2]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(model, head, options):
+    """Muon for matrices inside blocks, AdamW for embeddings, norms, biases and the rest."""
+    matrices, others, plain = [], [], []
+    for name, p in [*model.named_parameters(), *head.named_parameters()]:
+        if options.muon and p.ndim == 2 and "layers" in name:
+            matrices.append(p)
+        else:
+            (others if p.ndim > 1 else plain).append(p)
+    groups = [{"params": others, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
+    for group in adamw.param_groups:
+        group["factor"] = 0.5 if matrices else 1.0
+    return [adamw, Muon(matrices, options.lr)] if matrices else [adamw]
+
+
+# ---------------------------------------------------------------- training
+
+# (step of the speaking stage, numbers of objects to draw from, from then on)
+CURRICULUM = [(0, (1,)), (150, (1, 1, 2, 2)), (500, (1, 1, 2, 2, 2, 3, 3, 4))]
+
+
+def learning_rate(step, options):
+    """Warm up at the start of each stage that starts something new, fall to 0 at the end."""
+    total, cool = options.look_steps + options.speak_steps, options.cool_steps
+    since = step - options.look_steps if step >= options.look_steps else step
+    warm = min(1.0, (since + 1) / options.warm_steps)
+    return options.lr * warm * min(1.0, (total - step) / max(1, cool))
+
+
+def objects_at(step, options):
+    """The curriculum: which numbers of objects the scenes of this step have."""
+    if step < options.look_steps:
+        return CURRICULUM[-1][1]
+    return [o for start, o in CURRICULUM if step - options.look_steps >= start][-1]
+
+
+def training_step(model, head, batch, targets, speak, seen):
+    """Loss of one batch; `seen` holds the tower's features after the model ran."""
+    if not speak:
+        patch_loss, accuracy = head(model.vision_tower(batch["pixel_values"]), targets)
+        return patch_loss, {"patch": patch_loss.item(), "patch right": accuracy.item()}
+    loss = model(**batch).loss
+    patch_loss, accuracy = head(seen["features"], targets)
+    total = loss + 0.5 * patch_loss
+    return total, {
+        "text": loss.item(),
+        "patch": patch_loss.item(),
+        "patch right": accuracy.item(),
+    }
+
+
+def validate(model, batches, count=256, size=64):
+    """Share of captions all of whose tokens are the model's first choice, one and two kinds.
+
+    With the true answer fed in, all tokens right is the same as greedy decoding being right.
+    """
+    model.eval()
+    right = {1: [], 2: [], 3: []}
+    with torch.inference_mode():
+        for first in range(0, count, size):
+            made = [
+                scenes.make_scene(i, "validation", batches.seed) for i in range(first, first + size)
+            ]
+            batch = batches.tensors(made, ["caption en"] * size, [s.caption for s in made])
+            labels = batch["labels"][:, -batch["logits_to_keep"] :][:, 1:]
+            choice = model(**batch).logits[:, :-1].argmax(-1)
+            for scene, good in zip(made, ((choice == labels) | (labels == -100)).all(1).tolist()):
+                right[len(set(scene.kinds))].append(good)
+    model.train()
+    return {f"{kinds} kinds right": float(np.mean(good)) for kinds, good in right.items()}
+
+
+def share_gradients(parameters):
+    """Average the gradients of all processes, in one message."""
+    parameters = list(parameters)
+    for p in parameters:  # a part that took no part in the loss
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))
+
+
+def train(rank, options):
+    """Train, or go on where the checkpoint in `options.work` stopped.
+
+    On a busy machine several processes of one thread each, which meet once a step, are faster
+    than one process of several threads, which meet at each operation.
+    """
+    torch.set_num_threads(1)
+    if options.processes > 1:
+        rendezvous = f"file://{options.work.resolve()}/.rendezvous"
+        dist.init_process_group(
+            "gloo", init_method=rendezvous, rank=rank, world_size=options.processes
+        )
+    torch.manual_seed(options.seed)
+    tokenizer_file, checkpoint = options.work / "tokenizer.model", options.work / "checkpoint.pt"
+    tokenizer = Tokenizer(tokenizer_file)
+    patches = (scenes.SIZE // scenes.PATCH) ** 2
+    processor = Processor(tokenizer, ImageProcessor(scenes.SIZE), patches)
+    batches = Batches(processor, options.seed, options.batch)
+    model, head = make_model(options, tokenizer.image_id), PatchHead(options.vision_width)
+    optimizers = make_optimizers(model, head, options)
+    seen = {}
+    model.vision_tower.register_forward_hook(lambda *call: seen.update(features=call[2]))
+    step, spent, curves = 0, 0.0, []
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        head.load_state_dict(saved["head"])
+        for optimizer, state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        step, spent, curves = saved["step"], saved["seconds"], saved["curves"]
+        torch.set_rng_state(saved["rng"])
+        print(f"going on at step {step}", flush=True)
+
+    def save():
+        state = {
+            "model": model.state_dict(),
+            "head": head.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "rng": torch.get_rng_state(),
+            "step": step,
+            "seconds": spent + time.perf_counter() - start,
+            "curves": curves,
+        }
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        (options.work / "curves.json").write_text(json.dumps(curves))
+
+    start = saved_at = time.perf_counter()
+    total, recent = options.look_steps + options.speak_steps, []
+    while step < total:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, options) * group.get("factor", 1.0)
+        part = (rank, options.processes)
+        batch, targets = batches.train(step, objects_at(step, options), part)
+        speak = step >= options.look_steps
+        loss, figures = training_step(model, head, batch, targets, speak, seen)
+        loss.backward()
+        if options.processes > 1:
+            share_gradients([*model.parameters(), *head.parameters()])
+        torch.nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        recent.append(figures)
+        step += 1
+        if rank == 0 and (step % 50 == 0 or step == total):
+            point = {k: float(np.mean([r[k] for r in recent if k in r])) for k in recent[-1]}
+            point |= {"step": step, "scenes": step * options.batch}
+            point["seconds"] = spent + time.perf_counter() - start
+            if speak and (step % 250 == 0 or step == total):
+                point |= validate(model, batches)
+            curves.append(point)
+            recent = []
+            print(
+                " ".join(f"{k} {v:.3f}" if v < 20 else f"{k} {v:.0f}" for k, v in point.items()),
+                flush=True,
+            )
+        if rank == 0 and (time.perf_counter() - saved_at > 120 or step == total):
+            save()
+            saved_at = time.perf_counter()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--work", type=Path, help="where the run keeps its checkpoint, curves and tokenizer")
+    add("--export", action="store_true", help="write the run's model to paligemma/assets/tiny")
+    add("--evaluate", action="store_true", help="print figures of the shipped model")
+    add("--card", action="store_true", help="with --evaluate: write them into the model card")
+    add("--scenes", type=int, default=1000, help="test scenes a figure (default %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=64)
+    add("--lr", type=float, default=6e-3, help="peak learning rate (default %(default)s)")
+    add("--look-steps", type=int, default=600)
+    add("--speak-steps", type=int, default=2400, help="cooling included")
+    add("--cool-steps", type=int, default=700)
+    add("--warm-steps", type=int, default=50)
+    add("--vision-width", type=int, default=128)
+    add("--vision-layers", type=int, default=4)
+    add("--text-width", type=int, default=128)
+    add("--text-layers", type=int, default=3)
+    add("--text-mlp", type=int, default=256)
+    add("--adamw", action="store_true", help="AdamW for everything, to compare with Muon")
+    add("--processes", type=int, default=2, help="of one thread each (default %(default)s)")
+    options = parser.parse_args()
+    options.muon = not options.adamw
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / "tokenizer.model").exists():
+        make_tokenizer(options.work / "tokenizer.model")
+    (options.work / ".rendezvous").unlink(missing_ok=True)
+    if options.processes > 1:
+        torch.multiprocessing.spawn(train, (options,), options.processes)
+    else:
+        train(0, options)
+
+
+if __name__ == "__main__":
+    main()
