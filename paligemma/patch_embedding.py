@@ -34,7 +34,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`float[B, 3, H, W]` → `float[B, N, D]`, patches row by row from the top left."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != self.input_shape:
+        if pixel_values.shape[1:] != self.input_shape:
             raise ValueError(
                 f"pixel_values are {list(pixel_values.shape)}; this model reads "
                 f"[B, {', '.join(map(str, self.input_shape))}]: prepare them with ImageProcessor"

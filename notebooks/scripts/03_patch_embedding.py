@@ -290,7 +290,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`float[B, 3, H, W]` → `float[B, N, D]`, patches row by row from the top left."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1:] != self.input_shape:
+        if pixel_values.shape[1:] != self.input_shape:
             raise ValueError(
                 f"pixel_values are {list(pixel_values.shape)}; this model reads "
                 f"[B, {', '.join(map(str, self.input_shape))}]: prepare them with ImageProcessor"
@@ -383,7 +383,7 @@ def crop(index):
     return ImageProcessor(8)(square)[0].flatten(1).T
 
 
-colours = torch.stack([crop(index) for index in range(300)])  # (300, 64, 3)
+colours = torch.cat([crop(index) for index in range(300)], dim=1)  # (64, 300 · 3)
 print(tuple(colours.shape))
 
 # %% [markdown]
@@ -397,7 +397,7 @@ def guess(table):
     """Each patch's colour from the other patches; weights from positions only."""
     scores = table @ table.T  # (64, 64)
     scores = scores.masked_fill(torch.eye(64, dtype=torch.bool), -torch.inf)  # not from itself
-    return scores.softmax(dim=-1) @ colours  # (300, 64, 3)
+    return scores.softmax(dim=-1) @ colours  # (64, 900)
 
 
 table = nn.Parameter(torch.randn(64, 16) * 0.1)
@@ -464,11 +464,10 @@ for size in (224, 448, 896):
         out = full(torch.empty(1, 3, size, size))
     count = sum(p.numel() for p in full.parameters())
     flops = counter.get_total_flops()
-    assert flops == 2 * full.num_patches * (3 * 14 * 14) * 1152
+    N = full.num_patches
+    assert flops == 2 * N * (3 * 14 * 14) * 1152
     weights, result = count * 2 / 1e6, out.numel() * 2 / 1e6  # two bytes a number
-    print(
-        f"{size:4} {full.num_patches:7} {count:11,} {flops / 1e6:8,.0f} {weights:14.2f} {result:7.2f}"
-    )
+    print(f"{size:4} {N:7} {count:11,} {flops / 1e6:8,.0f} {weights:14.2f} {result:7.2f}")
 
 D, M, layers = 1152, 4304, 27
 block = 4 * (D * D + D) + (D * M + M) + (M * D + D) + 4 * D
