@@ -221,11 +221,10 @@ print(f"bytes stored: {k.nbytes + v.nbytes}, written as copies: {(k.nbytes + v.n
 # %%
 tall = q.reshape(B, K, H // K * L, Dh)  # (B, K, G·L, Dh)
 print("same memory:", tall.data_ptr() == q.data_ptr())
-rows = [f"head {h} token {t}" for h in range(H) for t in range(L)]
+rows = [f"head {h}, t{t}" for h in range(H) for t in range(L)]
 for j in range(K):
-    print(f"kv head {j} is asked by", *rows[j * 6 : j * 6 + 6], sep=" | ")
+    print(f"kv head {j}:", *rows[j * 6 : j * 6 + 6], sep=" | ")
 
-# %%
 weights = (tall @ k.transpose(-1, -2) / Dh**0.5).softmax(dim=-1)  # (B, K, G·L, S)
 fast = (weights @ v).reshape(B, H, L, Dh)  # (B, H, L, Dh)
 torch.testing.assert_close(fast, slow)
