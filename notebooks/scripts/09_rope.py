@@ -80,14 +80,14 @@ for order in orders:
     print(f"{' '.join(order)}: dog becomes", out[order.index("dog")])
 
 # %% [markdown]
-# To this layer the two sentences mean the same. (A causal mask leaks a little order, because
-# later tokens see more. The image and the prompt of PaliGemma have no such mask.)
+# To this layer the two sentences mean the same. (A causal mask would leak a little order. The
+# image and the prompt of PaliGemma have none.)
 #
 # ## Add a vector, or turn one?
 #
-# SigLIP *added* a learned vector for each place (lesson 03): a table that ends with its last row,
-# and absolute places. In text the useful fact is relative: *two words before me*. RoPE (rotary
-# position embedding) **turns** queries and keys by an angle proportional to their position.
+# SigLIP *added* a learned vector for each place (lesson 03): a table with a last row. In text
+# the useful fact is relative: *two words before me*. RoPE (rotary position embedding) **turns**
+# queries and keys by an angle proportional to their position.
 
 # %% [markdown]
 # ## By hand: two numbers, a quarter turn
@@ -481,11 +481,12 @@ print(f"cos and sin for {L} tokens: {table:.0f} KB, made once, used by {layers} 
 
 # %% tags=["nbval-ignore-output"]
 def milliseconds(run, repeat=10):
-    run()
-    start = time.perf_counter()
+    times = []
     for _ in range(repeat):
+        start = time.perf_counter()
         run()
-    return (time.perf_counter() - start) / repeat * 1000
+        times.append(time.perf_counter() - start)
+    return min(times) * 1000
 
 
 places = torch.arange(L)[None]
@@ -521,9 +522,10 @@ save_figure(fig, "09_base")
 
 # %% [markdown]
 # With base 100 even the slowest hand goes round within 1024 tokens, so no hand is left that tells
-# far from farther. With 10,000 the pull still falls between 256 and 1024. The base is part of what the weights learned: change it afterwards and
-# every distance means something else. That is why `rope_theta` is read from the checkpoint's
-# config.
+# far from farther. With 10,000 the pull still falls between 256 and 1024.
+#
+# The base is part of what the weights learned: change it afterwards, and every distance means
+# something else. That is why `rope_theta` is read from the checkpoint's config.
 
 # %% [markdown]
 # ## A bug people really make: the other pairing
