@@ -368,7 +368,7 @@ show_images(pair, ["the cat", "the same 256 patches, shuffled"], height=2.8)
 # ### What does a learned position look like?
 #
 # The table starts as noise. Let us learn one, for a task that needs places: *guess a patch's
-# colour from all the others*. We take 300 random crops of the three photographs, each as 8 × 8
+# colour from all the others*. We take 150 random crops of the three photographs, each as 8 × 8
 # patches with one mean colour a patch.
 
 
@@ -383,7 +383,7 @@ def crop(index):
     return ImageProcessor(8)(square)[0].flatten(1).T
 
 
-colours = torch.cat([crop(index) for index in range(300)], dim=1)  # (64, 300 · 3)
+colours = torch.cat([crop(index) for index in range(150)], dim=1)  # (64, 150 · 3)
 print(tuple(colours.shape))
 
 # %% [markdown]
@@ -397,18 +397,18 @@ def guess(table):
     """Each patch's colour from the other patches; weights from positions only."""
     scores = table @ table.T  # (64, 64)
     scores = scores.masked_fill(torch.eye(64, dtype=torch.bool), -torch.inf)  # not from itself
-    return scores.softmax(dim=-1) @ colours  # (64, 900)
+    return scores.softmax(dim=-1) @ colours  # (64, 450)
 
 
 table = nn.Parameter(torch.randn(64, 16) * 0.1)
 before = table.detach().clone()
-optimizer = torch.optim.Adam([table], lr=0.03)
-for step in range(201):
+optimizer = torch.optim.Adam([table], lr=0.05)
+for step in range(101):
     loss = ((guess(table) - colours) ** 2).mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if step in (0, 50, 200):
+    if step in (0, 20, 100):
         print(f"step {step:3d}: squared error {loss.item():.3f}")
 
 # %% [markdown]
