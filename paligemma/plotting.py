@@ -429,7 +429,12 @@ def show_attention(image, weights, titles=None, columns=None):
 
 
 def check(test, *answers):
-    """Run the test of an exercise on the answers and print how it went; never raises."""
+    """Run the test of an exercise and print how it went; never raises.
+
+    Args:
+        test: a function that asserts.
+        answers: what it is called with.
+    """
     try:
         test(*answers)
     except (Exception, SystemExit) as error:

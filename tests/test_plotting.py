@@ -140,12 +140,15 @@ def test_figures_are_closed_so_that_jupyter_shows_them_once():
     assert plt.get_fignums() == []
 
 
-@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("count", [1, 4, 9, 13])
 @pytest.mark.parametrize("shape", [(40, 40), (20, 200), (200, 20)])
 def test_any_number_of_pictures_fits_a_page(count, shape):
     figure = show_images([np.zeros(shape, np.uint8)] * count)
     assert figure.get_figwidth() <= 9.51
     assert sum(bool(ax.images) for ax in figure.axes) == count
+    if shape == (40, 40):
+        columns = figure.axes[0].get_gridspec().ncols
+        assert figure.get_figwidth() / columns > 1.5, "smaller than need be"
 
 
 def test_titles_and_columns():

@@ -162,6 +162,9 @@ print("same memory:", fast.data_ptr() == tiny.data_ptr())
 #| export
 """Pictures for the whole course: one calm style, and helpers that show what a tensor holds."""
 
+import os
+from pathlib import Path
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -700,14 +703,16 @@ def show_attention(image, weights, titles=None, columns=None):
 # stops the notebook. `save_figure` writes a figure for the README and the site, but only when the
 # course's build asks for it.
 
+
 # %%
 #| export
-import os
-from pathlib import Path
-
-
 def check(test, *answers):
-    """Run the test of an exercise on the answers and print how it went; never raises."""
+    """Run the test of an exercise and print how it went; never raises.
+
+    Args:
+        test: a function that asserts.
+        answers: what it is called with.
+    """
     try:
         test(*answers)
     except (Exception, SystemExit) as error:
