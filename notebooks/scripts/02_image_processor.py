@@ -11,52 +11,403 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← plotting](01_plotting.ipynb) | [contents](../README.md) | [Patch embedding →](03_patch_embedding.ipynb)
+# [← Pictures](01_plotting.ipynb) | [contents](../README.md) | [Patch embedding →](03_patch_embedding.ipynb)
 
 # %% [markdown]
 # # 2 · Image processor: what does a model receive instead of a picture?
 #
-# *25 minutes* · part I, Seeing
+# *35 minutes* · part I, Seeing
+#
+# **What you will be able to do**
+#
+# - follow a photograph from its file to the floats that the model reads, and back;
+# - resize a row of pixels with a pencil, and a whole picture with two matrix products, as Pillow does;
+# - open any picture file without surprises: rotated, transparent, 16-bit, broken;
+# - find out by *looking* whether a model gets the picture you think it gets.
+
+# %% tags=["map"]
+from paligemma.plotting import model_map
+
+model_map("image_processor")
+
+# %% [markdown]
+# ## Setup
+#
+# From lesson 01 we take the sample photographs and the drawing helpers. Pillow reads the files; NumPy calculates. Nothing here is random.
 
 # %%
 #| export
 """From a picture file to the normalised tensor that the vision tower reads."""
 
 import json
+import math
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# %% tags=["setup"]
+import io
+import tempfile
+import time
 
+import matplotlib.pyplot as plt
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from paligemma.plotting import (
+    COLOURS,
+    check,
+    sample_picture,
+    save_figure,
+    show_heatmap,
+    show_images,
+)
+
+# %% [markdown]
+# ## The problem
+#
+# A camera writes 4000 × 3000 pixels. PaliGemma's eye was trained on squares of 224 × 224 numbers between −1 and 1, and reads nothing else. Between the two stand a few lines of code that nobody looks at.
+#
+# What should happen to a picture that is not square? There are three usual answers.
+
+# %%
+coffee = sample_picture("coffee")
+side = min(coffee.size)
+left, top = (coffee.width - side) // 2, (coffee.height - side) // 2
+squash = coffee.resize((224, 224))
+crop = coffee.crop((left, top, left + side, top + side)).resize((224, 224))
+small = coffee.resize((224, round(224 * coffee.height / coffee.width)))
+pad = Image.new("RGB", (224, 224), "#808080")
+pad.paste(small, (0, (224 - small.height) // 2))
+titles = [f"{coffee.width} × {coffee.height}", "squash", "crop the centre", "pad"]
+show_images([coffee, squash, crop, pad], titles, height=2)
+
+# %% [markdown]
+# **Squash** keeps everything but bends proportions. **Crop** keeps proportions but throws the sides away: who asks for the spoon gets no answer. **Pad** keeps both and wastes a third of the numbers.
+#
+# PaliGemma squashes. It was trained that way, so it knows squashed cups. What counts is to do as the training did.
+
+# %% [markdown]
+# ### Throwing pixels away is not resizing
+#
+# To go from 448 to 112 pixels one could keep each fourth pixel. Here is a test picture of rings that get finer outwards. Both small versions are 112 × 112; only one of them is honest.
+
+# %%
+y, x = np.mgrid[-224:224, -224:224]
+rings = (127.5 + 127.5 * np.cos((x**2 + y**2) * np.pi / 640)).astype(np.uint8)
+rings = Image.fromarray(rings).convert("RGB")
+fourth = np.asarray(rings)[2::4, 2::4]
+bicubic = rings.resize((112, 112), Image.Resampling.BICUBIC)
+titles = ["448 × 448", "each fourth pixel", "Pillow's bicubic"]
+save_figure(show_images([rings, fourth, bicubic], titles, height=2.9), "02_rings.png")
+
+# %% [markdown]
+# **What to notice.** Keeping each fourth pixel *invents* rings that are not there. This is **aliasing**: a pattern finer than the new grid comes back as a coarse one. The right picture turns it into grey, which is true: from far away fine rings *are* grey. How does it know? That is the next section.
+
+# %% [markdown]
+# ## By hand
+#
+# One dimension is enough. Eight pixels shall become four. A new pixel is a **weighted mean** of old ones: near ones count much, far ones little. The *kernel* says how much, for a distance $d$ measured in pixels:
+#
+# $$k(d) = \begin{cases} 1.5\,|d|^3 - 2.5\,|d|^2 + 1 & |d| < 1 \\ -0.5\,|d|^3 + 2.5\,|d|^2 - 4\,|d| + 2 & |d| < 2 \\ 0 & \text{else} \end{cases}$$
+
+
+# %%
+def kernel(d):
+    """Pillow's bicubic kernel (a = -0.5, also called Catmull-Rom)."""
+    d = abs(d)
+    if d < 1:
+        return 1.5 * d**3 - 2.5 * d**2 + 1
+    if d < 2:
+        return -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+    return 0.0
+
+
+print([kernel(d) for d in (0, 0.5, 1, 1.5, 2)])
+
+# %% [markdown]
+# At its own place a pixel counts fully, one pixel further nothing. In between it is smooth, and between 1 and 2 it is slightly *negative*: that is what keeps edges sharp.
+#
+# Now the decisive step. **When shrinking, the kernel is stretched** by the same factor. Each old pixel then has a say in some new pixel, and none is overlooked.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained", sharey=True)
+for axis, stretch, title in ((axes[0], 1, "not stretched"), (axes[1], 4, "stretched 4 times")):
+    d = np.linspace(-9, 9, 721)
+    axis.plot(d, [kernel(v / stretch) for v in d], color=COLOURS["vision"])
+    old = np.arange(-8.5, 9)
+    heights = [kernel(v / stretch) for v in old]
+    ignored = [h == 0 for h in heights]
+    axis.vlines(old, 0, heights, color=COLOURS["vision"], linewidth=1)
+    marks = [COLOURS["bad"] if skip else COLOURS["vision"] for skip in ignored]
+    axis.scatter(old, heights, c=marks, s=22, zorder=3)
+    axis.axhline(0, color=COLOURS["muted"], linewidth=0.8)
+    axis.set_title(f"{title}: {len(old) - sum(ignored)} of {len(old)} old pixels count")
+    axis.set_xlabel("distance from the new pixel, in old pixels")
+axes[0].set_ylabel("weight")
+save_figure(figure, "02_kernel")
+
+# %% [markdown]
+# **What to notice.** Shrinking by 4, new pixels stand 4 old pixels apart. On the left each sees only 4 old ones around it, and with bad luck misses a stripe. On the right it takes the mean over a width of 16. Stretching the kernel is called **antialiasing**.
+
+# %% [markdown]
+# Now the pencil. The row is an edge, from dark to bright, between old pixels 4 and 5. New pixel 1 covers old pixels 2 and 3, so its centre is at $(1 + 0.5) \cdot 2 = 3.0$. Old pixel $j$ has its centre at $j + 0.5$. Its distance is divided by 2, since the kernel is stretched by 2.
+
+# %%
+row = [0, 0, 0, 0, 0, 200, 200, 200]
+centre, stretch = (1 + 0.5) * 2, 2
+weights = [kernel((j + 0.5 - centre) / stretch) for j in range(8)]
+print("distances:", [(j + 0.5 - centre) / stretch for j in range(8)])
+print("weights:  ", [round(w, 4) for w in weights], "sum", round(sum(weights), 4))
+mean = sum(w * value for w, value in zip(weights, row)) / sum(weights)
+print("new pixel 1:", round(mean, 2))
+
+# %% [markdown]
+# A negative brightness! The dark side of an edge is pushed below 0, the bright side above 200, and so the edge looks crisp. A pixel cannot be negative, so it is clipped to 0. On the bright side there is room up to 255, and the *overshoot* stays.
+
+# %% [markdown]
+# ## As a loop
+#
+# The same for every new pixel. Two details: near the border the kernel hangs over the edge, so we divide by the sum of the weights that remain. And when a picture *grows*, the kernel is not narrowed (`max(…, 1)`).
+
+
+# %%
+def resize_row(row, size):
+    """Resize a list of brightnesses to `size` values, as Pillow's bicubic does."""
+    scale = len(row) / size
+    stretch = max(scale, 1.0)
+    new = []
+    for i in range(size):
+        centre, total, mean = (i + 0.5) * scale, 0.0, 0.0
+        for j, value in enumerate(row):
+            weight = kernel((j + 0.5 - centre) / stretch)
+            total += weight
+            mean += weight * value
+        new.append(min(255, max(0, math.floor(mean / total + 0.5))))
+    return new
+
+
+print("half:  ", resize_row(row, 4))
+print("double:", resize_row(row, 16))
+
+# %% [markdown]
+# And Pillow? A row is a picture of height 1.
+
+# %%
+strip = Image.fromarray(np.array([row], dtype=np.uint8))
+for size in (4, 16):
+    pillow = np.asarray(strip.resize((size, 1), Image.Resampling.BICUBIC))[0].tolist()
+    assert pillow == resize_row(row, size)
+    print(f"Pillow, {size}:", pillow)
+
+# %% [markdown]
+# ## Vectorised
+#
+# The weights do not depend on the brightnesses. Write them down once, one row for each new pixel, and resizing is a **matrix product**. A picture needs two: one along the width, one along the height.
+
+
+# %%
+def resize_matrix(old, new):
+    """float64[new, old]: row i holds the weights of new pixel i."""
+    scale = old / new
+    centres = (np.arange(new)[:, None] + 0.5) * scale
+    d = np.abs(np.arange(old) + 0.5 - centres) / max(scale, 1.0)
+    near, far = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+    weights = np.where(d < 1, near, np.where(d < 2, far, 0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+to_bytes = lambda values: np.clip(np.floor(values + 0.5), 0, 255)
+for size in (4, 16, 3, 1):
+    assert to_bytes(resize_matrix(8, size) @ row).tolist() == resize_row(row, size)
+print("equal to the loop")
+
+# %%
+show_heatmap(
+    resize_matrix(8, 4).round(2),
+    "from 8 old pixels (columns) to 4 new ones (rows)",
+    rows=["new 0", "new 1", "new 2", "new 3"],
+    columns=[str(j) for j in range(8)],
+    annotate=".2f",
+    centre=0,
+)
+
+# %% [markdown]
+# A band that walks down the diagonal: each new pixel looks at its own place. At both ends the rows were divided by a smaller sum, so the border pixels count more.
+#
+# Now a photograph: first the width, round to bytes, then the height, and round again. Pillow does it in this order too.
+
+
+# %%
+def resize_picture(pixels, size):
+    """uint8[H, W, 3] → uint8[size, size, 3] with two matrix products."""
+    height, width, _ = pixels.shape
+    wide = to_bytes(np.einsum("xw,hwc->hxc", resize_matrix(width, size), pixels))
+    return to_bytes(np.einsum("yh,hxc->yxc", resize_matrix(height, size), wide)).astype(np.uint8)
+
+
+cat = sample_picture("cat")
+ours = resize_picture(np.asarray(cat), 224)
+pillow = np.asarray(cat.resize((224, 224), Image.Resampling.BICUBIC))
+gap = np.abs(ours.astype(int) - pillow)
+print(f"{(gap > 0).sum()} of {gap.size:,} numbers differ, by {gap.max()} at most")
+assert gap.max() <= 1 and (gap > 0).sum() <= 10
+
+# %% [markdown]
+# Pillow keeps its weights as whole numbers (times $2^{22}$) to be fast; that tips two values that lay almost exactly on a half. Otherwise our thirty lines *are* its bicubic.
+
+# %% [markdown]
+# ### From bytes to floats, and back
+#
+# The rest is short. Bytes 0…255 become $[0, 1]$, then $(x - 0.5) / 0.5$ brings them to $[-1, 1]$: grey is 0, and dark and bright are equally far from it. At last, channels first (lesson 01).
+
+# %%
+scaled = pillow.astype(np.float32) / 255
+normal = (scaled - 0.5) / 0.5
+tensor = torch.from_numpy(normal).permute(2, 0, 1)  # (3, H, W)
+for name, values in (("bytes", pillow), ("scaled", scaled), ("normalised", normal)):
+    pixel = ", ".join(f"{value:.3g}" for value in values[40, 60])
+    print(f"{name:10} {values.min():5.2f} … {values.max():6.2f}   one pixel: {pixel}")
+
+# %% [markdown]
+# Everything after the resize can be undone without loss. This gives us the most useful tool of the lesson: a function that shows **what the model received**.
+
+
+# %%
+def what_it_saw(pixel_values):
+    """float[3, H, W] as the model reads it → uint8[H, W, 3], as people look at it."""
+    back = (pixel_values.permute(1, 2, 0) * 0.5 + 0.5) * 255
+    return back.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+assert np.array_equal(what_it_saw(tensor), pillow)
+print(f"back to the same {pillow.size:,} bytes")
+
+# %% [markdown]
+# ## The module
+#
+# Four pieces: one that makes any *kind* of picture RGB, one that opens *files*, the processor itself, and its configuration. All user errors are one class, which is also a `ValueError`.
+
+
+# %%
+#| export
 class ImageError(ValueError):
     """A picture that cannot be used; the message says which and why."""
+
+
+# %% [markdown]
+# ### Any mode to RGB
+#
+# Pillow calls the kind of a picture its *mode*. `RGB` is what we want; at least a dozen others exist. Two of them go wrong silently with a plain `convert("RGB")`: 16-bit greys are clipped to white, and transparent pixels show whatever colour lies hidden in them.
+
+# %%
+deep = Image.fromarray(np.array([[0, 128, 32768, 65535]], dtype=np.uint16))
+print(deep.mode, "→ RGB:", [deep.convert("RGB").getpixel((x, 0))[0] for x in range(4)])
+glass = Image.new("RGBA", (1, 1), (255, 0, 0, 0))  # invisible, but red underneath
+print(glass.mode, "→ RGB:", glass.convert("RGB").getpixel((0, 0)))
+
+# %% [markdown]
+# So we do these by hand. For deep greys the largest value that the *kind* allows becomes 255. Floats and 32-bit numbers have no such limit; there we take the smallest usual one (1, 255 or 65535) that holds all values.
+
+
+# %%
+#| export
+def _grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Deep greys (modes I, I;16…, F) to mode L: scaled to 0…255 rather than clipped."""
+    values = np.array(image, dtype=np.float64)
+    values[~np.isfinite(values)] = 0
+    limits = {"F": (1, 255), "I": (255,)}.get(image.mode, ())
+    top = next((limit for limit in limits if values.max(initial=0) <= limit), 65535)
+    grey = np.clip(np.round(values * (255 / top)), 0, 255).astype(np.uint8)
+    hidden = image.info.get("transparency")
+    if hidden is not None:  # one grey that means "see through"
+        grey[values == hidden] = 255
+    return Image.fromarray(grey)
 
 
 # %%
 #| export
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to 8-bit RGB: transparency over white, 16 bits scaled rather than clipped."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.round(values / 257), 0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=1.0, neginf=0.0)
-        if values.max(initial=0.0) <= 1.0:  # floats are either 0…1 or already 0…255
-            values = values * 255
-        return Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+    """Any Pillow mode to 8-bit RGB, with transparency laid over white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _grey_to_8_bits(image)
+    if image.mode == "La":  # alpha already multiplied in; Pillow knows one way out
+        image = image.convert("LA")
+    has_alpha = {"A", "a"} & set(image.getbands())
+    if has_alpha or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# %%
+print(deep.mode, "→", [_to_rgb(deep).getpixel((x, 0))[0] for x in range(4)])
+print(glass.mode, "→", _to_rgb(glass).getpixel((0, 0)))
+assert [_to_rgb(deep).getpixel((x, 0))[0] for x in range(4)] == [0, 0, 128, 255]
+
+# %% [markdown]
+# White is a choice. Most pictures with transparency are drawings made for white pages, and transformers chooses it as well. A colour profile (ICC), if there is one, is ignored, as everywhere in this field.
+
+# %% [markdown]
+# ### Opening
+#
+# A phone held upright stores the picture lying down, with a note in its EXIF data: "turn me". Viewers obey, `Image.open` does not. `exif_transpose` does what the note says. A broken note is no reason to refuse a good picture.
+
+
+# %%
+#| export
+def _decode(image: Image.Image) -> Image.Image:
+    """All pixels of an opened picture, upright, in RGB; raises whatever Pillow raises."""
+    image.load()
+    if 0 in image.size:
+        raise ImageError(f"the picture is {image.width} × {image.height} pixels: it is empty")
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # unreadable EXIF data: take the picture as it lies
+        pass
+    return _to_rgb(image)
+
+
+# %% [markdown]
+# A file comes from a stranger. It may be cut off, or be no picture at all. A *decompression bomb* is a few kilobytes that unpack to billions of pixels. Decoders fail in many ways; the caller should meet **one** exception with a sentence in it.
+
+
+# %%
+#| export
+def _open_file(path: str | os.PathLike) -> Image.Image:
+    """Decode one file; every way in which that fails becomes an `ImageError`."""
+    if not os.path.isfile(path):
+        what = "does not exist"
+        if os.path.exists(path):
+            what = "is a directory" if os.path.isdir(path) else "is not a regular file"
+        raise ImageError(f"picture {path} {what}; give the path of an image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                return _decode(file)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ImageError(
+            f"picture {path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller "
+            "(or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it)"
+        ) from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{path} is not a picture that Pillow can read; convert it to PNG or JPEG"
+        ) from None
+    except Exception as error:  # decoders of broken files raise nearly everything
+        raise ImageError(f"picture {path} cannot be decoded ({error}); is it complete?") from None
+
+
+# %% [markdown]
+# People also hand over pictures that they have opened already, and arrays. An array does not say what it holds, so only one kind is accepted: `uint8`, height × width × RGB. Guessing between ranges and channel orders is how silent bugs are made.
 
 
 # %%
@@ -69,7 +420,7 @@ def open_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Ima
 
     Returns:
         A `PIL.Image` in mode RGB: EXIF rotation applied, transparency laid over white,
-        the first frame of an animation, 16-bit values scaled to 8 bits.
+        the first frame of an animated file, deep greys scaled to 8 bits, ICC profile ignored.
 
     Raises:
         ImageError: not a picture, truncated, empty, or more pixels than
@@ -83,42 +434,107 @@ def open_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Ima
             )
         return Image.fromarray(image)
     if isinstance(image, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(image))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _decode(image)
+        except Exception as error:
+            raise ImageError(f"the given PIL.Image cannot be decoded ({error})") from None
     if not isinstance(image, str | os.PathLike):
         raise ImageError(
             f"got {type(image).__name__}; expected a path, a PIL.Image or a uint8[H, W, 3] array"
         )
-    return _open_file(Path(image))
+    return _open_file(image)
+
+
+# %% [markdown]
+# ### Eight files, one cat
+#
+# The test: the same cat in eight kinds of file. The upper row is what a plain `Image.open(…).convert("RGB")` gives, the lower row what `open_image` gives.
+
+# %%
+small = cat.resize((150, 100))
+alpha = Image.fromarray((np.mgrid[:100, :150][1] * 255 // 149).astype(np.uint8))  # fades in
+faded = small.copy()
+faded.putalpha(alpha)
+deep = Image.fromarray(np.asarray(small.convert("L")).astype(np.uint16) * 257)
+paints = small.quantize(12)  # mode P: each pixel is the number of a colour
+note = Image.Exif()
+note[0x0112] = 6  # orientation: turn by 90° to the right
+kinds = {
+    "turned by EXIF": (small.transpose(Image.Transpose.ROTATE_90), "jpeg", {"exif": note}),
+    "16-bit grey": (deep, "png", {}),
+    "transparent": (faded, "png", {}),
+    "clear colour": (paints, "png", {"transparency": paints.getpixel((145, 60))}),
+    "CMYK": (small.convert("CMYK"), "jpeg", {"quality": 95}),
+    "palette": (paints, "png", {}),
+    "1 bit": (small.convert("1"), "png", {}),
+    "animated": (small, "gif", {"save_all": True, "append_images": [small.rotate(180)]}),
+}
+
+# %%
+plain, opened = [], []
+with tempfile.TemporaryDirectory() as folder:
+    for picture, kind, options in kinds.values():
+        file = Path(folder) / f"cat.{kind}"
+        picture.save(file, **options)
+        plain.append(Image.open(file).convert("RGB"))
+        opened.append(open_image(file))
+square = lambda image: ImageOps.pad(image, (150, 150), color=COLOURS["paper"])
+pictures = [square(image) for image in plain + opened]
+save_figure(show_images(pictures, list(kinds), columns=8, height=1.1), "02_modes.png")
+
+# %%
+for name, a, b in zip(kinds, plain, opened):
+    same = a.size == b.size and np.array_equal(np.asarray(a), np.asarray(b))
+    print(f"{name:20} {'same' if same else 'different'}")
+
+# %% [markdown]
+# **What to notice.** Four of eight kinds come out *different* from the plain way, and none of them with an error: the cat lies on its side, the deep greys turn white, the faded cat is not faded, and the clear part is filled with a colour. The model would be blamed for each.
+
+# %% [markdown]
+# ### One picture to numbers
+#
+# What we did step by step above, in one function.
 
 
 # %%
 #| export
-def _open_file(path: Path) -> Image.Image:
-    """Decode one file; every way in which that fails becomes an `ImageError`."""
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise ImageError(f"picture {path} {what}; give the path of an image file")
+def _to_pixel_values(image: Image.Image, size, mean, std, resample) -> torch.Tensor:
+    """One RGB picture to `float32[3, size, size]`."""
+    image = image.resize((size, size), resample)
+    pixels = np.array(image, dtype=np.float32) / 255  # (size, size, 3) in 0…1
+    pixels = (pixels - np.float32(mean)) / np.float32(std)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, size, size)
+
+
+# %%
+half = (0.5, 0.5, 0.5)
+assert torch.equal(_to_pixel_values(cat, 224, half, half, Image.Resampling.BICUBIC), tensor)
+print("equal to the steps above")
+
+# %% [markdown]
+# ### Settings, and the file that holds them
+#
+# A checkpoint comes with a `preprocessor_config.json`. Whoever ignores it is right until the day when a checkpoint differs. Whoever half-reads it is worse off. We check every value, and refuse what we do not do: a `do_normalize: false` must not pass in silence.
+
+
+# %%
+#| export
+def _three_numbers(name: str, values) -> tuple[float, float, float]:
+    """Check `mean` or `std`: one finite number for each of red, green and blue."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                file.load()
-                return _to_rgb(ImageOps.exif_transpose(file))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ImageError(
-            f"picture {path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller "
-            "(or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it)"
-        ) from None
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"{path} is not a picture that Pillow can read; convert it to PNG or JPEG"
-        ) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"picture {path} cannot be decoded ({error}); is it complete?") from None
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} is {values!r}; expected three numbers such as (0.5, 0.5, 0.5)")
+    return numbers
 
 
 # %%
 #| export
+@dataclass
 class ImageProcessor:
     """Pictures to pixel values: squash to a square, scale to 0…1, normalise to -1…1.
 
@@ -131,70 +547,468 @@ class ImageProcessor:
     Source: `SiglipImageProcessor` in transformers; PaliGemma paper, section 3.1.
     """
 
-    def __init__(
-        self,
-        size: int = 224,
-        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
-        resample: int = Image.Resampling.BICUBIC,
-    ):
-        self.size = size
-        self.mean = mean
-        self.std = std
-        self.resample = Image.Resampling(resample)
+    size: int = 224
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: int = Image.Resampling.BICUBIC
+
+    def __post_init__(self):
+        _check_settings(self)
 
     def __call__(self, images) -> torch.Tensor:
-        """Prepare one picture or a list of them.
-
-        Args:
-            images: what `open_image` takes, or a list of these (length B).
-
-        Returns:
-            `float32[B, 3, size, size]` in -1…1 (with the default mean and std).
-        """
-        if not isinstance(images, list | tuple):
-            images = [images]
-        return torch.stack([self._pixels(open_image(image)) for image in images])
-
-    def _pixels(self, image: Image.Image) -> torch.Tensor:
-        image = image.resize((self.size, self.size), self.resample)
-        pixels = np.array(image, dtype=np.float32) / 255  # (size, size, 3) in 0…1
-        pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, size, size)
+        """One picture of any kind that `open_image` takes, or B of them in a list, to
+        `float32[B, 3, size, size]`, in -1…1 with the default mean and std."""
+        images = images if isinstance(images, list | tuple) else [images]
+        if not images:
+            raise ValueError("the list of pictures is empty; give at least one")
+        how = (self.size, self.mean, self.std, self.resample)
+        return torch.stack([_to_pixel_values(open_image(image), *how) for image in images])
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, size: int = 224) -> "ImageProcessor":
         """Read `preprocessor_config.json`; a directory without one gives the defaults at `size`."""
-        file = Path(path) / "preprocessor_config.json"
-        if not file.is_file():
-            return cls(size)
-        config = json.loads(file.read_text())
-        side = config.get("size", size)
-        if isinstance(side, dict):
-            if side.get("height") != side.get("width"):
-                raise ValueError(f"{file}: size {side} is not a square; PaliGemma reads squares")
-            side = side["height"]
-        return cls(
-            side,
-            tuple(config.get("image_mean", (0.5, 0.5, 0.5))),
-            tuple(config.get("image_std", (0.5, 0.5, 0.5))),
-            config.get("resample", Image.Resampling.BICUBIC),
-        )
+        return _read_settings(cls, path, size)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write `preprocessor_config.json` in the published form."""
-        config = {
-            "do_convert_rgb": None,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": list(self.mean),
-            "image_processor_type": "SiglipImageProcessor",
-            "image_seq_length": None,
-            "image_std": list(self.std),
-            "processor_class": "PaliGemmaProcessor",
-            "resample": int(self.resample),
-            "rescale_factor": 1 / 255,
-            "size": {"height": self.size, "width": self.size},
-        }
-        (Path(path) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _write_settings(self, path)
+
+
+# %%
+#| export
+def _check_settings(processor: ImageProcessor) -> None:
+    """Refuse settings with which no picture could be processed."""
+    size, resample = processor.size, processor.resample
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"size is {size!r}; expected a side in pixels such as 224")
+    if isinstance(resample, bool) or resample not in list(Image.Resampling):
+        known = ", ".join(f"{kind.value} {kind.name.lower()}" for kind in Image.Resampling)
+        raise ValueError(f"resample is {resample!r}; expected one of Pillow's filters: {known}")
+    processor.resample = Image.Resampling(resample)
+    processor.mean = _three_numbers("image_mean", processor.mean)
+    processor.std = _three_numbers("image_std", processor.std)
+    if 0 in processor.std:
+        raise ValueError(f"image_std is {processor.std}; it divides, so none may be 0")
+
+
+# %% [markdown]
+# The published file is `preprocessor_config.json`. Newer versions of transformers write the same settings into a `processor_config.json`, one level down. We read both.
+
+
+# %%
+#| export
+def _read_config(path: str | os.PathLike) -> tuple[Path, dict]:
+    """The file with the image settings, and what it says; no such file gives no settings."""
+    file = Path(path) / "preprocessor_config.json"
+    newer = Path(path) / "processor_config.json"  # transformers 5 writes this one
+    if not file.is_file() and not newer.is_file():
+        return file, {}
+    file, nested = (file, False) if file.is_file() else (newer, True)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{file} is not JSON ({error}); copy the published file again") from None
+    if nested and isinstance(config, dict):
+        config = config.get("image_processor") or {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds {type(config).__name__}; expected settings, as in {{…}}")
+    return file, {key: value for key, value in config.items() if value is not None}
+
+
+# %%
+#| export
+def _read_settings(cls, path: str | os.PathLike, size: int):
+    """An image processor with the settings of a checkpoint directory."""
+    file, config = _read_config(path)
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if not config.get(step, True):
+            raise ValueError(f"{file}: {step} is false; PaliGemma's pictures need this step")
+    if config.get("do_center_crop") or config.get("do_pad"):
+        raise ValueError(f"{file}: asks to crop or pad; PaliGemma squashes the whole picture")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{file}: rescale_factor is {factor!r}; expected 1/255, bytes to 0…1")
+    side = config.get("size", size)
+    if isinstance(side, dict):
+        if side.get("height") is None or side.get("height") != side.get("width"):
+            raise ValueError(f"{file}: size is {side}; expected a square, height equal to width")
+        side = side["height"]
+    mean, std = config.get("image_mean", (0.5,) * 3), config.get("image_std", (0.5,) * 3)
+    try:
+        return cls(side, mean, std, config.get("resample", Image.Resampling.BICUBIC))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+# %%
+#| export
+def _write_settings(processor: ImageProcessor, path: str | os.PathLike) -> None:
+    """Write `preprocessor_config.json`, the same keys as in the published checkpoints."""
+    config = {
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(processor.mean),
+        "image_processor_type": "SiglipImageProcessor",
+        "image_seq_length": None,
+        "image_std": list(processor.std),
+        "processor_class": "PaliGemmaProcessor",
+        "resample": int(processor.resample),
+        "rescale_factor": 1 / 255,
+        "size": {"height": processor.size, "width": processor.size},
+    }
+    (Path(path) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# %%
+processor = ImageProcessor(224)
+batch = processor([cat, coffee, np.asarray(coffee)])
+print(list(batch.shape), batch.dtype)
+assert torch.equal(batch[0], tensor) and torch.equal(batch[1], batch[2])
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    ImageProcessor(448).save_pretrained(folder)
+    again = ImageProcessor.from_pretrained(folder)
+    print(again)
+    (Path(folder) / "notes.txt").write_text("no picture")
+    for wrong in (Path(folder) / "notes.txt", folder, np.zeros((8, 8)), 7):
+        try:
+            processor(wrong)
+        except ValueError as error:
+            print("✗", str(error).replace(folder, "…").replace(os.sep, "/"))
+
+# %% [markdown]
+# ## Against the reference
+#
+# The stored file holds what `SiglipImageProcessorPil` of transformers makes of the three photographs: all of it at 28 × 28, and each sixteenth pixel at 224 × 224. (Without the suffix, transformers takes torchvision to resize, if that is installed; we come back to it.)
+
+# %%
+stored = load_file("reference/image_processor.safetensors")
+photos = {name: sample_picture(name) for name in ("cat", "coffee", "astronaut")}
+for name, photo in photos.items():
+    full = (ImageProcessor(28)(photo)[0] - stored[f"{name}_28"]).abs().max().item()
+    part = (processor(photo)[0, :, ::16, ::16] - stored[f"{name}_224"]).abs().max().item()
+    assert max(full, part) <= 1e-6
+    print(f"{name:9} largest difference: {full:.0e} at 28, {part:.0e} at 224")
+
+# %% [markdown]
+# Zero: not near, but equal. Both call the same Pillow. And PyTorch? It can resize as well, with the option `antialias`. Left out, it defaults to `False`, and the kernel is not stretched.
+
+# %%
+print("largest and mean difference from Pillow, of 255")
+for name, photo in photos.items():
+    x = torch.tensor(np.asarray(photo)).float().permute(2, 0, 1)[None]
+    target = (processor(photo)[0] * 0.5 + 0.5) * 255
+    for antialias in (True, False):
+        y = F.interpolate(x, (224, 224), mode="bicubic", antialias=antialias)[0].clamp(0, 255)
+        gap = (y - target).abs()
+        print(f"{name:9} antialias={antialias!s:5} {gap.max():6.1f} {gap.mean():6.2f}")
+
+# %% [markdown]
+# With antialiasing PyTorch and Pillow agree up to a few steps of 255: Pillow rounds and clips between the two passes. Without it, single pixels are off by up to a quarter of the whole range, and nothing says so: `F.interpolate` gave a picture of the right shape.
+
+# %% [markdown]
+# ## See it
+#
+# How much does it matter on photographs? Shrink the cat to a *very* small picture in three ways, and look at the fur.
+
+# %%
+x = torch.tensor(np.asarray(cat)).float().permute(2, 0, 1)[None] / 255
+no = F.interpolate(x, (56, 56), mode="bicubic")[0].clamp(0, 1).permute(1, 2, 0)
+kept = np.asarray(cat)[2::5, 4::8][:56, :56]
+honest = what_it_saw(ImageProcessor(56)(cat)[0])
+views = [cat, kept, no, honest]
+titles = ["the cat", "pixels thrown away", "bicubic, no antialias", "ImageProcessor(56)"]
+save_figure(show_images(views, titles, height=2), "02_antialias.png")
+
+# %% [markdown]
+# **What to notice.** In the middle pictures the fur turns to grains and the whiskers break into dots. The model was trained on pictures like the last one. To it, grain is texture, and texture is evidence.
+
+# %% [markdown]
+# ## At full size
+#
+# This part has no parameters. What does it cost for a photograph of 12 million pixels? Each new pixel of a pass takes $4 \cdot \text{scale}$ weights, one multiplication and one addition for each, in three channels.
+
+# %%
+W, H = 4032, 3024
+print("size   weights a pixel (x, y)   million FLOPs   kB as float32")
+for size in (224, 448, 896):
+    across, down = 4 * W / size, 4 * H / size
+    flops = 2 * 3 * (H * size * across + size * size * down)
+    memory = 4 * 3 * size**2 / 1e3
+    print(f"{size:4} {across:12.0f} {down:10.0f} {flops / 1e6:15.0f} {memory:15.0f}")
+tower = 2 * 412_442_352 * 256  # a multiplication and an addition for each weight and token
+print(f"the vision tower at 224: {tower / 1e6:,.0f} million FLOPs")
+
+# %% [markdown]
+# The first pass dominates: it must touch every pixel of the photograph, whatever the new size. The vision tower (lesson 05) has hundreds of times as much to do. So where does the time go here? Measured on this machine:
+
+
+# %% tags=["nbval-ignore-output"]
+def milliseconds(function):
+    """The shorter of two runs."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+speed = lambda how: milliseconds(lambda: _to_pixel_values(large, *how))
+large = cat.resize((W, H))
+file = io.BytesIO()
+large.save(file, "jpeg", quality=90)
+print(f"decode a JPEG of {len(file.getvalue()) / 1e6:.1f} MB: ", end="")
+print(f"{milliseconds(lambda: Image.open(io.BytesIO(file.getvalue())).load()):.0f} ms")
+for size in (224, 448, 896):
+    how = (size, half, half, Image.Resampling.BICUBIC)
+    print(f"resize and normalise, {size}: {speed(how):.0f} ms")
+
+# %% [markdown]
+# Most of it goes into the large photograph: decoding it, and the first pass. The size of the square matters less. Who trains on large photographs stores them small; otherwise the accelerator waits for JPEG.
+
+# %% [markdown]
+# ## A bug people really make
+#
+# A user writes: "The model calls the astronaut's suit blue." Another: "It says that everything is in fog." Each loads pictures with a popular helper. It runs, and the numbers look like numbers:
+
+
+# %%
+def load_a(photo):
+    """As OpenCV's imread would give it, then the right scaling."""
+    return processor(np.asarray(photo)[:, :, ::-1])[0]
+
+
+def load_b(photo):
+    """As torchvision's ToTensor would give it."""
+    small = np.asarray(photo.resize((224, 224), Image.Resampling.BICUBIC))
+    return torch.tensor(small).permute(2, 0, 1).float() / 255
+
+
+loaders = {"ours": lambda photo: processor(photo)[0], "A": load_a, "B": load_b}
+for name, load in loaders.items():
+    out = load(photos["astronaut"])
+    print(f"{name:4} {list(out.shape)} {out.dtype} {out.min():5.2f} … {out.max():4.2f}")
+
+# %% [markdown]
+# Shapes right, types right, all inside $[-1, 1]$. Now use the tool of this lesson: show what the model received.
+
+# %%
+pictures, titles = [], []
+for name, load in loaders.items():
+    pictures += [what_it_saw(load(photos["astronaut"])), what_it_saw(load(cat))]
+    titles += [name, name]
+save_figure(show_images(pictures, titles, columns=6, height=1.5), "02_bug.png")
+
+# %% [markdown]
+# Both complaints in one look. **A** swaps red and blue (BGR). **B** forgot the last step: with $[0, 1]$ instead of $[-1, 1]$ no pixel is darker than mid-grey. *Fog* was an exact description.
+
+# %% [markdown]
+# How bad is it? For the colour we ask which of seven names is nearest to the suit's mean colour. For the fog we cut the picture into patches, as lesson 03 will. What *differs* between patches is information, what all share is not. Which share of the numbers' energy (sum of squares) is information?
+
+# %%
+NAMES = {
+    "orange": (230, 90, 50),
+    "red": (190, 30, 40),
+    "pink": (245, 170, 150),
+    "green": (60, 140, 60),
+    "blue": (50, 90, 230),
+    "grey": (128, 128, 128),
+    "white": (245, 245, 245),
+}
+
+
+def colour_name(pixels):
+    """The name nearest to the mean colour of float[3, H, W] in [-1, 1]."""
+    mean = (pixels.flatten(1).mean(dim=1) * 0.5 + 0.5) * 255
+    return min(NAMES, key=lambda name: (mean - torch.tensor(NAMES[name])).norm().item())
+
+
+def information(pixels):
+    """Share of the energy by which patches differ from the mean patch."""
+    patches = F.unfold(pixels[None], 14, stride=14)[0].T  # (256, 588)
+    return ((patches - patches.mean(dim=0)).square().sum() / patches.square().sum()).item()
+
+
+# %%
+for name, load in loaders.items():
+    suit = colour_name(load(photos["astronaut"])[:, 125:150, 35:55])
+    shares = ", ".join(f"{key} {information(load(photo)):.0%}" for key, photo in photos.items())
+    print(f"{name:4} suit: {suit:6}  information: {shares}")
+
+# %% [markdown]
+# A keeps all information and gives it the wrong names: it answers *blue*, honestly. B washes the suit out to *pink* and drowns most of the signal in a constant that says nothing. Both models would still describe the scene roughly, so nobody looks for the bug in the loader.
+#
+# The check: undo the processing for **one** picture, and look.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1 (predict): three numbers
+#
+# Without running it, for the default processor: **(a)** which value does a byte of 51 become? **(b)** A picture of 896 × 896 shrinks to 224 × 224: how many old pixels of one row get a weight in a new pixel in the middle? **(c)** The same for 112 × 112, which must grow.
+
+# %% tags=["exercise"]
+answer = None  # your answer: (value, count, count)
+
+
+# %% tags=["check"]
+def test_1(answer):
+    assert answer is not None and len(answer) == 3, "give three numbers: (a, b, c)"
+    value = ImageProcessor(1)(Image.new("RGB", (1, 1), (51, 51, 51))).mean().item()
+    shrink, grow = (int((resize_matrix(old, 224)[100] != 0).sum()) for old in (896, 112))
+    assert abs(answer[0] - value) < 1e-3, "(a): divide by 255, subtract 0.5, divide by 0.5"
+    assert answer[1] == shrink, "(b): the kernel reaches 2 to each side; stretch it first"
+    assert answer[2] == grow, "(c): when a picture grows the kernel keeps its width"
+
+
+check(test_1, answer)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# 51 is a fifth of 255. The kernel is not zero from −2 to 2, measured in *stretched* pixels.
+#
+# </details>
+
+# %% tags=["solution"]
+answer = (-0.6, 16, 4)  # 2 · 0.2 - 1; 4 · 4; 4 · 1
+check(test_1, answer)
+
+# %% [markdown]
+# ### Exercise 2 (fill in): back to the photograph
+#
+# The model finds something at `box = (x0, y0, x1, y1)` in its square of `size` pixels. Where is it in the photograph of `width` × `height`? (A model that crops or pads would need more than this.)
+
+
+# %% tags=["exercise"]
+def unsquash(box, size, width, height):
+    return None  # your answer: four numbers
+
+
+# %% tags=["check"]
+def test_2(unsquash):
+    for width, height, size in ((448, 224, 224), (300, 900, 100), (640, 480, 448)):
+        box = (width * 0.25, height * 0.5, width * 0.75, height * 0.625)
+        photo = np.zeros((height, width, 3), dtype=np.uint8)
+        photo[round(box[1]) : round(box[3]), round(box[0]) : round(box[2])] = 255
+        lit = ImageProcessor(size)(photo)[0, 0] > 0
+        ys, xs = lit.any(dim=1).nonzero(), lit.any(dim=0).nonzero()
+        seen = (xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1)
+        found = unsquash(seen, size, width, height)
+        assert found is not None and len(found) == 4, "return four numbers"
+        pixel = max(width, height) / size
+        off = max(abs(a - b) for a, b in zip(found, box))
+        assert off <= pixel, f"{width} × {height}: a corner is off by {off:.0f} pixels"
+
+
+check(test_2, unsquash)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Squashing scaled both axes, but not by the same factor.
+#
+# </details>
+
+
+# %% tags=["solution"]
+def unsquash(box, size, width, height):
+    x0, y0, x1, y1 = box
+    return x0 * width / size, y0 * height / size, x1 * width / size, y1 * height / size
+
+
+check(test_2, unsquash)
+
+# %% [markdown]
+# ### Exercise 3 (break): the picture that is two pictures
+#
+# Build a 448 × 448 picture which a careless loader, `picture[::2, ::2]`, shrinks to plain **white**, while `ImageProcessor(224)` makes it darker than **mid-grey** everywhere. (Such pictures have been used to attack real systems: people see one thing, the model another.)
+
+
+# %% tags=["exercise"]
+def two_faced():
+    return None  # your answer: uint8[448, 448, 3]
+
+
+# %% tags=["check"]
+def test_3(two_faced):
+    picture = two_faced()
+    assert picture is not None, "two_faced returns None"
+    assert picture.dtype == np.uint8 and picture.shape == (448, 448, 3), "uint8[448, 448, 3] wanted"
+    assert (picture[::2, ::2] == 255).all(), "the careless loader does not get plain white"
+    seen = ImageProcessor(224)(picture)
+    assert (seen < 0).all(), f"the processor still gets values up to {seen.max():.2f}"
+
+
+check(test_3, two_faced)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# The careless loader looks at one pixel of four. What the other three hold, only the processor will see.
+#
+# </details>
+
+
+# %% tags=["solution"]
+def two_faced():
+    picture = np.zeros((448, 448, 3), dtype=np.uint8)
+    picture[::2, ::2] = 255  # a quarter of all pixels: the mean is dark
+    return picture
+
+
+check(test_3, two_faced)
+
+# %% [markdown]
+# ## Summary
+#
+# - A model receives a square of floats in $[-1, 1]$. How it is made, training has fixed.
+# - Resizing is a weighted mean, a matrix product along each axis. When shrinking, the kernel must be stretched.
+# - `convert("RGB")` does not do what you think for 16 bits, transparency and EXIF.
+# - A file comes from a stranger: one kind of error, with a sentence in it.
+# - Undo the processing and look: one line that finds most bugs of this kind.
+
+# %% [markdown]
+# ## Quiz
+#
+# **1.** Why does each row of the resize matrix sum to 1?
+#
+# <details><summary>Answer</summary>
+#
+# So that a plain picture stays as bright as it was: a weighted mean of equal numbers is that number. Near the border some weights fall outside, and dividing by the rest restores the sum. Forget it, and pictures get dark rims.
+#
+# </details>
+
+# %% [markdown]
+# **2.** Your colleague trains with Pillow's resize and serves with `F.interpolate(…, mode="bicubic")`. What happens?
+#
+# <details><summary>Answer</summary>
+#
+# It runs, slightly worse. Without `antialias=True` the served pictures have grain that training pictures never had. The larger the photographs, the stronger the effect, so small test pictures will not show it.
+#
+# </details>
+
+# %% [markdown]
+# **3.** Why refuse a float array, when one could look at its range and guess?
+#
+# <details><summary>Answer</summary>
+#
+# A dark picture in 0…255 may lie within 0…1 by chance, and a normalised one may be cut to it. A guess that is right 99 times in 100 makes a bug that nobody can reproduce. An error costs a minute.
+#
+# </details>
+
+# %% [markdown]
+# ## References
+#
+# - Pillow: `Image.resize`, `ImageOps.exif_transpose`, the list of modes; `src/libImaging/Resample.c` holds the kernel and the two passes.
+# - R. Keys 1981, *Cubic convolution interpolation for digital image processing*: the kernel; its *a* is −0.5 here.
+# - Parmar, Zhang, Zhu 2022, *On Aliased Resizing and Surprising Subtleties in GAN Evaluation*: what libraries do differently.
+# - Xiao et al. 2019, *Seeing is Not Believing* (USENIX Security): attacks by image scaling.
+# - Beyer et al. 2024, *PaliGemma*, section 3; `SiglipImageProcessor` in transformers.
+
+# %% [markdown] tags=["navigation"]
+# [← Pictures](01_plotting.ipynb) | [contents](../README.md) | [Patch embedding →](03_patch_embedding.ipynb)
