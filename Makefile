@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 BASE := $(VENV)/base.stamp
 DEV := $(VENV)/dev.stamp
 # Tests run in two processes; one thread each, unless told otherwise.
