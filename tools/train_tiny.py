@@ -29,7 +29,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from paligemma.checkpoint import load_model, save_model
 from paligemma.gemma import GemmaConfig
+from paligemma.generation import generate
 from paligemma.image_processor import ImageProcessor
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.processor import Processor, collate
@@ -37,6 +39,10 @@ from paligemma.siglip import SiglipVisionConfig
 from paligemma.tokenizer import Tokenizer
 
 TINY = scenes.ASSETS / "tiny"
+RECIPE = (
+    "seed batch lr look_steps speak_steps cool_steps warm_steps processes meet_every muon "
+    "vision_width vision_layers text_width text_layers text_mlp"
+).split()
 
 ORDINARY = 640  # pieces before <loc0000>: control ids, "\n", 256 bytes, words and their parts
 
@@ -322,23 +328,23 @@ def validate(model, batches, count=256, size=64):
     return {f"{kinds} kinds right": float(np.mean(good)) for kinds, good in right.items()}
 
 
-def share_gradients(parameters):
-    """Average the gradients of all processes, in one message."""
+@torch.no_grad()
+def average(parameters):
+    """Give every process the mean of all processes' weights, in one message."""
     parameters = list(parameters)
-    for p in parameters:  # a part that took no part in the loss
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    flat = torch.cat([p.flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(part.view_as(p))
+        p.copy_(part.view_as(p))
 
 
 def train(rank, options):
     """Train, or go on where the checkpoint in `options.work` stopped.
 
-    On a busy machine several processes of one thread each, which meet once a step, are faster
-    than one process of several threads, which meet at each operation.
+    Each process takes its part of every batch and steps on its own; every `meet_every` steps
+    the processes average their weights ("local SGD"). On a busy machine this is much faster than
+    averaging gradients at each step or than threads that meet at each operation: nobody waits.
     """
     torch.set_num_threads(1)
     if options.processes > 1:
@@ -392,14 +398,16 @@ def train(rank, options):
         speak = step >= options.look_steps
         loss, figures = training_step(model, head, batch, targets, speak, seen)
         loss.backward()
-        if options.processes > 1:
-            share_gradients([*model.parameters(), *head.parameters()])
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *head.parameters()], 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         recent.append(figures)
         step += 1
+        met = options.processes == 1
+        if not met and (step % options.meet_every == 0 or step == total):
+            average([*model.parameters(), *head.parameters()])
+            met = True
         if rank == 0 and (step % 50 == 0 or step == total):
             point = {k: float(np.mean([r[k] for r in recent if k in r])) for k in recent[-1]}
             point |= {"step": step, "scenes": step * options.batch}
@@ -412,9 +420,178 @@ def train(rank, options):
                 " ".join(f"{k} {v:.3f}" if v < 20 else f"{k} {v:.0f}" for k, v in point.items()),
                 flush=True,
             )
-        if rank == 0 and (time.perf_counter() - saved_at > 120 or step == total):
+        if (
+            rank == 0
+            and met
+            and (time.perf_counter() - saved_at > options.save_every or step == total)
+        ):
             save()
             saved_at = time.perf_counter()
+
+
+# ---------------------------------------------------------------- shipping
+
+
+def export(options):
+    """Write the run's model to paligemma/assets/tiny in bfloat16 and the published layout."""
+    saved = torch.load(options.work / "checkpoint.pt", weights_only=True)
+    tokenizer = Tokenizer(options.work / "tokenizer.model")
+    model = make_model(options, tokenizer.image_id)
+    model.load_state_dict(saved["model"])
+    TINY.mkdir(parents=True, exist_ok=True)
+    save_model(model.to(torch.bfloat16), TINY)
+    (TINY / "tokenizer.model").write_bytes((options.work / "tokenizer.model").read_bytes())
+    ImageProcessor(scenes.SIZE).save_pretrained(TINY)
+    recipe = {k: v for k, v in vars(options).items() if isinstance(v, int | float) and k in RECIPE}
+    curves = {"recipe": recipe, "seconds": round(saved["seconds"]), "points": saved["curves"]}
+    (TINY / "curves.json").write_text(json.dumps(curves) + "\n")
+    print(f"wrote step {saved['step']} to paligemma/assets/tiny")
+
+
+def collect(wanted, count, **how):
+    """The first `count` test scenes for which `wanted(scene)` holds."""
+    found, index = [], 0
+    while len(found) < count:
+        scene = scenes.make_scene(index, "test", **how)
+        index += 1
+        if wanted(scene):
+            found.append(scene)
+    return found
+
+
+def answers(model, processor, images, prompts, size=50):
+    """What the model says, greedily, through the package's own path."""
+    said = []
+    for first in range(0, len(images), size):
+        part = slice(first, first + size)
+        batch = processor(images[part], prompts[part])
+        said += map(processor.decode, generate(model, **select(batch), max_new_tokens=24))
+    return said
+
+
+def select(batch):
+    """The tensors that `generate` takes."""
+    return {k: batch[k] for k in ("input_ids", "pixel_values", "attention_mask")}
+
+
+def score(model, processor, made, texts):
+    """Share of exact answers in percent: with the right pictures and with each other's."""
+    images = [scene.image for scene in made]
+    prompts, truths = zip(*texts)
+    result = {"scenes": len(made)}
+    for name, shown in (("exact", images), ("shuffled", images[1:] + images[:1])):
+        said = answers(model, processor, shown, list(prompts))
+        result[name] = 100 * float(np.mean([a == b for a, b in zip(said, truths)]))
+    return result
+
+
+def evaluate(count, path=TINY):
+    """Figures of a model directory on `count` test scenes each: {task: {scenes, exact, shuffled}}.
+
+    `shuffled` is the control: the same questions, each asked about another scene's picture.
+    """
+    model, processor = load_model(path), Processor.from_pretrained(path)
+    tasks = {
+        "caption, one kind (1 to 4 objects)": lambda s: len(set(s.kinds)) == 1,
+        "caption, two kinds (2 to 4 objects)": lambda s: len(set(s.kinds)) == 2,
+        "caption, three kinds (3 or 4 objects)": lambda s: len(set(s.kinds)) == 3,
+        "caption, two kinds never seen together": lambda s: len(set(s.kinds)) == 2,
+    }
+    figures = {}
+    for task, wanted in tasks.items():
+        made = collect(wanted, count, unseen="never" in task)
+        figures[task] = score(model, processor, made, [caption_task(scene) for scene in made])
+        print(task, figures[task], flush=True)
+    for task, word in (("answer how many", "how many"), ("answer yes or no", "is there")):
+        made, texts = [], []
+        for index, scene in enumerate(collect(lambda s: True, 4 * count)):
+            text = scenes.question(np.random.default_rng((11, index)), scene)
+            if word in text[0] and len(made) < count:
+                made.append(scene)
+                texts.append(text)
+        figures[task] = score(model, processor, made, texts)
+        print(task, figures[task], flush=True)
+    return figures
+
+
+CARD = """---
+license: mit
+library_name: paligemma
+pipeline_tag: image-text-to-text
+---
+
+# tiny: a PaliGemma small enough to train on two CPU cores
+
+A model with PaliGemma's architecture and checkpoint layout, and {parameters:,} parameters
+instead of 2,923,466,480. It knows one world: scenes of 112 × 112 pixels with one to four emoji of
+{kinds} kinds, from left to right, on plain, shaded, noisy or photographic backgrounds. It captions
+them (`caption en` → `a cat and two dogs`) and answers two questions
+(`answer en how many cats are there?` → `2`, `answer en is there a bee?` → `yes`).
+
+It is a teaching model. About a photograph, another emoji or any other question it says
+something, and that means nothing.
+
+## Figures
+
+Greedy decoding in float32 through `load_model`, `Processor` and `generate`, on test scenes that
+training did not see; a caption counts only when every word is right. "Shuffled" is the control:
+the same prompts with the pictures permuted between scenes, which shows that the model looks.
+
+| task | test scenes | exact | shuffled |
+|---|---:|---:|---:|
+{table}
+
+To repeat: `python tools/train_tiny.py --evaluate --scenes {scenes}` (seeds are fixed).
+
+## Recipe
+
+* Vision tower: width {vision_width}, {vision_layers} layers, 4 heads, patch 14: 64 image tokens.
+  Text: width {text_width}, {text_layers} layers, 4 query heads, 1 key/value head of width 32,
+  MLP {text_mlp}. Trained in float32, stored in bfloat16.
+* Tokenizer: SentencePiece BPE trained on the captions, {pieces} pieces in the published order:
+  control tokens, ordinary pieces, `<loc0000>`…`<loc1023>`, `<seg000>`…`<seg127>`; `<image>` is
+  the next id.
+* Data: `tools/scenes.py`, composed while training, {seen:,} scenes in all. One pair of kinds in
+  ten never stands together in a training scene.
+* {look_steps} steps: the vision tower alone learns what each patch shows (a linear head, thrown
+  away after). Then {speak_steps} steps of the prefix-LM loss on captions and, one time in
+  four, a question, the patch loss added at half weight: one object at first, one or two after
+  {second} steps, up to four after {third}.
+* Batch {batch}; Muon on the matrices inside the blocks, AdamW on the rest; peak learning rate
+  {lr} (half of it for AdamW), constant, then linear to zero over the last {cool_steps} steps;
+  gradient norm clipped at 1.
+* {minutes:.0f} minutes on two CPU cores shared with other work. The curves are in `curves.json`.
+
+To repeat: `python tools/train_tiny.py --work DIR`, then with `--export`.
+
+## Licence
+
+Weights: MIT, as the course. The emoji pictures they were trained on are Noto Emoji (Google,
+Apache License 2.0); see NOTICE.
+"""
+
+
+def write_card(figures):
+    """Write the figures and the model card next to the model; nothing in it is typed by hand."""
+    curves = json.loads((TINY / "curves.json").read_text())
+    rows = [
+        f"| {task} | {f['scenes']:,} | {f['exact']:.1f} % | {f['shuffled']:.1f} % |"
+        for task, f in figures.items()
+    ]
+    text = CARD.format(
+        **curves["recipe"],
+        parameters=sum(p.numel() for p in load_model(TINY).parameters()),
+        kinds=len(scenes.NAMES),
+        table="\n".join(rows),
+        scenes=next(iter(figures.values()))["scenes"],
+        pieces=Tokenizer.from_pretrained(TINY).sp.get_piece_size(),
+        seen=curves["points"][-1]["scenes"],
+        second=CURRICULUM[1][0],
+        third=CURRICULUM[2][0],
+        minutes=curves["seconds"] / 60,
+    )
+    (TINY / "README.md").write_text(text)
+    (TINY / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main():
@@ -430,9 +607,9 @@ def main():
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=64)
     add("--lr", type=float, default=6e-3, help="peak learning rate (default %(default)s)")
-    add("--look-steps", type=int, default=600)
-    add("--speak-steps", type=int, default=2400, help="cooling included")
-    add("--cool-steps", type=int, default=700)
+    add("--look-steps", type=int, default=550)
+    add("--speak-steps", type=int, default=1600, help="cooling included")
+    add("--cool-steps", type=int, default=500)
     add("--warm-steps", type=int, default=50)
     add("--vision-width", type=int, default=128)
     add("--vision-layers", type=int, default=4)
@@ -440,9 +617,21 @@ def main():
     add("--text-layers", type=int, default=3)
     add("--text-mlp", type=int, default=256)
     add("--adamw", action="store_true", help="AdamW for everything, to compare with Muon")
+    add("--save-every", type=float, default=120, help="seconds between checkpoints")
+    add("--meet-every", type=int, default=10, help="steps between averages of the processes")
     add("--processes", type=int, default=2, help="of one thread each (default %(default)s)")
     options = parser.parse_args()
     options.muon = not options.adamw
+    if options.evaluate:
+        figures = evaluate(options.scenes)
+        if options.card:
+            write_card(figures)
+        return
+    if options.work is None:
+        parser.error("--work DIR is needed: where the run keeps its checkpoint")
+    if options.export:
+        export(options)
+        return
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.work / "tokenizer.model").exists():
         make_tokenizer(options.work / "tokenizer.model")
