@@ -125,17 +125,6 @@ def _to_pixel_values(image: Image.Image, size, mean, std, resample) -> torch.Ten
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, size, size)
 
 
-def _three_numbers(name: str, values) -> tuple[float, float, float]:
-    """Check `mean` or `std`: one finite number for each of red, green and blue."""
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{name} is {values!r}; expected three numbers such as (0.5, 0.5, 0.5)")
-    return numbers
-
-
 @dataclass
 class ImageProcessor:
     """Pictures to pixel values: squash to a square, scale to 0…1, normalise to -1…1.
@@ -176,6 +165,17 @@ class ImageProcessor:
         _write_settings(self, path)
 
 
+def _three_numbers(name: str, values) -> tuple[float, float, float]:
+    """Check `mean` or `std`: one finite number for each of red, green and blue."""
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} is {values!r}; expected three numbers such as (0.5, 0.5, 0.5)")
+    return numbers
+
+
 def _check_settings(processor: ImageProcessor) -> None:
     """Refuse settings with which no picture could be processed."""
     size, resample = processor.size, processor.resample
@@ -209,6 +209,25 @@ def _read_config(path: str | os.PathLike) -> tuple[Path, dict]:
     return file, {key: value for key, value in config.items() if value is not None}
 
 
+def _write_settings(processor: ImageProcessor, path: str | os.PathLike) -> None:
+    """Write `preprocessor_config.json`, the same keys as in the published checkpoints."""
+    config = {
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(processor.mean),
+        "image_processor_type": "SiglipImageProcessor",
+        "image_seq_length": None,
+        "image_std": list(processor.std),
+        "processor_class": "PaliGemmaProcessor",
+        "resample": int(processor.resample),
+        "rescale_factor": 1 / 255,
+        "size": {"height": processor.size, "width": processor.size},
+    }
+    (Path(path) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _read_settings(cls, path: str | os.PathLike, size: int):
     """An image processor with the settings of a checkpoint directory."""
     file, config = _read_config(path)
@@ -230,22 +249,3 @@ def _read_settings(cls, path: str | os.PathLike, size: int):
         return cls(side, mean, std, config.get("resample", Image.Resampling.BICUBIC))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-
-
-def _write_settings(processor: ImageProcessor, path: str | os.PathLike) -> None:
-    """Write `preprocessor_config.json`, the same keys as in the published checkpoints."""
-    config = {
-        "do_convert_rgb": None,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(processor.mean),
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": None,
-        "image_std": list(processor.std),
-        "processor_class": "PaliGemmaProcessor",
-        "resample": int(processor.resample),
-        "rescale_factor": 1 / 255,
-        "size": {"height": processor.size, "width": processor.size},
-    }
-    (Path(path) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")

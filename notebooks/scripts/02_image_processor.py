@@ -22,7 +22,7 @@
 #
 # - follow a photograph from its file to the floats that the model reads, and back;
 # - resize a row of pixels with a pencil, and a whole picture with two matrix products, as Pillow does;
-# - open any picture file without surprises: rotated, transparent, 16-bit, broken;
+# - open any picture file: rotated, transparent, 16-bit, broken;
 # - find out by *looking* whether a model gets the picture you think it gets.
 
 # %% tags=["map"]
@@ -174,6 +174,8 @@ print("new pixel 1:", round(mean, 2))
 # ## As a loop
 #
 # The same for every new pixel. Two details: near the border the kernel hangs over the edge, so we divide by the sum of the weights that remain. And when a picture *grows*, the kernel is not narrowed (`max(…, 1)`).
+#
+# A row is a picture of height 1, so we can ask Pillow at once.
 
 
 # %%
@@ -192,18 +194,11 @@ def resize_row(row, size):
     return new
 
 
-print("half:  ", resize_row(row, 4))
-print("double:", resize_row(row, 16))
-
-# %% [markdown]
-# And Pillow? A row is a picture of height 1.
-
-# %%
 strip = Image.fromarray(np.array([row], dtype=np.uint8))
 for size in (4, 16):
     pillow = np.asarray(strip.resize((size, 1), Image.Resampling.BICUBIC))[0].tolist()
     assert pillow == resize_row(row, size)
-    print(f"Pillow, {size}:", pillow)
+    print(size, "pixels, ours and Pillow's:", pillow)
 
 # %% [markdown]
 # ## Vectorised
@@ -226,8 +221,6 @@ to_bytes = lambda values: np.clip(np.floor(values + 0.5), 0, 255)
 for size in (4, 16, 3, 1):
     assert to_bytes(resize_matrix(8, size) @ row).tolist() == resize_row(row, size)
 print("equal to the loop")
-
-# %%
 show_heatmap(
     resize_matrix(8, 4).round(2),
     "from 8 old pixels (columns) to 4 new ones (rows)",
@@ -265,6 +258,8 @@ assert gap.max() <= 1 and (gap > 0).sum() <= 10
 # ### From bytes to floats, and back
 #
 # The rest is short. Bytes 0…255 become $[0, 1]$, then $(x - 0.5) / 0.5$ brings them to $[-1, 1]$: grey is 0, and dark and bright are equally far from it. At last, channels first (lesson 01).
+#
+# Everything after the resize can be undone without loss. This gives us the most useful tool of the lesson: a function that shows **what the model received**.
 
 # %%
 scaled = pillow.astype(np.float32) / 255
@@ -274,11 +269,7 @@ for name, values in (("bytes", pillow), ("scaled", scaled), ("normalised", norma
     pixel = ", ".join(f"{value:.3g}" for value in values[40, 60])
     print(f"{name:10} {values.min():5.2f} … {values.max():6.2f}   one pixel: {pixel}")
 
-# %% [markdown]
-# Everything after the resize can be undone without loss. This gives us the most useful tool of the lesson: a function that shows **what the model received**.
 
-
-# %%
 def what_it_saw(pixel_values):
     """float[3, H, W] as the model reads it → uint8[H, W, 3], as people look at it."""
     back = (pixel_values.permute(1, 2, 0) * 0.5 + 0.5) * 255
@@ -294,12 +285,6 @@ print(f"back to the same {pillow.size:,} bytes")
 # Four pieces: one that makes any *kind* of picture RGB, one that opens *files*, the processor itself, and its configuration. All user errors are one class, which is also a `ValueError`.
 
 
-# %%
-#| export
-class ImageError(ValueError):
-    """A picture that cannot be used; the message says which and why."""
-
-
 # %% [markdown]
 # ### Any mode to RGB
 #
@@ -313,10 +298,16 @@ print(glass.mode, "→ RGB:", glass.convert("RGB").getpixel((0, 0)))
 
 # %% [markdown]
 # So we do these by hand. For deep greys the largest value that the *kind* allows becomes 255. Floats and 32-bit numbers have no such limit; there we take the smallest usual one (1, 255 or 65535) that holds all values.
+#
+# White as the ground is a choice: most clear drawings are made for white pages, and transformers chooses it too. A colour profile (ICC) is ignored, as everywhere in this field.
 
 
 # %%
 #| export
+class ImageError(ValueError):
+    """A picture that cannot be used; the message says which and why."""
+
+
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     """Deep greys (modes I, I;16…, F) to mode L: scaled to 0…255 rather than clipped."""
     values = np.array(image, dtype=np.float64)
@@ -346,18 +337,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# %%
-print(deep.mode, "→", [_to_rgb(deep).getpixel((x, 0))[0] for x in range(4)])
-print(glass.mode, "→", _to_rgb(glass).getpixel((0, 0)))
-assert [_to_rgb(deep).getpixel((x, 0))[0] for x in range(4)] == [0, 0, 128, 255]
-
-# %% [markdown]
-# White is a choice. Most pictures with transparency are drawings made for white pages, and transformers chooses it as well. A colour profile (ICC), if there is one, is ignored, as everywhere in this field.
-
 # %% [markdown]
 # ### Opening
 #
-# A phone held upright stores the picture lying down, with a note in its EXIF data: "turn me". Viewers obey, `Image.open` does not. `exif_transpose` does what the note says. A broken note is no reason to refuse a good picture.
+# A phone held upright stores the picture lying down, with a note in its EXIF data: "turn me". Viewers obey, `Image.open` does not.
+#
+# And files come from strangers: cut off, no picture at all, or a *decompression bomb*, a few kilobytes that unpack to billions of pixels. Decoders fail in many ways; the caller should meet **one** exception with a sentence in it. A broken EXIF note, though, is no reason to refuse a good picture.
 
 
 # %%
@@ -374,12 +359,6 @@ def _decode(image: Image.Image) -> Image.Image:
     return _to_rgb(image)
 
 
-# %% [markdown]
-# A file comes from a stranger. It may be cut off, or be no picture at all. A *decompression bomb* is a few kilobytes that unpack to billions of pixels. Decoders fail in many ways; the caller should meet **one** exception with a sentence in it.
-
-
-# %%
-#| export
 def _open_file(path: str | os.PathLike) -> Image.Image:
     """Decode one file; every way in which that fails becomes an `ImageError`."""
     if not os.path.isfile(path):
@@ -480,22 +459,22 @@ with tempfile.TemporaryDirectory() as folder:
         picture.save(file, **options)
         plain.append(Image.open(file).convert("RGB"))
         opened.append(open_image(file))
-square = lambda image: ImageOps.pad(image, (150, 150), color=COLOURS["paper"])
-pictures = [square(image) for image in plain + opened]
-save_figure(show_images(pictures, list(kinds), columns=8, height=1.1), "02_modes.png")
-
-# %%
 for name, a, b in zip(kinds, plain, opened):
     same = a.size == b.size and np.array_equal(np.asarray(a), np.asarray(b))
     print(f"{name:20} {'same' if same else 'different'}")
+square = lambda image: ImageOps.pad(image, (150, 150), color=COLOURS["paper"])
+pictures = [square(image) for image in plain + opened]
+save_figure(show_images(pictures, list(kinds), columns=8, height=1.1), "02_modes.png")
 
 # %% [markdown]
 # **What to notice.** Four of eight kinds come out *different* from the plain way, and none of them with an error: the cat lies on its side, the deep greys turn white, the faded cat is not faded, and the clear part is filled with a colour. The model would be blamed for each.
 
 # %% [markdown]
-# ### One picture to numbers
+# ### The processor
 #
-# What we did step by step above, in one function.
+# The steps from above in one function, then the class and its settings.
+#
+# A checkpoint brings a `preprocessor_config.json` (newer versions of transformers write a `processor_config.json`, the same one level down). Whoever ignores it is right until the day when a checkpoint differs. We check every value and refuse what we do not do: a `do_normalize: false` must not pass in silence.
 
 
 # %%
@@ -506,30 +485,6 @@ def _to_pixel_values(image: Image.Image, size, mean, std, resample) -> torch.Ten
     pixels = np.array(image, dtype=np.float32) / 255  # (size, size, 3) in 0…1
     pixels = (pixels - np.float32(mean)) / np.float32(std)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, size, size)
-
-
-# %%
-half = (0.5, 0.5, 0.5)
-assert torch.equal(_to_pixel_values(cat, 224, half, half, Image.Resampling.BICUBIC), tensor)
-print("equal to the steps above")
-
-# %% [markdown]
-# ### Settings, and the file that holds them
-#
-# A checkpoint comes with a `preprocessor_config.json`. Whoever ignores it is right until the day when a checkpoint differs. Whoever half-reads it is worse off. We check every value, and refuse what we do not do: a `do_normalize: false` must not pass in silence.
-
-
-# %%
-#| export
-def _three_numbers(name: str, values) -> tuple[float, float, float]:
-    """Check `mean` or `std`: one finite number for each of red, green and blue."""
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{name} is {values!r}; expected three numbers such as (0.5, 0.5, 0.5)")
-    return numbers
 
 
 # %%
@@ -576,6 +531,17 @@ class ImageProcessor:
 
 # %%
 #| export
+def _three_numbers(name: str, values) -> tuple[float, float, float]:
+    """Check `mean` or `std`: one finite number for each of red, green and blue."""
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} is {values!r}; expected three numbers such as (0.5, 0.5, 0.5)")
+    return numbers
+
+
 def _check_settings(processor: ImageProcessor) -> None:
     """Refuse settings with which no picture could be processed."""
     size, resample = processor.size, processor.resample
@@ -589,10 +555,6 @@ def _check_settings(processor: ImageProcessor) -> None:
     processor.std = _three_numbers("image_std", processor.std)
     if 0 in processor.std:
         raise ValueError(f"image_std is {processor.std}; it divides, so none may be 0")
-
-
-# %% [markdown]
-# The published file is `preprocessor_config.json`. Newer versions of transformers write the same settings into a `processor_config.json`, one level down. We read both.
 
 
 # %%
@@ -613,6 +575,25 @@ def _read_config(path: str | os.PathLike) -> tuple[Path, dict]:
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds {type(config).__name__}; expected settings, as in {{…}}")
     return file, {key: value for key, value in config.items() if value is not None}
+
+
+def _write_settings(processor: ImageProcessor, path: str | os.PathLike) -> None:
+    """Write `preprocessor_config.json`, the same keys as in the published checkpoints."""
+    config = {
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(processor.mean),
+        "image_processor_type": "SiglipImageProcessor",
+        "image_seq_length": None,
+        "image_std": list(processor.std),
+        "processor_class": "PaliGemmaProcessor",
+        "resample": int(processor.resample),
+        "rescale_factor": 1 / 255,
+        "size": {"height": processor.size, "width": processor.size},
+    }
+    (Path(path) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # %%
@@ -641,33 +622,10 @@ def _read_settings(cls, path: str | os.PathLike, size: int):
 
 
 # %%
-#| export
-def _write_settings(processor: ImageProcessor, path: str | os.PathLike) -> None:
-    """Write `preprocessor_config.json`, the same keys as in the published checkpoints."""
-    config = {
-        "do_convert_rgb": None,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(processor.mean),
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": None,
-        "image_std": list(processor.std),
-        "processor_class": "PaliGemmaProcessor",
-        "resample": int(processor.resample),
-        "rescale_factor": 1 / 255,
-        "size": {"height": processor.size, "width": processor.size},
-    }
-    (Path(path) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-# %%
 processor = ImageProcessor(224)
 batch = processor([cat, coffee, np.asarray(coffee)])
 print(list(batch.shape), batch.dtype)
 assert torch.equal(batch[0], tensor) and torch.equal(batch[1], batch[2])
-
-# %%
 with tempfile.TemporaryDirectory() as folder:
     ImageProcessor(448).save_pretrained(folder)
     again = ImageProcessor.from_pretrained(folder)
@@ -742,9 +700,6 @@ for size in (224, 448, 896):
 tower = 2 * 412_442_352 * 256  # a multiplication and an addition for each weight and token
 print(f"the vision tower at 224: {tower / 1e6:,.0f} million FLOPs")
 
-# %% [markdown]
-# The first pass dominates: it must touch every pixel of the photograph, whatever the new size. The vision tower (lesson 05) has hundreds of times as much to do. So where does the time go here? Measured on this machine:
-
 
 # %% tags=["nbval-ignore-output"]
 def milliseconds(function):
@@ -764,11 +719,13 @@ large.save(file, "jpeg", quality=90)
 print(f"decode a JPEG of {len(file.getvalue()) / 1e6:.1f} MB: ", end="")
 print(f"{milliseconds(lambda: Image.open(io.BytesIO(file.getvalue())).load()):.0f} ms")
 for size in (224, 448, 896):
-    how = (size, half, half, Image.Resampling.BICUBIC)
+    how = (size, (0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
     print(f"resize and normalise, {size}: {speed(how):.0f} ms")
 
 # %% [markdown]
-# Most of it goes into the large photograph: decoding it, and the first pass. The size of the square matters less. Who trains on large photographs stores them small; otherwise the accelerator waits for JPEG.
+# The first pass dominates: it touches every pixel of the photograph, whatever the new size. The vision tower (lesson 05) has hundreds of times as much to do.
+#
+# In time, measured on this machine, most goes into the large photograph too: decoding it, and the first pass. Who trains on large photographs stores them small; otherwise the accelerator waits for JPEG.
 
 # %% [markdown]
 # ## A bug people really make
@@ -804,10 +761,9 @@ for name, load in loaders.items():
 save_figure(show_images(pictures, titles, columns=6, height=1.5), "02_bug.png")
 
 # %% [markdown]
-# Both complaints in one look. **A** swaps red and blue (BGR). **B** forgot the last step: with $[0, 1]$ instead of $[-1, 1]$ no pixel is darker than mid-grey. *Fog* was an exact description.
-
-# %% [markdown]
-# How bad is it? For the colour we ask which of seven names is nearest to the suit's mean colour. For the fog we cut the picture into patches, as lesson 03 will. What *differs* between patches is information, what all share is not. Which share of the numbers' energy (sum of squares) is information?
+# Both complaints in one look. **A** swaps red and blue (BGR). **B** forgot the last step: no pixel is darker than mid-grey. *Fog* was an exact description.
+#
+# How bad is it? For colour: which of seven names is nearest to the suit's mean? For fog: cut the picture into patches, as lesson 03 will. What *differs* between patches is information. Which share of the numbers' energy (sum of squares) is it?
 
 # %%
 NAMES = {
@@ -833,7 +789,6 @@ def information(pixels):
     return ((patches - patches.mean(dim=0)).square().sum() / patches.square().sum()).item()
 
 
-# %%
 for name, load in loaders.items():
     suit = colour_name(load(photos["astronaut"])[:, 125:150, 35:55])
     shares = ", ".join(f"{key} {information(load(photo)):.0%}" for key, photo in photos.items())
