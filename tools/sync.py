@@ -18,11 +18,11 @@ import argparse
 import ast
 import base64
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -32,9 +32,11 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60  # a lesson that runs longer is split or made smaller
+PHOTOGRAPH = 60_000  # bytes; line drawings compress to less
 
 PERCENT = {
     "extension": ".py",
@@ -319,16 +321,14 @@ def readme_text(everyone, titles):
 # ---------------------------------------------------------------- running
 
 
-def strip_png(data):
-    """Base64 of a PNG without its text chunks (they name the version that drew it)."""
-    raw = base64.b64decode(data)
-    kept, at = raw[:8], 8
-    while at < len(raw):
-        size = struct.unpack(">I", raw[at : at + 4])[0] + 12
-        if raw[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"tIME"):
-            kept += raw[at : at + size]
-        at += size
-    return base64.b64encode(kept).decode() + "\n"
+def slim_png(raw):
+    """A PNG without text chunks (they name versions); a photograph gets a palette of 256."""
+    image = Image.open(io.BytesIO(raw)).convert("RGB")
+    if len(raw) > PHOTOGRAPH:
+        image = image.quantize(256)
+    out = io.BytesIO()
+    image.save(out, "png", optimize=True)
+    return out.getvalue()
 
 
 def tidy_outputs(nb):
@@ -345,7 +345,8 @@ def tidy_outputs(nb):
             if "execution_count" in output:
                 output.execution_count = cell.execution_count
             if "image/png" in output.get("data", {}):
-                output.data["image/png"] = strip_png(output.data["image/png"])
+                raw = base64.b64decode(output.data["image/png"])
+                output.data["image/png"] = base64.b64encode(slim_png(raw)).decode() + "\n"
 
 
 def execute(lesson, nb):
@@ -370,6 +371,9 @@ def execute(lesson, nb):
     seconds = time.perf_counter() - start
     nb.metadata = about  # without the versions that the kernel adds
     tidy_outputs(nb)
+    for picture in (ROOT / "figures").glob(f"{lesson.name[:2]}_*.png"):
+        if picture.stat().st_size > PHOTOGRAPH and Image.open(picture).mode != "P":
+            picture.write_bytes(slim_png(picture.read_bytes()))
     return seconds
 
 
