@@ -14,7 +14,7 @@ MODULES = [
     path for path in sorted((ROOT / "paligemma").glob("*.py")) if not path.name.startswith("__")
 ]
 # Tests of the project as a whole; every other test file belongs to one lesson.
-PROJECT = {"toolchain", "notebooks", "staircase", "references", "parity", "package", "readme"}
+PROJECT = {"toolchain", "notebooks", "staircase", "references", "parity", "readme", "tiny", "bench"}
 
 
 def notebook_code(path):
