@@ -4,17 +4,40 @@
 import torch
 
 
+def length_after(room: torch.Tensor, length: int, k: torch.Tensor, v: torch.Tensor) -> int:
+    """Tokens that a layer holds once k and v are added.
+
+    Args:
+        room: the layer's memory, `float[B, K, max_length, Dh]`.
+        length: S, how much of it is filled.
+        k, v: the new tokens, `float[B, K, L, Dh]`.
+
+    Raises:
+        ValueError: no room for L more tokens, or another B, K or Dh than the room's.
+    """
+    batch, kv_heads, max_length, head_dim = room.shape
+    for name, new in (("k", k), ("v", v)):
+        if new.shape != (batch, kv_heads, k.shape[-2], head_dim):
+            raise ValueError(
+                f"{name} is {list(new.shape)}; expected [{batch}, {kv_heads}, L, {head_dim}], the "
+                "same L for k and v: make the cache for this batch and model"
+            )
+    if length + k.shape[2] > max_length:
+        raise ValueError(
+            f"the cache holds {max_length} tokens and {length + k.shape[2]} are needed; "
+            "make it with a larger max_length"
+        )
+    return length + k.shape[2]
+
+
 class KVCache:
-    """Preallocated keys and values for every layer.
+    """Preallocated keys and values for every layer; the oldest token first.
 
     Args:
         num_layers: how many attention layers write to it.
-        batch_size: B.
-        num_key_value_heads: K.
-        max_length: most tokens it will ever hold (prompt and answer).
-        head_dim: Dh.
-        device: where it lives.
-        dtype: of the keys and values.
+        batch_size, num_key_value_heads, head_dim: int B, K and Dh.
+        max_length: the most tokens it will ever hold (prompt and answer).
+        device, dtype: of the keys and values.
 
     Source: the static cache of gemma_pytorch; Pope et al. 2022, section 3.3, for its cost.
     """
@@ -39,6 +62,11 @@ class KVCache:
         """S, the number of tokens that every layer holds."""
         return min(self._lengths)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values together."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
     def update(
         self, layer_idx: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,21 +80,10 @@ class KVCache:
             keys, values: views `float[B, K, S + L, Dh]`, nothing copied.
 
         Raises:
-            ValueError: more tokens than `max_length`.
+            ValueError: more tokens than `max_length`, or another shape; nothing is written then.
         """
-        start = self._lengths[layer_idx]
-        end = start + k.shape[2]
-        if end > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens and {end} are needed; "
-                "make it with a larger max_length"
-            )
-        self.keys[layer_idx][:, :, start:end] = k
-        self.values[layer_idx][:, :, start:end] = v
+        keys, values, start = self.keys[layer_idx], self.values[layer_idx], self._lengths[layer_idx]
+        end = length_after(keys, start, k, v)
+        keys[:, :, start:end], values[:, :, start:end] = k, v
         self._lengths[layer_idx] = end
-        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for keys and values together."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return keys[:, :, :end], values[:, :, :end]
