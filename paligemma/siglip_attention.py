@@ -21,7 +21,7 @@ class SiglipAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_attention_heads: int):
         super().__init__()
-        if hidden_size % num_attention_heads:
+        if num_attention_heads < 1 or hidden_size % num_attention_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
                 f"{num_attention_heads}; every head needs the same whole width"
