@@ -4,7 +4,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,82 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from paligemma.gemma import GemmaConfig
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.siglip import SiglipVisionConfig
-
-INDEX = "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and the tensor or field."""
-
-
-def read_config(path: str | os.PathLike) -> PaliGemmaConfig:
-    """Read `config.json` of a checkpoint directory; absent fields get the published defaults.
-
-    Raises:
-        CheckpointError: no such file, not JSON, a required field missing or of the wrong type,
-            or another architecture than PaliGemma.
-    """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"no config.json in {path}; give the directory of a checkpoint")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); download it again") from None
-    _expect(file, config, "model_type", "paligemma")
-    text, vision = config.get("text_config", {}), config.get("vision_config", {})
-    if text.get("model_type") == "gemma2":
-        raise CheckpointError(
-            f"{file} is a PaliGemma 2 checkpoint (text_config.model_type gemma2); "
-            "this version reads PaliGemma 1 (gemma)"
-        )
-    _expect(file, text, "model_type", "gemma")
-    for name in ("hidden_act", "hidden_activation"):  # "gelu" in old configs means the tanh form
-        _expect(file, text, name, None, "gelu", "gelu_pytorch_tanh")
-    _expect(file, vision, "hidden_act", None, "gelu_pytorch_tanh")
-    text = {"vocab_size": config.get("vocab_size"), **text}
-    rope = text.get("rope_parameters") or {}
-    text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    top = {k: config[k] for k in ("pad_token_id", "eos_token_id", "bos_token_id") if config.get(k)}
-    return PaliGemmaConfig(
-        _build(file, "vision_config", SiglipVisionConfig, vision, VISION_OPTIONAL),
-        _build(file, "text_config", GemmaConfig, text, TEXT_OPTIONAL),
-        config.get("image_token_index", config.get("image_token_id", 257152)),
-        **top,
-    )
-
-
-VISION_OPTIONAL = {"image_size", "layer_norm_eps", "num_channels"}
-TEXT_OPTIONAL = {"head_dim", "rms_norm_eps", "rope_theta"}
-
-
-def _expect(file: Path, config: dict, name: str, *allowed) -> None:
-    if config.get(name) not in allowed:
-        raise CheckpointError(
-            f"{file}: {name} is {config.get(name)!r}; a PaliGemma checkpoint has {allowed[-1]!r}"
-        )
-
-
-def _build(file: Path, section: str, kind: type, values: dict, optional: set[str]):
-    """Fill a config dataclass; a missing or mistyped field is named."""
-    found = {}
-    for field in fields(kind):
-        value = values.get(field.name)
-        if value is None and field.name in optional:
-            continue
-        number = int if field.type is int else (int, float)
-        if not isinstance(value, number) or isinstance(value, bool) or value <= 0:
-            raise CheckpointError(
-                f"{file}: {section}.{field.name} is {value!r}; expected a positive number"
-            )
-        found[field.name] = value
-    return kind(**found)
-
 
 RENAME = [
     (re.compile(r"^model\."), ""),
@@ -110,35 +40,170 @@ def published_name(name: str) -> str:
     return re.sub(r"^language_model\.", "language_model.model.", name)
 
 
-def weight_files(path: str | os.PathLike) -> list[Path]:
-    """The safetensors files of a checkpoint directory, from its index where there is one.
+VISION_OPTIONAL = {"image_size", "layer_norm_eps", "num_channels"}
+TEXT_OPTIONAL = {"head_dim", "rms_norm_eps", "rope_theta"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the tensor or field."""
+
+
+def _read_object(file: Path) -> dict:
+    """The one JSON object in a file."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is {value!r:.60}; expected a JSON object: download it again")
+    return value
+
+
+def _section(file: Path, config: dict, name: str) -> dict:
+    """One of the two inner objects of a config."""
+    section = config.get(name)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{file}: {name} is {section!r:.60}; expected an object of fields")
+    return section
+
+
+def _expect(file: Path, values: dict, name: str, *allowed, section: str = "") -> None:
+    """A field that decides which code is right has one of the values we know."""
+    if values.get(name) not in allowed:
+        raise CheckpointError(
+            f"{file}: {section}{name} is {values.get(name)!r:.60}; "
+            f"a PaliGemma checkpoint has {allowed[-1]!r}"
+        )
+
+
+def _build(file: Path, section: str, kind: type, values: dict, optional: set[str]):
+    """Fill a config dataclass; a missing or mistyped field is named."""
+    found = {}
+    for field in fields(kind):
+        value = values.get(field.name)
+        if value is None and field.name in optional:
+            continue
+        number = int if field.type is int else (int, float)
+        good = isinstance(value, number) and not isinstance(value, bool)
+        if not good or not 0 < value < float("inf"):
+            raise CheckpointError(
+                f"{file}: {section}.{field.name} is {value!r:.60}; expected a positive "
+                f"{'whole ' if field.type is int else ''}number"
+            )
+        found[field.name] = value
+    return kind(**found)
+
+
+def _token(file: Path, config: dict, default: int, *names: str) -> int:
+    """A token's number under one of its names."""
+    value = next((config[name] for name in names if config.get(name) is not None), default)
+    if type(value) is not int or value < 0:
+        raise CheckpointError(f"{file}: {names[0]} is {value!r:.60}; expected 0 or more")
+    return value
+
+
+def _rope_theta(file: Path, text: dict):
+    """The base of the rotation, which newer configs keep one level down; None: the default."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if kind != "default":
+        raise CheckpointError(f"{file}: text_config asks for RoPE {kind!r:.60}; expected 'default'")
+    return rope.get("rope_theta") if text.get("rope_theta") is None else text["rope_theta"]
+
+
+def read_config(path: str | os.PathLike) -> PaliGemmaConfig:
+    """Read `config.json` of a checkpoint directory; absent fields get the published defaults.
 
     Raises:
-        CheckpointError: none there, only pickled weights, or a shard of the index missing.
+        CheckpointError: no such file, not JSON, a required field missing or of the wrong type,
+            or another architecture than PaliGemma.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"no config.json in {path}; give the directory of a checkpoint")
+    config = _read_object(file)
+    _expect(file, config, "model_type", "paligemma")
+    text, vision = (_section(file, config, name) for name in ("text_config", "vision_config"))
+    if text.get("model_type") == "gemma2":
+        raise CheckpointError(
+            f"{file} is a PaliGemma 2 checkpoint (text_config.model_type gemma2); "
+            "this version reads PaliGemma 1 (gemma)"
+        )
+    _expect(file, text, "model_type", "gemma", section="text_config.")
+    _expect(file, vision, "model_type", None, "siglip_vision_model", section="vision_config.")
+    for name in ("hidden_act", "hidden_activation"):  # "gelu" in old configs means the tanh form
+        _expect(file, text, name, None, "gelu", "gelu_pytorch_tanh", section="text_config.")
+    _expect(file, vision, "hidden_act", None, "gelu_pytorch_tanh", section="vision_config.")
+    image_token = _token(file, config, 257152, "image_token_index", "image_token_id")
+    rows = config.get("vocab_size")
+    if type(rows) is int and rows <= image_token:  # counted without <image>
+        rows = -(-(image_token + 1) // 64) * 64
+    text = text | {"rope_theta": _rope_theta(file, text)}
+    text = text | {"vocab_size": rows if text.get("vocab_size") is None else text["vocab_size"]}
+    return PaliGemmaConfig(
+        _build(file, "vision_config", SiglipVisionConfig, vision, VISION_OPTIONAL),
+        _build(file, "text_config", GemmaConfig, text, TEXT_OPTIONAL),
+        image_token,
+        _token(file, config, 0, "pad_token_id"),
+        _token(file, config, 1, "eos_token_id"),
+        _token(file, config, 2, "bos_token_id"),
+    )
+
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(path: str | os.PathLike) -> list[Path]:
+    """The safetensors files of a checkpoint directory, and no others that may lie beside them.
+
+    They are the shards of `model.safetensors.index.json`, else `model.safetensors`, else every
+    `*.safetensors`.
+
+    Raises:
+        CheckpointError: none there, only pickled weights, a shard of the index missing, or two
+            whole sets of weights.
     """
     path = Path(path)
+    single, shards = path / SINGLE, []
     if (path / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path / INDEX} is not an index of shards ({error})") from None
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
+        shards = _shards(path / INDEX)
+        missing = [file.name for file in shards if not file.is_file()]
+        if missing and not (single.is_file() and len(missing) == len(shards)):
             raise CheckpointError(
-                f"{path} lacks {missing[0]} ({len(missing)} of {len(names)} shards missing); "
+                f"{path} lacks {missing[0]} ({len(missing)} of {len(shards)} shards missing); "
                 "download the checkpoint again"
             )
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
+        if not missing and single.is_file() and single not in shards:
+            raise CheckpointError(
+                f"{path} holds {SINGLE} and the {len(shards)} shards of {INDEX}; "
+                "remove the one that is out of date"
+            )
+        if not missing:
+            return shards
+    files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
-        pickled = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+        pickled = sorted(
+            p.name for end in ("bin", "pt", "pth", "ckpt") for p in path.glob(f"*.{end}")
+        )
         raise CheckpointError(
-            f"{path} holds {pickled[0].name}, a pickle, which can run any code when opened; "
+            f"{path} holds {pickled[0]}, a pickle, which can run any code when opened; "
             "convert it to safetensors"
             if pickled
             else f"no *.safetensors in {path}; give the directory of a checkpoint"
         )
     return files
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, each once."""
+    found = _read_object(index).get("weight_map")
+    names = list(found.values()) if isinstance(found, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{index} is not an index of shards: weight_map is {found!r:.60}")
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r:.60}, which is not a file beside it")
+    return [index.parent / name for name in sorted(set(names))]
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,6 +221,31 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
             raise CheckpointError(
                 f"{file} is truncated or not a safetensors file ({error}); download it again"
             ) from None
+
+
+class _NoInit(TorchFunctionMode):
+    """Leave new weights as they are: on the meta device there is nothing to fill.
+
+    It saves more than it seems: the first random number there makes torch load its compiler.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _empty_model(path, config: PaliGemmaConfig) -> PaliGemma:
+    """The model with shapes and no memory."""
+    try:
+        with torch.device("meta"), _NoInit():
+            return PaliGemma(config)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: config.json fits no model: {error}") from None
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load_model(
@@ -180,9 +270,9 @@ def load_model(
         CheckpointError: (a `ValueError`) a missing, left-over, doubled or wrongly shaped tensor,
             a file that cannot be read, or a config that does not fit.
     """
-    config = read_config(path)
-    with torch.device("meta"):  # shapes without memory
-        model = PaliGemma(config)
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}; expected torch.float32, torch.bfloat16, … or None")
+    model = _empty_model(path, read_config(path))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     stored = read_tensors(weight_files(path))
     if progress:
@@ -190,7 +280,8 @@ def load_model(
     state = {}
     for name, tensor in stored:
         key = _place(path, name, tensor, shapes, state)
-        state[key] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        move = key != HEAD  # a stored head is only compared
+        state[key] = tensor.to(device=device, dtype=dtype or tensor.dtype) if move else tensor
     _check_complete(path, state, shapes)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
@@ -211,8 +302,10 @@ def _place(path, name: str, tensor: torch.Tensor, shapes: dict, state: dict) -> 
         raise CheckpointError(
             f"{path}: {name} is {list(tensor.shape)}; config.json makes it {list(shape)}"
         )
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{path}: {name} is {tensor.dtype}; expected floating point")
+    if tensor.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype}; expected float32, bfloat16 or float16"
+        )
     return key
 
 
@@ -225,7 +318,7 @@ def _check_complete(path, state: dict, shapes: dict) -> None:
             "download the checkpoint again"
         )
     head = state.pop(HEAD, None)
-    if head is not None and not torch.equal(head[:8], state[EMBEDDING][:8]):
+    if head is not None and not torch.equal(head.to(state[EMBEDDING]), state[EMBEDDING]):
         raise CheckpointError(f"{path}: {HEAD} differs from the embedding; PaliGemma ties the two")
 
 
@@ -255,12 +348,46 @@ def config_dict(config: PaliGemmaConfig) -> dict:
     }
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[Callable[[str], Path]]:
+    """Give out temporary names in a directory; all get their real names at the end, or none."""
+    drafts = {}
+
+    def draft(name: str) -> Path:
+        file = path / f".{name}.{os.getpid()}.tmp"
+        file.touch()
+        drafts[file] = path / name, file.stat().st_mode
+        return file
+
+    try:
+        yield draft
+        for file, (target, mode) in drafts.items():
+            file.chmod(mode)  # safetensors makes its files private to their owner
+            os.replace(file, target)
+    finally:
+        for file in drafts:
+            file.unlink(missing_ok=True)
+
+
+def _split(tensors: dict[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
+    """Names of the tensors in each shard, in order; a shard holds at least one."""
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
 def save_model(
     model: PaliGemma, path: str | os.PathLike, max_shard_bytes: int = 5_000_000_000
 ) -> None:
     """Write `config.json` and safetensors in the published layout.
 
-    Each file appears whole or not at all: it is written under another name and then renamed.
+    Everything is written under other names first and renamed when it is whole; then weights of an
+    earlier save that are no longer part of it are removed.
 
     Args:
         model: any device; written in the type of its weights.
@@ -270,40 +397,27 @@ def save_model(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {published_name(name): t.detach() for name, t in model.state_dict().items()}
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.cpu().contiguous()
-        size += tensor.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        with _replacing(path / name) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-    else:
-        (path / INDEX).unlink(missing_ok=True)
+    shards = _split(tensors, max_shard_bytes)
+    many = len(shards) > 1
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if many else [SINGLE]
     dtype = {"dtype": str(model.dtype).removeprefix("torch.")}
-    _write_json(path / "config.json", config_dict(model.config) | dtype)
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A temporary name to write to, renamed to `file` when all went well, removed when not."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_json(file: Path, value: dict) -> None:
-    with _replacing(file) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+    with _replacing(path) as draft:
+        for file, shard in zip(names, shards, strict=True):
+            whole = {name: tensors[name].cpu().contiguous() for name in shard}
+            save_file(whole, draft(file), metadata={"format": "pt"})
+        if many:
+            place = {
+                name: file for file, shard in zip(names, shards, strict=True) for name in shard
+            }
+            total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+            index = json.dumps({"metadata": total, "weight_map": place}, indent=2)
+            draft(INDEX).write_text(index + "\n")
+        config = json.dumps(config_dict(model.config) | dtype, indent=2)
+        draft("config.json").write_text(config + "\n")
+    if not many:
+        (path / INDEX).unlink(missing_ok=True)
+    for file in path.glob("model*.safetensors"):
+        shard = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", file.name)
+        if shard and file.name not in names:
+            file.unlink()
