@@ -1,13 +1,42 @@
 # Exported from notebooks/18_generation.ipynb — edit there, then run `make sync`.
 """Prefill once, then one token at a time: batches, streaming, stopping."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
 from paligemma.model import PaliGemma
 from paligemma.sampling import check_sampling, sample
 from paligemma.tokenizer import Tokenizer
+
+
+def _steps(
+    model: PaliGemma,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    max_new_tokens: int,
+    eos_token_id: int,
+) -> Iterator[torch.Tensor]:
+    """The loop of `generate_steps`; `choose` makes `int64[B]` of `float32[B, V]`."""
+    batch, length = input_ids.shape
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None  # no padding: nothing to carry along
+    cache = model.make_cache(batch, length + max_new_tokens - 1)  # the last token is never fed
+    done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            out = model(input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1)
+            token = choose(out.logits[:, -1]).masked_fill(done, 0)  # (B,)
+            done = done | (token == eos_token_id)
+        yield token.clone()  # outside: an ordinary tensor, which its reader may change
+        if bool(done.all()):
+            return
+        input_ids, pixel_values = token[:, None], None
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
 
 
 def generate_steps(
@@ -25,28 +54,18 @@ def generate_steps(
     """Yield `int64[B]`, the next token of every row, until every row has ended.
 
     The picture and the prompt are read once (prefill); after that each step reads one token a
-    row and the cache. A row that has ended yields 0 (pad). Arguments as in `generate`.
+    row and the cache. A row that has ended yields 0 (pad). Arguments as in `generate`; they are
+    checked here and now, the model runs when the first token is asked for.
     """
     check_sampling(temperature, top_k, top_p)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    batch, length = input_ids.shape
-    if attention_mask is not None and bool(attention_mask.all()):
-        attention_mask = None  # no padding: nothing to carry along
-    cache = model.make_cache(batch, length + max_new_tokens)
-    done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-    for _ in range(max_new_tokens):
-        with torch.inference_mode():
-            out = model(input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1)
-            token = sample(out.logits[:, -1], temperature, top_k, top_p, generator)
-            token = token.masked_fill(done, 0)
-            done = done | (token == eos_token_id)
-        yield token
-        if bool(done.all()):
-            return
-        input_ids, pixel_values = token[:, None], None
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1"
+        )
+    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _steps(
+        model, choose, input_ids, pixel_values, attention_mask, max_new_tokens, eos_token_id
+    )
 
 
 def generate(

@@ -17,18 +17,309 @@
 # # 18 · Generation: how does one forward pass become an answer?
 #
 # *35 minutes* · part IV, Answering
+#
+# **What you will be able to do**
+#
+# - write the loop that turns a model of one next token into a model of answers;
+# - say why the first token waits for arithmetic and every other one for memory;
+# - answer a batch in which each row ends in its own time;
+# - show text while it is being written, without ever showing half a character.
+
+# %% tags=["map"]
+from paligemma.plotting import model_map
+
+model_map("generation")
+
+# %% [markdown]
+# ## Setup
+#
+# The whole model comes from [lesson 15](15_model.ipynb), its weights through
+# [16](16_checkpoint.ipynb), prompts through [14](14_processor.ipynb), the choice of a token from
+# [17](17_sampling.ipynb). The cells that begin with `#| export` become
+# [generation.py](../paligemma/generation.py); this is its opening.
 
 # %%
 #| export
 """Prefill once, then one token at a time: batches, streaming, stopping."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
 from paligemma.model import PaliGemma
 from paligemma.sampling import check_sampling, sample
 from paligemma.tokenizer import Tokenizer
+
+# %% tags=["setup"]
+import time
+from importlib import resources
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from paligemma.checkpoint import load_model
+from paligemma.gemma import GemmaConfig
+from paligemma.model import PaliGemmaConfig
+from paligemma.plotting import COLOURS, check, sample_picture, save_figure
+from paligemma.processor import Processor
+from paligemma.siglip import SiglipVisionConfig
+
+_ = torch.set_grad_enabled(False)  # we only answer here; nothing is trained
+
+# %% [markdown]
+# The model is the tiny PaliGemma that ships with this course: 112-pixel pictures, 64 image tokens,
+# three decoder layers, trained on scenes of emoji. Everything below is what the 3B model does,
+# only faster.
+
+# %%
+TINY = resources.files("paligemma") / "assets" / "tiny"
+model, processor = load_model(TINY), Processor.from_pretrained(TINY)
+tokenizer = processor.tokenizer
+scene, EOS = sample_picture("scene"), tokenizer.eos_id
+batch = processor(scene, "caption en")
+ids, pixels = batch["input_ids"], batch["pixel_values"]
+print("prompt:", tokenizer.decode(ids[0]).strip(), "| tokens:", ids.shape[1], "| eos:", EOS)
+
+# %% [markdown]
+# ## The problem
+#
+# The model of lesson 15 gives, for a picture and some words, the scores of **one** next token. An
+# answer has many. And nobody tells us how many: the model itself says "the end", with the token
+# `eos`.
+#
+# So we call it again and again, each time with one more word. What goes into each call?
+
+
+# %%
+def draw_calls(ax, image, prompt, answer, side=8):
+    """One column for each call: what is read (box), and what comes out (above)."""
+    box = {"ha": "center", "va": "center", "fontsize": 8}
+    ax.imshow(image, extent=(0, side, 0, side), zorder=1)
+    for i in range(side + 1):
+        ax.plot([i, i], [0, side], color="white", lw=0.7, zorder=2)
+        ax.plot([0, side], [i, i], color="white", lw=0.7, zorder=2)
+    x, starts = side + 0.4, []
+    for group, colour in ((prompt, "language"), (answer, "accent")):
+        for word in group:
+            rectangle = plt.Rectangle((x, 0), 0.9, side, fc=COLOURS[colour], ec="white")
+            ax.add_patch(rectangle)
+            ax.text(x + 0.45, side / 2, word, color="white", rotation=90, **box)
+            starts.append(x)
+            x += 1.1 if colour == "language" else 2.6
+        x += 1.5
+    outs = [starts[len(prompt) - 1], *starts[len(prompt) :]]
+    for n, (left, word) in enumerate(zip(outs, [*answer, "eos"])):
+        ax.annotate(
+            "",
+            (left + 0.45, side + 1.5),
+            (left + 0.45, side + 0.1),
+            arrowprops={"arrowstyle": "->", "color": COLOURS["muted"]},
+        )
+        ax.text(left + 0.45, side + 2, word, color=COLOURS["accent"], **box)
+        centre = (starts[len(prompt) - 1] + 0.9) / 2 if n == 0 else left + 0.45
+        ax.text(centre, -0.9, f"call {n + 1}", color=COLOURS["ink"], **box)
+    ax.set(xlim=(-0.3, x - 3), ylim=(-1.6, side + 2.8), aspect="equal")
+    ax.set_axis_off()
+
+
+fig, ax = plt.subplots(figsize=(8.6, 3.1), layout="constrained")
+draw_calls(ax, scene, ["bos", *"caption en".split(), "\\n"], "a cat and two dogs".split())
+save_figure(fig, "18_calls.png")
+
+# %% [markdown]
+# The first call reads everything that is known: the picture, 64 patches here, and the prompt. This
+# is the **prefill**. Each later call reads one token, the one that just came out: **decode**.
+#
+# Two kinds of call, of very different shape. This lesson builds the loop, and then asks why the
+# thin calls are so expensive for their size.
+
+# %% [markdown]
+# ## By hand
+#
+# A pencil-sized "model": a table. Row: the last token. Columns: the scores of the next one. (A real
+# model looks at all tokens; ours has a short memory.) Start after the prompt and follow the largest
+# score.
+
+# %%
+WORDS = ["eos", "prompt", "a", "cat", "and", "two", "dogs"]
+TABLE = torch.tensor(
+    [  # eos prompt a cat and two dogs
+        [0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 7, 1, 0, 4, 2],  # after "prompt"
+        [0, 0, 0, 9, 0, 0, 3],  # after "a"
+        [5, 0, 0, 0, 6, 0, 0],  # after "cat"
+        [0, 0, 5, 1, 0, 8, 1],  # after "and"
+        [0, 0, 0, 2, 0, 0, 9],  # after "two"
+        [8, 0, 0, 0, 4, 0, 0],  # after "dogs"
+    ]
+)
+word, said = 1, []
+while word != 0:
+    word = int(TABLE[word].argmax())
+    said.append(WORDS[word])
+print(" → ".join(said))
+
+# %% [markdown]
+# Note `cat`: eos has 5, `and` has 6. One point more and the answer would be "a cat". The end is not
+# a rule of grammar; it is one of the tokens, chosen like any other.
+#
+# And a table with a loop in it would never stop. That is why every generator has a second brake:
+# `max_new_tokens`.
+
+# %% [markdown]
+# ## As a loop
+#
+# The plainest code that is right: everything so far goes in, picture included; the scores after the
+# last token decide; the token is appended; once more from the start.
+#
+# One thing must be said to the model each time: which tokens are **prefix** (0: picture and prompt,
+# all see all) and which are answer (1: they look back only).
+
+
+# %%
+def answer_plain(model, ids, pixels, steps):
+    start, types = ids.shape[1], torch.zeros_like(ids)
+    for _ in range(steps):
+        scores = model(ids, pixels, token_type_ids=types).logits[:, -1]  # (1, V)
+        token = scores.argmax(-1, keepdim=True)  # (1, 1)
+        ids, types = torch.cat((ids, token), 1), torch.cat((types, torch.ones_like(token)), 1)
+        if token.item() == EOS:
+            break
+    return ids[:, start:]
+
+
+slow = answer_plain(model, ids, pixels, 16)
+print("tokens:", slow[0].tolist())
+print("answer:", tokenizer.decode(slow[0]))
+
+# %% [markdown]
+# ## With a cache
+#
+# Lesson 11 showed that nothing of this has to be computed twice. The loop now has two phases, and
+# they are the same line of code with other arguments: first the prompt and the picture, then the
+# newest token and no picture. (With a filled cache, what is new counts as answer; no types needed.)
+
+
+# %%
+def answer_cached(model, ids, pixels, steps):
+    cache = model.make_cache(1, ids.shape[1] + steps - 1)
+    said = []
+    for _ in range(steps):
+        scores = model(ids, pixels, cache=cache, logits_to_keep=1).logits[:, -1]
+        ids, pixels = scores.argmax(-1, keepdim=True), None  # next call: this token, no picture
+        said.append(ids)
+        if ids.item() == EOS:
+            break
+    return torch.cat(said, 1)
+
+
+assert torch.equal(answer_cached(model, ids, pixels, 16), slow)
+print("the same", slow.shape[1], "tokens")
+
+# %% [markdown]
+# Two details that save work:
+#
+# - `logits_to_keep=1`: the head projects to all V words. During prefill only the last position
+#   decides, so only the last one is projected.
+# - The room is `length + steps - 1`: the last token is chosen and never fed.
+#
+# Equal tokens are a weak test; a small error may not change an argmax. So compare the scores.
+
+# %%
+full = torch.cat((ids, slow[:, :-1]), 1)
+types = (torch.arange(full.shape[1]) >= ids.shape[1]).long()[None]
+at_once = model(full, pixels, token_type_ids=types).logits[:, ids.shape[1] - 1 :]
+cache = model.make_cache(1, full.shape[1])
+steps = [model(ids, pixels, cache=cache).logits[:, -1:]]
+steps += [model(token, cache=cache).logits for token in slow[:, :-1].split(1, dim=1)]
+torch.testing.assert_close(torch.cat(steps, 1), at_once, rtol=1e-4, atol=1e-4)
+print("scores of all", at_once.shape[1], "steps equal one full pass")
+
+# %% [markdown]
+# ## A batch: every row ends in its own time
+#
+# Three questions at once. Prompts differ in length, so short ones get pads on the **left**: the
+# next token of every row then stands in the same column, the last one.
+
+# %%
+prompts = ["caption en", "answer en how many dogs are there?", "answer en is there a bee?"]
+images = [sample_picture(name) for name in ("scene3", "scene", "scene2")]
+three = processor(images, prompts)
+three.pop("token_type_ids")
+print("columns:", three["input_ids"].shape[1])
+for prompt, real in zip(prompts, three["attention_mask"]):
+    print(f"{prompt:36} {int((real == 0).sum())} pads, {int(real.sum())} tokens")
+
+# %% [markdown]
+# Answers differ in length too. "2" has ended when a caption has just begun, but the batch goes on,
+# and the model produces *something* for the ended row too. Who has ended must be remembered, row by
+# row: `done`. An ended row yields pad (0) from then on. Again with the table, two rows, one starting
+# at `prompt` and one at `two`:
+
+# %%
+token, done = torch.tensor([1, 5]), torch.tensor([False, False])
+for _ in range(8):
+    token = TABLE[token].argmax(-1).masked_fill(done, 0)  # here 0 is eos and pad
+    done = done | (token == 0)
+    print([WORDS[t] for t in token], "done:", done.tolist())
+    if done.all():
+        break
+
+# %% [markdown]
+# The order matters: first hide what an ended row says, then see who has ended *now*. The eos itself
+# is kept, what follows is pad. And the loop ends when **all** are done.
+#
+# The mask grows with the answer: pads stay hidden from every later token, so each step adds one
+# column of ones.
+
+# %% [markdown]
+# ## The module
+#
+# First the steps, as a Python *generator*: a function that hands out a value with `yield` and
+# sleeps until the next one is wanted. Whoever wants all tokens collects them; whoever wants to show
+# text at once takes them as they come; whoever has seen enough stops asking.
+
+
+# %%
+#| export
+def _steps(
+    model: PaliGemma,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    max_new_tokens: int,
+    eos_token_id: int,
+) -> Iterator[torch.Tensor]:
+    """The loop of `generate_steps`; `choose` makes `int64[B]` of `float32[B, V]`."""
+    batch, length = input_ids.shape
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None  # no padding: nothing to carry along
+    cache = model.make_cache(batch, length + max_new_tokens - 1)  # the last token is never fed
+    done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            out = model(input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1)
+            token = choose(out.logits[:, -1]).masked_fill(done, 0)  # (B,)
+            done = done | (token == eos_token_id)
+        yield token.clone()  # outside: an ordinary tensor, which its reader may change
+        if bool(done.all()):
+            return
+        input_ids, pixel_values = token[:, None], None
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
+
+
+# %% [markdown]
+# `torch.inference_mode()` switches off all bookkeeping for gradients. It is entered for each call
+# and left before each `yield`: otherwise the *reader's* code would run in it too, and a training
+# loop that samples between two steps would silently stop learning.
+#
+# The public function checks the arguments at once. Inside a generator nothing runs before the first
+# token is asked for, and an error that late is hard to place.
 
 
 # %%
@@ -48,28 +339,18 @@ def generate_steps(
     """Yield `int64[B]`, the next token of every row, until every row has ended.
 
     The picture and the prompt are read once (prefill); after that each step reads one token a
-    row and the cache. A row that has ended yields 0 (pad). Arguments as in `generate`.
+    row and the cache. A row that has ended yields 0 (pad). Arguments as in `generate`; they are
+    checked here and now, the model runs when the first token is asked for.
     """
     check_sampling(temperature, top_k, top_p)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    batch, length = input_ids.shape
-    if attention_mask is not None and bool(attention_mask.all()):
-        attention_mask = None  # no padding: nothing to carry along
-    cache = model.make_cache(batch, length + max_new_tokens)
-    done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-    for _ in range(max_new_tokens):
-        with torch.inference_mode():
-            out = model(input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1)
-            token = sample(out.logits[:, -1], temperature, top_k, top_p, generator)
-            token = token.masked_fill(done, 0)
-            done = done | (token == eos_token_id)
-        yield token
-        if bool(done.all()):
-            return
-        input_ids, pixel_values = token[:, None], None
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1"
+        )
+    choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _steps(
+        model, choose, input_ids, pixel_values, attention_mask, max_new_tokens, eos_token_id
+    )
 
 
 # %%
@@ -120,6 +401,62 @@ def generate(
     return torch.stack(list(steps), dim=1)
 
 
+# %% [markdown]
+# Three checks: equal to the two loops above; a batch equal to its rows, each alone and without pads;
+# and pads, nothing else, after each row's eos.
+
+# %%
+assert torch.equal(generate(model, ids, pixels), slow)
+together = generate(model, **three)
+for row, image, prompt in zip(together, images, prompts):
+    own = processor(image, prompt)
+    alone = generate(model, own["input_ids"], own["pixel_values"])[0]
+    assert torch.equal(row[: len(alone)], alone) and not row[len(alone) :].any()
+    print(f"{prompt:36} {processor.decode(row):24} {row.tolist()}")
+
+# %% [markdown]
+# ### Chance, repeatable
+#
+# With a temperature above 0 the token is drawn (lesson 17). The draw comes from a `torch.Generator`
+# of our own: its seed repeats the answer, and nobody else's random numbers move.
+
+# %%
+for seed in (1, 1, 2, 3):
+    own = torch.Generator().manual_seed(seed)
+    drawn = generate(model, ids, pixels, temperature=2.0, top_p=0.95, generator=own)
+    print(f"seed {seed}:", processor.decode(drawn[0]))
+
+# %% [markdown]
+# ## Streaming: never half a character
+#
+# A reader likes to see words as they come. Easy: decode each token and print it? Most tokens are
+# words or parts of words. But a character that the vocabulary lacks is spelled in **bytes**, one
+# token each, and a byte is not a character.
+
+# %%
+bee = tokenizer.encode("a bee 🐝!")
+print("pieces:", [tokenizer.sp.id_to_piece(i) for i in bee])
+print("bytes: ", "🐝".encode().hex(" "))
+print("naive: ", [tokenizer.decode([i]) for i in bee])
+
+# %% [markdown]
+# The bee became four `�`, the sign for "not a character", and no later token can mend what is already
+# on the screen. (Many tokenizers also drop the space before a word that is decoded alone.)
+#
+# So decode **all** tokens each time and print what is new. Look at the text after each token:
+
+# %%
+for n in range(1, len(bee) + 1):
+    print(n, repr(tokenizer.decode(bee[:n])))
+
+# %% [markdown]
+# While the character is incomplete, the text ends in `�`, one for each byte, and then three of them
+# vanish. The rule: **hold back while the text ends in `�`**; when it ends well, hand out what is new.
+#
+# In UTF-8 (the usual way to write characters as bytes) a complete character never changes when more
+# bytes follow, so what was handed out stays right.
+
+
 # %%
 #| export
 def stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
@@ -147,3 +484,523 @@ def stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
             sent = len(text)
     if len(text) > sent:
         yield text[sent:]
+
+
+# %%
+print(list(stream(bee, tokenizer)))
+print(list(stream(bee[:5], tokenizer)), "← the model stopped in mid-character")
+for cut in range(len(bee) + 1):
+    assert "".join(stream(bee[:cut], tokenizer)) == tokenizer.decode(bee[:cut])
+
+# %% [markdown]
+# The last two lines of the function matter as well: an answer may end in mid-character, because
+# `max_new_tokens` was reached. Then the rest comes out as it is, so that the pieces always join to
+# exactly what `decode` gives. Put together, model and stream:
+
+# %%
+steps = generate_steps(model, ids, pixels)
+pieces = list(stream((int(token) for token in steps), tokenizer))
+print(pieces)
+assert "".join(pieces) == processor.decode(slow[0])
+
+# %% [markdown]
+# ## Against the reference
+#
+# The file holds a very small random model of transformers (12,000 weights), three left-padded
+# prompts, and what its `generate` answered greedily, with an eos id at which the rows end at
+# different times. A test recomputes it.
+
+# %%
+reference = load_file("reference/generation.safetensors")
+vision, text = (reference[f"{part}_config"].tolist() for part in ("vision", "text"))
+names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+vision = SiglipVisionConfig(**dict(zip([*names.split(), "image_size", "patch_size"], vision)))
+names += " num_key_value_heads head_dim vocab_size"
+text = GemmaConfig(**dict(zip(names.split(), text)))
+small = PaliGemma(PaliGemmaConfig(vision, text, image_token_index=60)).eval()
+small.load_state_dict({n[8:]: t for n, t in reference.items() if n.startswith("weights.")})
+inputs = {name: reference[name] for name in ("input_ids", "pixel_values", "attention_mask")}
+ours = generate(small, **inputs, max_new_tokens=12, eos_token_id=int(reference["eos"]))
+print(ours)
+assert torch.equal(ours, reference["tokens"])
+free = generate(small, **inputs, max_new_tokens=24, eos_token_id=-1)
+assert torch.equal(free, reference["tokens_without_eos"])
+print(ours.numel(), "tokens with eos and", free.numel(), "without: all equal")
+
+# %% [markdown]
+# ## See it: the clock of an answer
+#
+# The tiny model on its picture, measured: when does each word appear? The vision tower's share of
+# the prefill is measured on its own.
+
+
+# %% tags=["nbval-ignore-output"]
+def clock(model, ids, pixels, repeats=7):
+    """Seconds of the vision tower and of each call, the fastest of some runs."""
+    vision, calls = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        model.encode_image(pixels)
+        vision.append(time.perf_counter() - start)
+        stamps = [time.perf_counter()]
+        for _ in generate_steps(model, ids, pixels):
+            stamps.append(time.perf_counter())
+        calls.append([b - a for a, b in pairwise(stamps)])
+    return min(vision), [min(times) for times in zip(*calls)]
+
+
+seconds, calls = clock(model, ids, pixels)
+print(f"first word after {1e3 * calls[0]:.1f} ms, then one every {1e3 * min(calls[1:]):.1f} ms")
+
+# %% tags=["nbval-ignore-output"]
+fig, ax = plt.subplots(figsize=(8, 1.9), layout="constrained")
+ends, words = 1e3 * torch.tensor(calls).cumsum(0), [tokenizer.decode([t]) for t in slow[0]]
+ax.barh(0, 1e3 * seconds, color=COLOURS["vision"], height=0.6)
+ax.barh(0, ends[0] - 1e3 * seconds, left=1e3 * seconds, color=COLOURS["language"], height=0.6)
+ax.text(500 * seconds, 0, "vision", color="white", ha="center", va="center")
+middle = (1e3 * seconds + ends[0]) / 2
+ax.text(middle, 0, "read the prompt", color="white", ha="center", va="center", fontsize=7.5)
+for n, (end, word) in enumerate(zip(ends.tolist(), words)):
+    if n:
+        left = ends[n - 1].item()
+        ax.barh(0, end - left, left=left, color=COLOURS["accent"], height=0.6, ec=COLOURS["paper"])
+    ax.text(end, 0.5, word.strip() or "eos", ha="center", fontsize=9, color=COLOURS["accent"])
+ax.set(ylim=(-0.4, 0.75), yticks=[], xlabel="milliseconds since the question")
+ax.spines["left"].set_visible(False)
+save_figure(fig, "18_clock")
+
+# %% [markdown]
+# What to notice: a long silence, then words at a steady pace. People who serve models measure the
+# two apart: **time to first token** and **time per token**. The silence is long because of the
+# picture, whatever the answer; the pace is the same for a clever word and for "a".
+#
+# And the pace is too slow. A decode call reads one token; the prefill read 68. It should be 68
+# times shorter.
+
+# %% [markdown]
+# ## Why is a thin call not cheap?
+#
+# Before a processor can multiply by a weight, the weight has to come from memory. By hand: a matrix
+# of $4 \times 4$, two bytes a number.
+#
+# - One token: $2 \cdot 16 = 32$ operations, 32 bytes to read. One operation a byte.
+# - Eight tokens: 256 operations. The *same* 32 bytes: eight operations a byte.
+#
+# Operations a byte are called **arithmetic intensity**. With $n$ tokens in a call it is about $n$
+# (in bfloat16).
+
+# %% [markdown]
+# A processor has two speed limits: operations a second ($P$) and bytes a second ($W$). A call takes
+# at least
+#
+# $$\max\left(\frac{\text{operations}}{P},\ \frac{\text{bytes}}{W}\right).$$
+#
+# Below $P / W$ operations a byte it waits for memory (**memory bound**), above it is busy
+# (**compute bound**). Seen on this machine: one matrix of the 3B model's size, with more and more
+# tokens.
+
+
+# %% tags=["nbval-ignore-output"]
+def best_ms(function, repeats=3):
+    """The fastest of some runs, in milliseconds; the first one warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times[1:])
+
+
+weight = torch.randn(16384, 2048)  # gate_proj of one layer of PaliGemma 3B, float32
+tokens = [1, 2, 4, 8, 16, 32, 64, 128]
+times = [best_ms(lambda: torch.nn.functional.linear(torch.randn(n, 2048), weight)) for n in tokens]
+for n, ms in zip(tokens, times):
+    print(f"{n:3} tokens take {ms / times[0]:4.1f} times as long as one")
+
+fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+ax.loglog(tokens, times, "o-", color=COLOURS["language"])
+ax.loglog(tokens, [times[0] * n for n in tokens], ":", color=COLOURS["muted"])
+ax.text(1.1, times[0] * 30, "if each token cost\nas much as the first", color=COLOURS["muted"])
+ax.text(tokens[-1], times[-1] * 0.55, "measured", color=COLOURS["language"], ha="right", va="top")
+ax.set(xlabel="tokens in one call", ylabel="milliseconds", xticks=tokens)
+ax.set_xticks(tokens, tokens)
+ax.minorticks_off()
+save_figure(fig, "18_tokens_per_call")
+
+# %% [markdown]
+# The measured line stays far below the dotted one: the matrix is read once a call, however many
+# tokens wait for it. The first token pays for the trip, each further one adds much less, until
+# arithmetic fills the time and the line climbs as steeply as the dotted one.
+#
+# Decode stands at the far left. Prefill stands at the right.
+
+# %% [markdown]
+# ## At full size
+#
+# The 3B model on the `meta` device: shapes, no numbers. PyTorch counts the operations of a call
+# while it "runs". Bytes: the weights of the parts that take part, once, in bfloat16, and the cache.
+
+# %%
+with torch.device("meta"):
+    large = PaliGemma(PaliGemmaConfig()).to(torch.bfloat16)
+
+
+def count(function):
+    """Operations of a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def decoder_call(new, old=0, rows=1):
+    """Operations and bytes of one call of the 3B decoder: `new` tokens a row after `old` ones."""
+    cache = large.make_cache(rows, old + new)
+    for layer in range(18 if old else 0):
+        cache.update(layer, *torch.empty(2, rows, 1, old, 256, device="meta").bfloat16())
+    x = torch.empty(rows, new, 2048, device="meta").bfloat16()
+    places = torch.arange(old, old + new, device="meta").expand(rows, -1)
+    run = lambda: large.language_model.logits(large.language_model(x, places, None, cache)[:, -1:])
+    weights = sum(p.nbytes for p in large.language_model.parameters())
+    return count(run), weights + cache.nbytes
+
+
+# %%
+picture = torch.empty(1, 3, 224, 224, device="meta").bfloat16()
+tower = [*large.vision_tower.parameters(), *large.multi_modal_projector.parameters()]
+CALLS = {
+    "vision tower": (count(lambda: large.encode_image(picture)), sum(p.nbytes for p in tower)),
+    "prefill, 264 tokens": decoder_call(264),
+    "decode, 1 row": decoder_call(1, 264),
+    "decode, 8 rows": decoder_call(1, 264, 8),
+    "decode, 64 rows": decoder_call(1, 264, 64),
+}
+print(f"{'':22} {'Gflop':>8} {'GB read':>8} {'a byte':>8}")
+for name, (flop, size) in CALLS.items():
+    print(f"{name:22} {flop / 1e9:8.0f} {size / 1e9:8.2f} {flop / size:8.1f}")
+
+# %% [markdown]
+# Prefill and decode read the same five gigabytes. Prefill does over two hundred times as much with
+# them. Now the two limits of two machines: the two CPU cores on which this course was made
+# (measured: bfloat16 matrix products and memory reads), and an H100 (its data sheet).
+
+# %%
+MACHINES = {"2 CPU cores": (0.855e12, 47e9), "H100": (989e12, 3350e9)}
+for machine, (peak, width) in MACHINES.items():
+    print(f"{machine}: memory bound below {peak / width:.0f} operations a byte")
+    for name, (flop, size) in CALLS.items():
+        compute, memory = 1e3 * flop / peak, 1e3 * size / width
+        bound = "compute" if compute > memory else "memory"
+        print(f"   {name:22} at least {max(compute, memory):8.1f} ms, bound by {bound}")
+
+# %%
+fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+intensity = torch.logspace(-0.5, 3.3, 200)
+for (machine, (peak, width)), colour in zip(MACHINES.items(), ("language", "vision")):
+    roof = (intensity * width).clamp(max=peak) / 1e12
+    ax.loglog(intensity, roof, color=COLOURS[colour])
+    ax.text(1900, peak / 1e12 * 1.25, machine, color=COLOURS[colour], ha="right")
+    for flop, size in CALLS.values():
+        x = flop / size
+        ax.plot(x, min(x * width, peak) / 1e12, "o", color=COLOURS[colour], markersize=5)
+for name, (flop, size) in CALLS.items():
+    ax.axvline(flop / size, color=COLOURS["muted"], lw=0.6, ls=":", zorder=0)
+    ax.text(flop / size, 4e-4, name, rotation=90, ha="right", va="bottom", fontsize=7.5)
+ax.set(xlabel="operations a byte", ylabel="Tflop/s, at most", ylim=(3e-4, 4e3), xlim=(0.5, 2000))
+save_figure(fig, "18_roofline")
+
+# %% [markdown]
+# This is called a **roofline**: on the slope the roof is memory, on the flat part arithmetic. For one
+# answer, decode uses a twentieth of the CPU's arithmetic and less than a hundredth of the H100's.
+# *Eight rows cost nearly the same call as one.*
+#
+# And "compute bound" is a property of a call **and** a machine: one picture is too little to fill
+# even the H100's prefill. For a single answer only fewer bytes help: smaller numbers (lesson 21).
+
+# %% [markdown]
+# ## A bug people really make: the picture is looked at again for each word
+#
+# A colleague's loop. Every answer is right, to the last token. It only feels slow, and "vision
+# models are slow", so nobody looks.
+
+
+# %%
+def answer_colleague(model, ids, pixels, steps):
+    cache, said, new = model.make_cache(1, ids.shape[1] + steps), [], ids
+    for _ in range(steps):
+        features = model.encode_image(pixels)
+        embeds = model.merge(new, features if not said else None)
+        places = torch.arange(len(cache), len(cache) + new.shape[1])[None]
+        hidden = model.language_model(embeds, places, None, cache)
+        new = model.language_model.logits(hidden[:, -1:]).argmax(-1)
+        said.append(new)
+        if new.item() == EOS:
+            break
+    return torch.cat(said, 1)
+
+
+assert torch.equal(answer_colleague(model, ids, pixels, 16), slow)
+for answer in (answer_cached, answer_colleague):
+    flop = count(lambda: answer(model, ids, pixels, 16))
+    print(f"{answer.__name__:17} {flop / 1e6:6.0f} Mflop for {slow.shape[1]} tokens")
+
+# %% [markdown]
+# Before you read on: which line is it?
+#
+# The first line of the loop. Its result is used once and thrown away five times. A check of the
+# *answers* cannot see this; a check of the **work** can. Count the calls of each part with a hook:
+
+
+# %%
+def count_calls(part, function):
+    calls = []
+    hook = part.register_forward_hook(lambda *_: calls.append(1))
+    function()
+    hook.remove()
+    return len(calls)
+
+
+for answer in (answer_cached, answer_colleague):
+    vision = count_calls(model.vision_tower, lambda: answer(model, ids, pixels, 16))
+    decoder = count_calls(model.language_model, lambda: answer(model, ids, pixels, 16))
+    print(f"{answer.__name__:17} vision tower {vision} times, decoder {decoder} times")
+share = CALLS["vision tower"][0] / CALLS["decode, 1 row"][0]
+print(f"in the 3B model the tower costs as much arithmetic as {share:.0f} decode calls")
+
+# %% [markdown]
+# ### A second one: right alone, wrong in company
+#
+# This loop stops when everybody says eos. With one row that is correct. (The small random model from
+# above, and its three rows.)
+
+
+# %%
+def answer_together(model, input_ids, pixel_values, attention_mask, eos, steps=12):
+    cache, said = model.make_cache(len(input_ids), input_ids.shape[1] + steps), []
+    ids, pixels, mask = input_ids, pixel_values, attention_mask
+    for _ in range(steps):
+        ids = model(ids, pixels, mask, cache=cache).logits[:, -1:].argmax(-1)
+        said.append(ids)
+        if (ids == eos).all():
+            break
+        pixels, mask = None, torch.cat((mask, torch.ones_like(ids)), 1)
+    return torch.cat(said, 1)
+
+
+eos = int(reference["eos"])
+for row in range(3):
+    alone = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+    print("alone:     ", answer_together(small, **alone, eos=eos)[0].tolist())
+for row in answer_together(small, **inputs, eos=eos).tolist():
+    print("in company:", row)
+
+# %% [markdown]
+# Rows end at different times, so "all say eos *now*" never comes true, and every row writes on to
+# the limit, past its own end. `tokenizer.decode` leaves eos out, so the extra words are glued to the
+# answer.
+#
+# Some models repeat eos once they have said it (the tiny one does), and then the bug sleeps. The end
+# of a row is a state, not an event: that is what `done` remembers.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1 (predict): how many of each?
+#
+# A picture at 896 × 896 gives 4,096 image tokens; the prompt adds eight. The answer has 20 tokens,
+# eos included. How often is the model called, how often does the vision tower run, how many tokens
+# pass through the decoder in total, and how many does the cache hold at the end?
+
+# %% tags=["exercise"]
+model_calls = None
+vision_runs = None
+decoder_tokens = None
+cached_tokens = None
+
+
+# %% tags=["check"]
+def test_1(model_calls, vision_runs, decoder_tokens, cached_tokens):
+    answer = 20
+    assert model_calls != answer + 1, "eos is one of the 20, and the prefill gives the first"
+    assert model_calls == answer, "each call gives one token"
+    assert vision_runs == 1, "with the cache filled, the picture is in there already"
+    assert decoder_tokens != 4104 + answer, "the last token is chosen and never fed"
+    assert decoder_tokens == 4104 + answer - 1, "the prompt once, then one token a call"
+    assert cached_tokens == decoder_tokens, "every token that passes leaves its key and value"
+
+
+check(test_1, model_calls, vision_runs, decoder_tokens, cached_tokens)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Look at the first figure. Which words stand in a box, and which only above one?
+#
+# </details>
+
+# %% tags=["solution"]
+model_calls, vision_runs = 20, 1
+decoder_tokens = cached_tokens = 4096 + 8 + 19
+check(test_1, model_calls, vision_runs, decoder_tokens, cached_tokens)
+
+# %% [markdown]
+# ### Exercise 2 (break): write the check that finds a slow loop
+#
+# Return True when `answer(model, ids, pixels, steps)` does each piece of work once: the vision tower
+# runs once, and the prompt passes through the decoder once. Below it is tried on `answer_cached`, on
+# `answer_colleague` and on `answer_plain`.
+
+
+# %% tags=["exercise"]
+def works_once(answer):
+    return None  # count something while you call answer(model, ids, pixels, 16)
+
+
+# %% tags=["check"]
+def test_2(works_once):
+    assert works_once(answer_cached) is True, "rejects the loop with a cache"
+    assert works_once(answer_colleague) is False, "the vision tower runs again for each word"
+    assert works_once(answer_plain) is False, "the whole prompt passes again for each word"
+    limited = lambda model, ids, pixels, steps: generate(model, ids, pixels, max_new_tokens=steps)
+    assert works_once(limited) is True, "rejects generate"
+
+    def twice(model, ids, pixels, steps):
+        model(ids, pixels)
+        return answer_cached(model, ids, pixels, steps)
+
+    assert works_once(twice) is False, "reads the prompt twice"
+
+
+check(test_2, works_once)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `count_calls` counts the vision tower; the other loops differ in it. (In a bare model call the
+# tower runs as well.)
+#
+# </details>
+
+
+# %% tags=["solution"]
+def works_once(answer):
+    return count_calls(model.vision_tower, lambda: answer(model, ids, pixels, 16)) == 1
+
+
+check(test_2, works_once)
+
+# %% [markdown]
+# ### Exercise 3 (extend): stop at a word
+#
+# Some prompts want an answer up to a mark, such as `";"` or `"END"`. Write `until(pieces, stop)`: it
+# yields text as it comes, ends before the first `stop`, and never yields a part of it, wherever the
+# pieces are cut. What cannot be the beginning of `stop` must not be held back.
+
+
+# %% tags=["exercise"]
+def until(pieces, stop):
+    yield from ()  # your code
+
+
+# %% tags=["check"]
+def test_3(until):
+    text = "a cat; EN ENDE"
+    for stop in (";", "END", "cat", "none", "EN E"):
+        for size in range(1, len(text) + 1):
+            pieces = [text[i : i + size] for i in range(0, len(text), size)]
+            said = "".join(until(pieces, stop))
+            expected = text.split(stop)[0]
+            assert said == expected, f"{pieces} until {stop!r}: expected {expected!r}, got {said!r}"
+    waiting = until(iter(["a ", "cat", "E", "ND"]), "END")
+    assert next(waiting) == "a ", "'a ' cannot begin the mark: yield it at once"
+    assert [next(waiting), *waiting] == ["cat"], "hold back 'E' until it is clear what follows"
+
+
+check(test_3, until)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# As in `stream`, keep all text and how much was sent. Find the longest end of the text that is a
+# beginning of `stop`; everything before it is safe.
+#
+# </details>
+
+
+# %% tags=["solution"]
+def until(pieces, stop):
+    text, sent = "", 0
+    for piece in pieces:
+        text += piece
+        if stop in text:
+            text = text[: text.index(stop)]
+            break
+        safe = len(text) - max(n for n in range(len(stop)) if text.endswith(stop[:n]))
+        if safe > sent:
+            yield text[sent:safe]
+            sent = safe
+    if len(text) > sent:
+        yield text[sent:]
+
+
+check(test_3, until)
+
+# %% [markdown]
+# ## Summary
+#
+# - An answer is a loop: prefill once, then one token a call, until eos or a limit.
+# - Decode waits for memory: each token reads all weights. Prefill reads them once for all of the
+#   prompt and is nearer to the limit of arithmetic.
+# - So rows of a batch ride along nearly for free; each needs its own `done`.
+# - A byte is not a character: text is handed out when it is whole.
+# - Equal answers do not prove equal work. Count the calls.
+
+# %% [markdown]
+# ## Quiz
+#
+# **1.** A user complains that the first word takes two seconds, another that words come slowly.
+# Which parts would you look at?
+#
+# <details><summary>Answer</summary>
+#
+# The first word waits for the vision tower and the prefill: picture size, prompt length, arithmetic.
+# The pace is decode: bytes of the weights and of the cache. A faster memory helps the second user
+# and hardly the first.
+#
+# </details>
+
+# %% [markdown]
+# **2.** Why are prompts padded on the left, when text is written from left to right?
+#
+# <details><summary>Answer</summary>
+#
+# New tokens are appended on the right. With pads there, a row's prompt and its answer would be
+# separated by pads, and the column that decides would differ from row to row. On the left they are
+# out of the way; positions count real tokens, so nothing shifts.
+#
+# </details>
+
+# %% [markdown]
+# **3.** In `answer_plain`, what goes wrong without `token_type_ids`?
+#
+# <details><summary>Answer</summary>
+#
+# Everything would be prefix, where all see all. The picture and the prompt would look at the answer
+# so far and change with every word, so the result could differ from the cached loop, in which they
+# were read once. The model was trained with an answer that only looks back.
+#
+# </details>
+
+# %% [markdown]
+# ## References
+#
+# - Lucas Beyer et al., *PaliGemma: A versatile 3B VLM for transfer*, 2024, section 3 (prefix and
+#   suffix).
+# - Reuben Pope et al., *Efficiently Scaling Transformer Inference*, 2022, section 2 (prefill and
+#   decode).
+# - Samuel Williams, Andrew Waterman, David Patterson, *Roofline: an insightful visual performance
+#   model*, 2009.
+# - transformers: `generation/utils.py`, method `_sample`; big_vision:
+#   `models/proj/paligemma/paligemma.py`, `prefill_cache` and `extend_cache`.
+
+# %% [markdown] tags=["navigation"]
+# [← Sampling](17_sampling.ipynb) | [contents](../README.md) | [Inference →](22_inference.ipynb)
