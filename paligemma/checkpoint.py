@@ -245,6 +245,41 @@ def _empty_model(path, config: PaliGemmaConfig) -> PaliGemma:
         raise CheckpointError(f"{path}: config.json fits no model: {error}") from None
 
 
+EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
+
+
+def _place(path, name: str, tensor: torch.Tensor, shapes: dict, state: dict) -> str:
+    """Where a stored tensor belongs; raises when it belongs nowhere."""
+    key = internal_name(name)
+    shape = shapes.get(EMBEDDING if key == HEAD else key)
+    if shape is None:
+        raise CheckpointError(f"{path} holds {name}, for which this model has no place")
+    if key in state:
+        raise CheckpointError(f"{path} holds {name} twice, under different names or in two files")
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{path}: {name} is {list(tensor.shape)}; config.json makes it {list(shape)}"
+        )
+    if tensor.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype}; expected float32, bfloat16 or float16"
+        )
+    return key
+
+
+def _check_complete(path, state: dict, shapes: dict) -> None:
+    """Every expected tensor is there, and a stored head is the embedding (tied weights)."""
+    missing = [published_name(key) for key in shapes if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of {len(shapes)} tensors, the first is {missing[0]}; "
+            "download the checkpoint again"
+        )
+    head = state.pop(HEAD, None)
+    if head is not None and not torch.equal(head.to(state[EMBEDDING]), state[EMBEDDING]):
+        raise CheckpointError(f"{path}: {HEAD} differs from the embedding; PaliGemma ties the two")
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -285,41 +320,6 @@ def load_model(
     _check_complete(path, state, shapes)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
-
-
-EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"
-
-
-def _place(path, name: str, tensor: torch.Tensor, shapes: dict, state: dict) -> str:
-    """Where a stored tensor belongs; raises when it belongs nowhere."""
-    key = internal_name(name)
-    shape = shapes.get(EMBEDDING if key == HEAD else key)
-    if shape is None:
-        raise CheckpointError(f"{path} holds {name}, for which this model has no place")
-    if key in state:
-        raise CheckpointError(f"{path} holds {name} twice, under different names or in two files")
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{path}: {name} is {list(tensor.shape)}; config.json makes it {list(shape)}"
-        )
-    if tensor.dtype not in FLOATS:
-        raise CheckpointError(
-            f"{path}: {name} is {tensor.dtype}; expected float32, bfloat16 or float16"
-        )
-    return key
-
-
-def _check_complete(path, state: dict, shapes: dict) -> None:
-    """Every expected tensor is there, and a stored head is the embedding (tied weights)."""
-    missing = [published_name(key) for key in shapes if key not in state]
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(shapes)} tensors, the first is {missing[0]}; "
-            "download the checkpoint again"
-        )
-    head = state.pop(HEAD, None)
-    if head is not None and not torch.equal(head.to(state[EMBEDDING]), state[EMBEDDING]):
-        raise CheckpointError(f"{path}: {HEAD} differs from the embedding; PaliGemma ties the two")
 
 
 def config_dict(config: PaliGemmaConfig) -> dict:
