@@ -136,7 +136,7 @@ def test_kinds_and_boxes_say_what_the_picture_shows(monkeypatch):
     for name in scenes.NAMES:  # read afresh, not through the module under test
         with Image.open(ROOT / "paligemma" / "assets" / "emoji" / f"{name}.png") as opened:
             picture = opened.convert("RGBA").convert("RGBa")
-        picture = picture.crop(picture.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox())
+        picture = picture.crop(picture.getchannel(3).point(lambda a: 255 * (a > 24)).getbbox())
         small = picture.resize((12, 12), Image.Resampling.BOX)
         table.append(np.asarray(small, dtype=float)[..., :3])
     right = total = 0
@@ -192,6 +192,8 @@ def test_patch_targets_agree_with_the_boxes():
         scene = scenes.make_scene(i, "validation")
         cover, centre = scenes.patch_targets(scene).reshape(2, 8, 8)
         assert sorted(centre[centre < len(scenes.NAMES)]) == sorted(scene.kinds)
+        for kind, (x0, y0, x1, y1) in zip(scene.kinds, scene.boxes):
+            assert centre[(y0 + y1) // 28, (x0 + x1) // 28] == kind
         for y, x in itertools.product(range(8), range(8)):
             over = {
                 kind
