@@ -76,11 +76,77 @@ class PaliGemmaProjector(nn.Module):
         return self.linear(x)
 
 
-class PaliGemma(nn.Module):
-    """A picture and a prompt in, the next token's logits out.
+def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each labelled token given everything before it.
 
-    Source: Beyer et al. 2024, section 3; `PaliGemmaForConditionalGeneration` in transformers.
+    Args:
+        logits: `float32[B, L, V]`.
+        labels: `int64[B, L]`, -100 where nothing is to be learnt; shifted here, once.
+
+    Returns:
+        A scalar, `float32`; 0 when nothing is labelled.
     """
+    guesses, truth = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = F.cross_entropy(guesses, truth, ignore_index=-100, reduction="sum")
+    return total / (truth != -100).sum().clamp(min=1)
+
+
+def check_inputs(
+    input_ids: torch.Tensor,
+    past: int,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """The attention mask, ones when none is given: `int64[B, S + L]` with S = `past`.
+
+    Raises:
+        ValueError: a tensor does not fit the L new tokens (the mask: the S cached ones as well).
+    """
+    batch, length = input_ids.shape
+    if attention_mask is None:
+        attention_mask = input_ids.new_ones(batch, past + length)
+    cached = f"{past} cached tokens and {length} new ones"
+    for name, tensor, size, why in (
+        ("attention_mask", attention_mask, past + length, cached),
+        ("token_type_ids", token_type_ids, length, "one for each new token"),
+        ("labels", labels, length, "one for each new token, not shifted"),
+    ):
+        if tensor is not None and tensor.shape != (batch, size):
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected [{batch}, {size}]: {why}")
+    return attention_mask
+
+
+def place_features(
+    embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None
+) -> torch.Tensor:
+    """Put the pictures' vectors where `<image>` stands, in order and unscaled.
+
+    Args:
+        embeds: `float[B, L, D]`, the embedded text.
+        is_image: `bool[B, L]`, True on the placeholders.
+        features: `float[B, N, D]`, or None when there is no picture.
+
+    Returns:
+        `float[B, L, D]`.
+
+    Raises:
+        ValueError: not exactly one placeholder for each vector.
+    """
+    found = int(is_image.sum())
+    wanted = 0 if features is None else features.shape[:2].numel()
+    if found != wanted:
+        raise ValueError(
+            f"input_ids hold {found} <image> tokens and the pictures give {wanted}; "
+            "make both with the same Processor"
+        )
+    if features is None:
+        return embeds
+    return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+
+
+class PaliGemmaParts(nn.Module):
+    """The three parts of the model, and one sequence made of a picture and a text."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
@@ -103,44 +169,21 @@ class PaliGemma(nn.Module):
         """`float[B, 3, H, W]` → `float[B, N, D]`, the soft tokens that stand for the picture."""
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
 
+    def merge(self, input_ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
+        """`int64[B, L]` and `float[B, N, D]` → `float[B, L, D]`: words × √D, pictures as given."""
+        is_image = input_ids == self.config.image_token_index
+        embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
+        return place_features(embeds, is_image, features)
+
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens."""
         c = self.config.text_config
-        return KVCache(
-            c.num_hidden_layers,
-            batch_size,
-            c.num_key_value_heads,
-            max_length,
-            c.head_dim,
-            self.device,
-            self.dtype,
-        )
+        shape = (batch_size, c.num_key_value_heads, max_length, c.head_dim)
+        return KVCache(c.num_hidden_layers, *shape, self.device, self.dtype)
 
-    def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        """Embed the text and put the picture's features where `<image>` stands.
 
-        Args:
-            input_ids: `int64[B, L]`.
-            image_features: `float[B, N, D]` or None when no row holds `<image>`.
-
-        Returns:
-            `float[B, L, D]`; text scaled by √D, pictures as they are.
-
-        Raises:
-            ValueError: not exactly N image tokens a picture.
-        """
-        is_image = input_ids == self.config.image_token_index
-        embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
-        found = int(is_image.sum())
-        wanted = 0 if image_features is None else image_features.shape[:2].numel()
-        if found != wanted:
-            raise ValueError(
-                f"input_ids hold {found} <image> tokens and the pictures give {wanted}; "
-                "make both with the same Processor"
-            )
-        if image_features is None:
-            return embeds
-        return embeds.masked_scatter(is_image[..., None], image_features.to(embeds.dtype))
+class PaliGemma(PaliGemmaParts):
+    """A picture and a prompt in, the next token's logits out (PaliGemma paper, section 3)."""
 
     def forward(
         self,
@@ -166,35 +209,14 @@ class PaliGemma(nn.Module):
         Returns:
             `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
         """
-        batch, length = input_ids.shape
-        past = 0 if cache is None else len(cache)
+        past, length = 0 if cache is None else len(cache), input_ids.shape[1]
+        attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
         features = None if pixel_values is None else self.encode_image(pixel_values)
         x = self.merge(input_ids, features)  # (B, L, D)
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(batch, past + length)
-        elif attention_mask.shape != (batch, past + length):
-            raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}; expected [{batch}, "
-                f"{past + length}]: {past} cached tokens and {length} new ones"
-            )
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # padding shifts nothing
         mask = prefix_lm_mask(attention_mask, token_type_ids, length)
         hidden = self.language_model(x, positions, mask, cache)
-        if logits_to_keep is not None:
-            hidden = hidden[:, -logits_to_keep:]
-            labels = None if labels is None else labels[:, -logits_to_keep:]
-        logits = self.language_model.logits(hidden)
-        return PaliGemmaOutput(logits, None if labels is None else suffix_loss(logits, labels))
-
-
-def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each labelled token given everything before it.
-
-    Args:
-        logits: `float32[B, L, V]`.
-        labels: `int64[B, L]`, -100 where nothing is to be learnt; shifted here, once.
-
-    Returns:
-        A scalar, `float32`.
-    """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        keep = logits_to_keep or length
+        logits = self.language_model.logits(hidden[:, -keep:])
+        loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
+        return PaliGemmaOutput(logits, loss)
