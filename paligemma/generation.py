@@ -39,6 +39,19 @@ def _steps(
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
 
 
+def check_options(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> None:
+    """Refuse options out of range, before any work is done.
+
+    Raises:
+        ValueError: max_new_tokens no whole number of at least 1, or as in `check_sampling`.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1"
+        )
+
+
 def generate_steps(
     model: PaliGemma,
     input_ids: torch.Tensor,
@@ -57,11 +70,7 @@ def generate_steps(
     row and the cache. A row that has ended yields 0 (pad). Arguments as in `generate`; they are
     checked here and now, the model runs when the first token is asked for.
     """
-    check_sampling(temperature, top_k, top_p)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1"
-        )
+    check_options(max_new_tokens, temperature, top_p, top_k)
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     return _steps(
         model, choose, input_ids, pixel_values, attention_mask, max_new_tokens, eos_token_id

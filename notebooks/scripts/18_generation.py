@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Sampling](17_sampling.ipynb) | [contents](../README.md) | [Inference →](22_inference.ipynb)
+# [← Sampling](17_sampling.ipynb) | [contents](00_overview.ipynb) | [Inference →](22_inference.ipynb)
 
 # %% [markdown]
 # # 18 · Generation: how does one forward pass become an answer?
@@ -245,7 +245,7 @@ print("scores of all", at_once.shape[1], "steps equal one full pass")
 # next token of every row then stands in the same column, the last one.
 
 # %%
-prompts = ["caption en", "answer en how many dogs are there?", "answer en is there a bee?"]
+prompts = ["caption en", "answer en how many dogs are there?", "answer en how many bees are there?"]
 images = [sample_picture(name) for name in ("scene3", "scene", "scene2")]
 three = processor(images, prompts)
 three.pop("token_type_ids")
@@ -318,8 +318,23 @@ def _steps(
 # and left before each `yield`: otherwise the *reader's* code would run in it too, and a training
 # loop that samples between two steps would silently stop learning.
 #
-# The public function checks the arguments at once. Inside a generator nothing runs before the first
+# The public function checks the options at once. Inside a generator nothing runs before the first
 # token is asked for, and an error that late is hard to place.
+
+
+# %%
+#| export
+def check_options(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> None:
+    """Refuse options out of range, before any work is done.
+
+    Raises:
+        ValueError: max_new_tokens no whole number of at least 1, or as in `check_sampling`.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1"
+        )
 
 
 # %%
@@ -342,11 +357,7 @@ def generate_steps(
     row and the cache. A row that has ended yields 0 (pad). Arguments as in `generate`; they are
     checked here and now, the model runs when the first token is asked for.
     """
-    check_sampling(temperature, top_k, top_p)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens}; expected a whole number of at least 1"
-        )
+    check_options(max_new_tokens, temperature, top_p, top_k)
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     return _steps(
         model, choose, input_ids, pixel_values, attention_mask, max_new_tokens, eos_token_id
@@ -948,9 +959,9 @@ check(test_3, until)
 # ## Summary
 #
 # - An answer is a loop: prefill once, then one token a call, until eos or a limit.
-# - Decode waits for memory: each token reads all weights. Prefill reads them once for all of the
-#   prompt and is nearer to the limit of arithmetic.
-# - So rows of a batch ride along nearly for free; each needs its own `done`.
+# - Decode waits for memory: each token reads all weights. Prefill reads them once for the whole
+#   prompt.
+# - So rows of a batch ride along cheaply; each needs its own `done`.
 # - A byte is not a character: text is handed out when it is whole.
 # - Equal answers do not prove equal work. Count the calls.
 
@@ -1003,4 +1014,4 @@ check(test_3, until)
 #   `models/proj/paligemma/paligemma.py`, `prefill_cache` and `extend_cache`.
 
 # %% [markdown] tags=["navigation"]
-# [← Sampling](17_sampling.ipynb) | [contents](../README.md) | [Inference →](22_inference.ipynb)
+# [← Sampling](17_sampling.ipynb) | [contents](00_overview.ipynb) | [Inference →](22_inference.ipynb)
