@@ -18,13 +18,13 @@
 #
 # *30 minutes* · part 0, The whole
 #
-# The first cell runs a whole **PaliGemma** of our own, small enough to come with the course.
-#
 # **What you will be able to do**
 #
 # - name the parts between a picture and an answer, and the lesson that builds each;
 # - follow one picture through them, shape by shape;
 # - say what the shipped model can do, and show where it fails.
+#
+# The first cell runs a whole **PaliGemma** of our own, small enough to come with the course.
 
 # %%
 import paligemma
