@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Checkpoint](16_checkpoint.ipynb) | [contents](../README.md) | [Generation →](18_generation.ipynb)
+# [← Checkpoint](16_checkpoint.ipynb) | [contents](00_overview.ipynb) | [Generation →](18_generation.ipynb)
 
 # %% [markdown]
 # # 17 · Sampling: how does a distribution become a word?
@@ -45,6 +45,9 @@ def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 # %%
 #| export
+FEW = 1024  # almost always the nucleus is among so many; only else is the whole row sorted
+
+
 def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """Keep the smallest set of most likely tokens whose probabilities reach `top_p`.
 
@@ -61,12 +64,36 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """
     if top_p >= 1:
         return logits
-    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
-    probability = sorted_logits.softmax(-1)
-    before = probability.cumsum(-1) - probability  # mass of everything more likely
-    drop = before >= top_p
-    drop[..., 0] = False
-    return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    total = logits.float().logsumexp(-1, keepdim=True)  # (B, 1), in float32: V small numbers
+    for count in sorted({min(FEW, logits.shape[-1]), logits.shape[-1]}):
+        largest, order = logits.topk(count)  # (B, count), in falling order
+        probability = (largest.float() - total).exp()
+        before = probability.cumsum(-1) - probability  # mass of everything more likely
+        if bool((before[..., -1] >= top_p).all()):
+            break
+    keep = before < top_p
+    keep[..., 0] = True
+    drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~keep)
+    return logits.masked_fill(drop, -torch.inf)
+
+
+# %%
+#| export
+def draw(probability: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Throw one dart at each row's ruler, on which token i has a piece of length p(i).
+
+    Args:
+        probability: `float32[B, V]`, at least 0; rows need not sum to 1.
+        generator: source of randomness, on the device of `probability`; None: torch's default.
+
+    Returns:
+        `int64[B]`; a token of probability 0 is never drawn.
+    """
+    end = probability.cumsum(-1)  # (B, V), where each piece ends
+    # However sums are rounded: ends never fall, and an impossible token has no length at all.
+    end = end.masked_fill(probability == 0, 0).cummax(-1).values
+    dart = torch.rand(len(end), 1, generator=generator, device=end.device)  # in [0, 1)
+    return torch.searchsorted(end, dart * end[:, -1:], right=True).squeeze(-1)
 
 
 # %%
@@ -79,10 +106,24 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
     """
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
-    if top_k is not None and (top_k < 1 or top_k != int(top_k)):
+    if top_k is not None and not (1 <= top_k < float("inf") and top_k == int(top_k)):
         raise ValueError(f"top_k is {top_k}; expected a whole number of at least 1, or None")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
+
+
+def _check_logits(logits: torch.Tensor, largest: torch.Tensor) -> None:
+    """One row a text, and in each row something to choose from."""
+    if logits.dim() != 2:
+        raise ValueError(
+            f"logits are {list(logits.shape)}; expected [B, V], one row a text: take the last "
+            "position, logits[:, -1]"
+        )
+    if not bool(largest.isfinite().all()):
+        raise ValueError(
+            "logits hold NaN or infinity, or -infinity only; a weight or an input is broken, or "
+            "float16 overflowed: compute in bfloat16 or float32"
+        )
 
 
 # %%
@@ -97,7 +138,7 @@ def sample(
     """Choose the next token of each row: temperature, then top-k, then top-p, then a draw.
 
     Args:
-        logits: `float[B, V]`.
+        logits: `float[B, V]`; -inf forbids a token.
         temperature: 0 takes the most likely token and draws nothing.
         top_k: keep so many tokens; None keeps all.
         top_p: keep the most likely tokens up to this probability mass, in (0, 1].
@@ -107,15 +148,15 @@ def sample(
         `int64[B]`.
 
     Raises:
-        ValueError: a parameter out of range.
+        ValueError: a parameter out of range, logits of another shape, NaN or +inf among them.
     """
     check_sampling(temperature, top_k, top_p)
+    largest, token = logits.max(-1, keepdim=True)  # (B, 1)
+    _check_logits(logits, largest)
     if temperature == 0:
-        return logits.argmax(-1)
-    # Subtracting the largest first keeps a tiny temperature from overflowing.
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+        return token.squeeze(-1)
+    # Less the largest, so that a tiny temperature cannot overflow; float32 has no 1e-50.
+    logits = (logits.float() - largest.float()) / min(max(temperature, 1e-30), 1e30)
     if top_k is not None:
         logits = keep_top_k(logits, int(top_k))
-    probability = keep_top_p(logits, top_p).softmax(-1)
-    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
+    return draw(keep_top_p(logits, top_p).softmax(-1), generator)
