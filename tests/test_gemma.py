@@ -217,12 +217,13 @@ def test_a_block_only_adds():
     rotation = RotaryEmbedding(DH)(torch.arange(5)[None])
     before = x.clone()
     with torch.no_grad():
+        block(x, *rotation)
+        assert torch.equal(x, before)  # not in place
         block.self_attn.o_proj.weight.zero_()
         after_mlp = block(x, *rotation)
         torch.testing.assert_close(after_mlp, x + block.mlp(block.post_attention_layernorm(x)))
         block.mlp.down_proj.weight.zero_()
         assert torch.equal(block(x, *rotation), x)
-    assert torch.equal(x, before)  # and not in place
 
 
 def test_without_blocks_it_repeats():
