@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Grouped-query attention](10_grouped_query_attention.ipynb) | [contents](../README.md) | [Gemma →](12_gemma.ipynb)
+# [← Grouped-query attention](10_grouped_query_attention.ipynb) | [contents](00_overview.ipynb) | [Gemma →](12_gemma.ipynb)
 
 # %% [markdown]
 # # 11 · KV cache: why is the second token cheaper than the first?
@@ -863,4 +863,4 @@ check(test_3, RewindableCache)
 #   classes `DynamicCache` and `StaticCache`.
 
 # %% [markdown] tags=["navigation"]
-# [← Grouped-query attention](10_grouped_query_attention.ipynb) | [contents](../README.md) | [Gemma →](12_gemma.ipynb)
+# [← Grouped-query attention](10_grouped_query_attention.ipynb) | [contents](00_overview.ipynb) | [Gemma →](12_gemma.ipynb)
