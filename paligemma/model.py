@@ -211,8 +211,11 @@ class PaliGemma(PaliGemmaParts):
         """
         past, length = 0 if cache is None else len(cache), input_ids.shape[1]
         attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
-        features = None if pixel_values is None else self.encode_image(pixel_values)
-        x = self.merge(input_ids, features)  # (B, L, D)
+        if past and pixel_values is None:  # the picture is cached; a generated <image> is a word
+            x = self.language_model.embed(input_ids)
+        else:
+            features = None if pixel_values is None else self.encode_image(pixel_values)
+            x = self.merge(input_ids, features)  # (B, L, D)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # padding shifts nothing
         mask = prefix_lm_mask(attention_mask, token_type_ids, length)
         hidden = self.language_model(x, positions, mask, cache)

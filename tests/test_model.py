@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import IMAGE_ID, random_batch
 
+from paligemma.checkpoint import load_model
 from paligemma.gemma import GemmaConfig
 from paligemma.model import PaliGemma, PaliGemmaConfig, prefix_lm_mask, suffix_loss
 from paligemma.siglip import SiglipVisionConfig
@@ -450,3 +452,12 @@ def test_published_sizes(size, total):
         "multi_modal_projector": 2_361_344,
         "language_model": 2_508_662_784,
     }
+
+
+def test_an_image_token_in_the_answer_is_a_word(checkpoints):
+    model = load_model(checkpoints["MQA"])
+    batch = random_batch(rows=1, padding=(0,))
+    cache = model.make_cache(1, 40)
+    model(**batch, cache=cache)
+    step = model(torch.tensor([[IMAGE_ID]]), cache=cache)  # as when the model itself wrote it
+    assert step.logits.isfinite().all()
