@@ -2,27 +2,73 @@
 """The whole model behind one object and one command."""
 
 import argparse
+import io
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module, resources
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from paligemma.checkpoint import load_model, weight_files
-from paligemma.generation import generate, generate_steps, stream
+from paligemma.generation import check_options, generate, generate_steps, stream
 from paligemma.image_processor import open_image
 from paligemma.model import PaliGemma
 from paligemma.processor import Processor
 
-TINY = Path(__file__).parent / "assets" / "tiny"
+TINY = Path(resources.files("paligemma") / "assets" / "tiny")  # the checkpoint that ships with it
 SMALL = 1_000_000_000  # bytes of weights up to which load() computes in float32
+
+
+@dataclass
+class Options:
+    """How to answer: the keywords that `Pipeline` takes.
+
+    Args:
+        max_new_tokens: at most so many tokens.
+        temperature: 0 is greedy; above it tokens are drawn.
+        top_p, top_k: limit the draw, see `paligemma.sampling.sample`.
+        seed: makes a draw repeatable; None: different each time.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        check_options(self.max_new_tokens, self.temperature, self.top_p, self.top_k)
+        seed = 0 if self.seed is None else self.seed
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**63 - 1")
+
+    def arguments(self, device: torch.device) -> dict:
+        """The same as keywords of `generate`, the seed made into a generator on `device`."""
+        generator = torch.Generator(device)
+        generator.seed() if self.seed is None else generator.manual_seed(self.seed)
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "generator": generator,
+        }
 
 
 class Pipeline:
     """A model with its processor: pictures and prompts in, text out.
+
+    Pictures are a path, a `PIL.Image` or `uint8[H, W, 3]` in RGB order; a prompt is such as
+    "caption en", "answer en how many cats are there?". Options: the fields of `Options`.
 
     Args:
         model: in evaluation mode, on any device.
@@ -34,89 +80,35 @@ class Pipeline:
         self.processor = processor
 
     def __call__(self, image, prompt: str, **options) -> str:
-        """Answer one prompt about one picture; arguments as in `stream`, whose pieces it joins."""
+        """Answer one prompt about one picture: the pieces of `stream`, joined."""
         return "".join(self.stream(image, prompt, **options))
 
-    def stream(
-        self,
-        image,
-        prompt: str,
-        max_new_tokens: int = 100,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int | None = None,
-        seed: int | None = None,
-    ) -> Iterator[str]:
-        """Answer piece by piece, as the tokens come.
-
-        Args:
-            image: a path, a `PIL.Image` or `uint8[H, W, 3]` in RGB order.
-            prompt: such as "caption en", "answer en how many cats are there?", "detect cat".
-            max_new_tokens: at most so many tokens.
-            temperature: 0 is greedy; above it tokens are drawn.
-            top_p, top_k: limit the draw, see `paligemma.sampling.sample`.
-            seed: makes a draw repeatable; None: different each time.
-
-        Yields:
-            Pieces of text, never half a character.
+    def stream(self, image, prompt: str, **options) -> Iterator[str]:
+        """Answer piece by piece, as the tokens come; a piece never ends in mid-character.
 
         Raises:
-            ValueError: a picture, prompt or option that cannot be used.
+            ValueError: a picture, prompt or option that cannot be used; at once, not at the
+                first piece.
         """
-        steps = generate_steps(
-            self.model,
-            **self._inputs([image], [prompt]),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            generator=self._generator(seed),
-            eos_token_id=self.processor.tokenizer.eos_id,
-        )
+        steps = generate_steps(self.model, **self._arguments([image], [prompt], options))
         return stream((int(token) for token in steps), self.processor.tokenizer)
 
-    def batch(
-        self,
-        images: Sequence,
-        prompts: Sequence[str],
-        max_new_tokens: int = 100,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int | None = None,
-        seed: int | None = None,
-    ) -> list[str]:
+    def batch(self, images: Sequence, prompts: Sequence[str], **options) -> list[str]:
         """Answer B prompts about B pictures together; greedy, the same as one by one.
 
-        Args:
-            images, prompts: equally long; the rest as in `stream`.
-
-        Returns:
-            B strings.
+        Raises:
+            ValueError: as in `stream`, or not as many prompts as pictures.
         """
-        ids = generate(
-            self.model,
-            **self._inputs(list(images), list(prompts)),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            generator=self._generator(seed),
-            eos_token_id=self.processor.tokenizer.eos_id,
-        )
+        ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
         return [self.processor.decode(row) for row in ids]
 
-    def _inputs(self, images: list, prompts: list[str]) -> dict[str, torch.Tensor]:
-        names = ("input_ids", "pixel_values", "attention_mask")
+    def _arguments(self, images: list, prompts: list[str], options: dict) -> dict:
+        """Keywords for `generate`."""
+        arguments = Options(**options).arguments(self.model.device)
         batch = self.processor(images, prompts)
-        return {name: batch[name].to(self.model.device) for name in names}
-
-    def _generator(self, seed: int | None) -> torch.Generator:
-        generator = torch.Generator(self.model.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        return generator
+        for name in ("input_ids", "pixel_values", "attention_mask"):
+            arguments[name] = batch[name].to(self.model.device)
+        return arguments | {"eos_token_id": self.processor.tokenizer.eos_id}
 
 
 def load(
@@ -141,7 +133,9 @@ def load(
         ValueError: nothing usable at `path`, or an option that this version does not know.
     """
     if quantize is not None:
-        raise ValueError(f"quantize is {quantize!r}; this version computes unquantised: use None")
+        raise ValueError(f"quantize is {quantize!r}: not in this version; leave it out")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; expected such as torch.float32 or torch.bfloat16")
     path = TINY if path is None else find_checkpoint(path)
     if dtype is None and sum(file.stat().st_size for file in weight_files(path)) <= SMALL:
         dtype = torch.float32
@@ -175,6 +169,7 @@ EXAMPLES = """examples:
             --prompt "answer en what is on the table?"         a published checkpoint
   paligemma --image_file_path photo.jpg --do_sample --temperature 0.8 --top_p 0.9 --seed 1
   paligemma --image_file_path photo.jpg --output captioned.png write the picture with its answer
+  curl -s https://example.org/photo.jpg | paligemma --image_file_path -
 """
 
 
@@ -214,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--image_file_path", metavar="FILE", required=True, help="the picture")
+    add("--image_file_path", metavar="FILE", required=True, help="the picture; - is standard input")
     add("--prompt", default="caption en", help="what to do with it (default: caption en)")
     add("--model_path", metavar="DIR", help="checkpoint directory or hub name (default: shipped)")
     add("--max_tokens_to_generate", metavar="N", type=int, default=100, help="default: 100")
@@ -224,10 +219,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=0.9, help="with --do_sample (default: 0.9)")
     add("--seed", type=int, help="makes --do_sample repeatable")
     add("--only_cpu", **flag, help="leave a GPU alone")
-    add("--quantize", choices=["int8", "int4"], help="smaller weights")
+    add("--quantize", choices=["int8", "int4"], help="not in this version")
     add("--task", choices=["answer"], default="answer", help="default: answer")
     add("--output", metavar="FILE", help="write the picture with the answer below it")
     add("--json", action="store_true", help="print one JSON object instead of streaming")
+    version = import_module("paligemma").__version__
+    add("--version", action="version", version=f"%(prog)s {version}")
     return parser
 
 
@@ -239,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
+    except torch.OutOfMemoryError:
+        parser.exit(1, f"{parser.prog}: error: the GPU's memory is full; try --only_cpu\n")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has left
@@ -247,22 +246,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """What the command does, once its arguments are read."""
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise ValueError(f"cannot write {args.output}: its directory does not exist")
-    image = open_image(args.image_file_path)  # before the weights: a wrong path fails at once
+    """What the command does, once its arguments are read; cheap checks come before the weights."""
+    draw = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    options = Options(args.max_tokens_to_generate, **draw)
+    if not args.do_sample:
+        options.temperature = 0.0
+    if args.output:
+        check_output(args.output)
+    image = read_picture(args.image_file_path)
     device = None if args.only_cpu else torch.accelerator.current_accelerator()
-    pipeline = load(args.model_path, device or "cpu", quantize=args.quantize, progress=True)
-    pieces = pipeline.stream(
-        image,
-        args.prompt,
-        max_new_tokens=args.max_tokens_to_generate,
-        temperature=args.temperature if args.do_sample else 0.0,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    progress = sys.stderr.isatty()  # a bar is for people, not for log files
+    pipeline = load(args.model_path, device or "cpu", quantize=args.quantize, progress=progress)
     answer = ""
-    for piece in pieces:
+    for piece in pipeline.stream(image, args.prompt, **vars(options)):
         answer += piece
         if not args.json:
             print(piece, end="", flush=True)
@@ -273,8 +269,29 @@ def run(args: argparse.Namespace) -> None:
         save_picture(draw_caption(image, answer), args.output)
 
 
-def save_picture(image, file: str | os.PathLike) -> None:
-    """Write a `PIL.Image` whole or not at all; the format follows the file's ending."""
+def read_picture(name: str) -> Image.Image:
+    """The picture of that name; `-` reads it from standard input."""
+    if name != "-":
+        return open_image(name)
+    try:
+        return open_image(Image.open(io.BytesIO(sys.stdin.buffer.read())))
+    except OSError:
+        raise ValueError("what came on standard input is not a picture") from None
+
+
+def check_output(file: str | os.PathLike) -> None:
+    """Refuse a file that `save_picture` could not write."""
+    file = Path(file)
+    if not file.parent.is_dir():
+        raise ValueError(f"cannot write {file}: its directory does not exist")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"cannot write {file}: it is a directory, or in one that is read-only")
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"cannot write {file}: no picture format; use a name such as answer.png")
+
+
+def save_picture(image: Image.Image, file: str | os.PathLike) -> None:
+    """Write a picture whole or not at all; the format follows the file's ending."""
     file = Path(file)
     temporary = file.with_name(f".{os.getpid()}.{file.name}")
     try:
@@ -286,5 +303,5 @@ def save_picture(image, file: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
