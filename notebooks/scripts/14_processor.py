@@ -11,12 +11,30 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Gemma](12_gemma.ipynb) | [contents](../README.md) | [PaliGemma →](15_model.ipynb)
+# [← Gemma](12_gemma.ipynb) | [contents](00_overview.ipynb) | [PaliGemma →](15_model.ipynb)
 
 # %% [markdown]
 # # 14 · Processor: what exactly does the model read?
 #
-# *30 minutes* · part III, Together
+# *35 minutes* · part III, Together
+#
+# **What you will be able to do**
+#
+# - write down, id by id, the sequence for a picture, a prompt and an answer;
+# - say what each of the four integer tensors of a batch is for;
+# - explain why batches are padded on the left;
+# - spot four wrong sequences that read the same, and a training loss that is too good.
+
+# %% tags=["map"]
+from paligemma.plotting import model_map
+
+model_map("processor")
+
+# %% [markdown]
+# ## Setup
+#
+# The processor joins two earlier lessons: `ImageProcessor` (02) and `Tokenizer` (06). The cells
+# that begin with `#| export` become [processor.py](../paligemma/processor.py).
 
 # %%
 #| export
@@ -30,6 +48,346 @@ import torch
 
 from paligemma.image_processor import ImageProcessor
 from paligemma.tokenizer import Tokenizer
+
+# %% tags=["setup"]
+import random
+import time
+from collections import Counter, defaultdict
+from importlib import resources
+
+import matplotlib.pyplot as plt
+from safetensors.torch import load_file
+
+from paligemma.plotting import COLOURS, check, sample_picture, save_figure, show_heatmap
+
+TINY = resources.files("paligemma") / "assets" / "tiny"  # the checkpoint that ships with the course
+tokenizer = Tokenizer.from_pretrained(TINY)
+
+# %% [markdown]
+# ## The problem
+#
+# A person has a picture and a question. The model has an embedding table: it reads rows of whole
+# numbers and nothing else. Between the two stands a **layout** that was fixed when the model was
+# trained:
+#
+# $$\underbrace{\texttt{<image>}\cdots\texttt{<image>}}_{N}\ \texttt{<bos>}\ \text{prompt}\
+# \texttt{↵}\ \underbrace{\text{answer}\ \texttt{<eos>}}_{\text{training only}}$$
+#
+# Get one number of it wrong and nothing breaks. The model only gets worse.
+
+# %%
+KIND_COLOURS = {
+    "image": COLOURS["vision"],
+    "control": COLOURS["together"],
+    "prompt": COLOURS["language"],
+    "suffix": COLOURS["accent"],
+    "padding": COLOURS["muted"],
+}
+CONTROL = {tokenizer.bos_id: "bos", tokenizer.newline_id: "↵", tokenizer.eos_id: "eos"}
+
+
+def spell(i):
+    """What one id stands for, short enough for a box."""
+    special = {**CONTROL, tokenizer.pad_id: "pad", tokenizer.image_id: "img"}
+    piece = special.get(i) or tokenizer.sp.id_to_piece(i)
+    return piece.replace("<loc", "loc\n").rstrip(">")
+
+
+def kind_of(i, is_suffix):
+    if i in (tokenizer.pad_id, tokenizer.image_id):
+        return "padding" if i == tokenizer.pad_id else "image"
+    return "control" if i in CONTROL else "suffix" if is_suffix else "prompt"
+
+
+def draw_strip(ax, ids, types, y=0.0, marked=()):
+    """One row of ids as coloured boxes; places in `marked` get a red frame."""
+    for x, (i, is_suffix) in enumerate(zip(ids, types)):
+        edge = COLOURS["bad"] if x in marked else COLOURS["paper"]
+        colour = KIND_COLOURS[kind_of(i, is_suffix)]
+        place = {"xy": (x - 0.47, y - 0.4), "width": 0.94, "height": 0.8}
+        ax.add_patch(plt.Rectangle(**place, color=colour, alpha=0.28, linewidth=0))
+        if x in marked:
+            ax.add_patch(plt.Rectangle(**place, fill=False, edgecolor=edge, linewidth=1.6))
+        ax.text(x, y, spell(i), ha="center", va="center_baseline", fontsize=6.5)
+
+
+# %% [markdown]
+# Three pictures, three prompts, three answers, as the model gets them in one training batch. Of the
+# image tokens (64 in the course's tiny model, 256 to 4096 in the real one) only three are drawn.
+
+# %%
+names = ("cat", "scene", "coffee")
+prompts = ["detect cat", "answer en how many cats are there?", "caption en"]
+suffixes = ["<loc0008><loc0061><loc0960><loc0854> cat", "2", "a cup"]
+rows = [
+    [tokenizer.image_id] * 3
+    + [tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.newline_id]
+    + [*tokenizer.encode(suffix), tokenizer.eos_id]
+    for prompt, suffix in zip(prompts, suffixes)
+]
+longest = max(map(len, rows))
+fig, ax = plt.subplots(figsize=(9, 1.9), layout="constrained")
+for y, (name, row, suffix) in enumerate(zip(names, rows, suffixes)):
+    answer_length = len(tokenizer.encode(suffix)) + 1
+    padded = [tokenizer.pad_id] * (longest - len(row)) + row
+    types = [0] * (longest - answer_length) + [1] * answer_length
+    draw_strip(ax, padded, types, -y)
+    thumb = sample_picture(name).resize((120, 120))
+    ax.imshow(thumb, extent=(-1.7, -0.8, -y - 0.45, -y + 0.45), aspect="auto")
+ax.set(xlim=(-1.8, longest - 0.4), ylim=(-2.6, 0.6))
+ax.set_axis_off()
+save_figure(fig, "14_strips.png")
+
+# %% [markdown]
+# Blue: places that the picture's vectors will fill (lesson 15). Green: control tokens, which no user
+# text can spell. Orange: the **prompt**. Purple: the answer to learn, the **suffix**. Grey:
+# **padding**, because a tensor has to be rectangular. Picture and prompt with their control tokens
+# are the **prefix**.
+#
+# That is all there is. A task is nothing but a wording of the orange part.
+
+# %% [markdown]
+# ## By hand
+#
+# Take a picture of $N = 3$ image tokens and this dictionary. Write down the ids for the prompt "cat
+# ?" and the answer "yes", before you run the cell.
+
+# %%
+WORDS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "↵": 4, "cat": 10, "?": 11, "yes": 12, "<image>": 99}
+prefix = [99, 99, 99, 2, 10, 11, 4]  # <image> × 3, bos, cat, ?, newline
+suffix = [12, 1]  # yes, eos
+ids = prefix + suffix
+print(len(ids), "ids:", ids)
+
+# %% [markdown]
+# Two questions have to be answered for each place, and a list for each will travel with the ids.
+# **Type**: prefix (0) or suffix (1)? It decides who may look at whom. **Label**: what is to be
+# learned here? The id itself on the suffix, and −100 elsewhere, which means "do not count this".
+
+# %%
+types = [0] * len(prefix) + [1] * len(suffix)
+labels = [-100] * len(prefix) + suffix
+for name, row in (("ids", ids), ("types", types), ("labels", labels)):
+    print(f"{name:7}", "".join(f"{value:6}" for value in row))
+
+# %% [markdown]
+# Note that a label stands *at* its token, not before it. The model predicts the **next** token, so
+# something has to shift by one; that is done once, in the loss (lesson 15).
+#
+# Eos is labelled: a model that never learns to stop never stops. The newline is not: it is given,
+# and it tells the model "now you".
+
+# %% [markdown]
+# ## As a loop
+#
+# Rows of unequal length make no tensor. Fill them up to the longest, **on the left**, and keep a
+# fourth list that says which places are real. One place at a time:
+
+
+# %%
+def collate_loop(prefixes, suffixes, pad_id=0):
+    """Lists of ids to a rectangle, one place at a time."""
+    length = max(len(p) + len(s) for p, s in zip(prefixes, suffixes))
+    batch = {"input_ids": [], "attention_mask": [], "token_type_ids": [], "labels": []}
+    for prefix, suffix in zip(prefixes, suffixes):
+        rows = {name: [] for name in batch}
+        for _ in range(length - len(prefix) - len(suffix)):
+            for name, value in zip(rows, (pad_id, 0, 0, -100)):
+                rows[name].append(value)
+        for i in prefix:
+            for name, value in zip(rows, (i, 1, 0, -100)):
+                rows[name].append(value)
+        for i in suffix:
+            for name, value in zip(rows, (i, 1, 1, i)):
+                rows[name].append(value)
+        for name in batch:
+            batch[name].append(rows[name])
+    return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+
+prefixes, answers = [prefix, [99, 99, 99, 2, 10, 4]], [suffix, [12, 11, 12, 1]]
+slow = collate_loop(prefixes, answers)
+for name, tensor in slow.items():
+    print(name, tensor.tolist(), sep="\n  ")
+
+# %% [markdown]
+# ### Why on the left?
+#
+# An answer is written by appending: every row of the batch gets one new token in each step. Look at
+# where it goes.
+
+# %%
+told = [tokenizer.encode("a cat and two dogs")[:4], tokenizer.encode("two dogs and a bee")[:4]]
+starts = [
+    [tokenizer.image_id] * 3 + [tokenizer.bos_id, *tokenizer.encode(p), tokenizer.newline_id]
+    for p in ("caption en", "answer en how many cats?")
+]
+longest = max(map(len, starts))
+fig, axes = plt.subplots(2, 1, figsize=(8, 2.6), layout="constrained")
+for ax, side in zip(axes, ("left", "right")):
+    for y, (row, new) in enumerate(zip(starts, told)):
+        pads = [tokenizer.pad_id] * (longest - len(row))
+        row = pads + row + new if side == "left" else row + pads + new
+        draw_strip(ax, row, [0] * longest + [1] * 4, -y)
+    ax.axvline(longest - 0.5, color=COLOURS["ink"], linewidth=1, linestyle=":")
+    ax.set(xlim=(-0.6, longest + 3.6), ylim=(-1.6, 0.6))
+    ax.set_title(f"padded on the {side}; right of the dots: four steps of writing", fontsize=8.5)
+    ax.set_axis_off()
+save_figure(fig, "14_padding.png")
+
+# %% [markdown]
+# On the left, every prompt ends at the dotted line: "the last column" holds the token to continue
+# from, and all new tokens form whole columns. On the right, each row ends somewhere else, and
+# padding remains *inside* the sequence for good.
+#
+# In training it would not matter. One layout for both is one thing less to get wrong.
+
+# %% [markdown]
+# ## Vectorised
+#
+# Padding on the left has a second charm. Count the places **from the right end**: …, 3, 2, 1. A
+# place is real when its number is at most the row's length, and suffix when it is at most the
+# answer's length. Two comparisons make all four tensors.
+
+# %%
+lengths = torch.tensor([len(p) + len(s) for p, s in zip(prefixes, answers)])[:, None]  # (B, 1)
+answer_lengths = torch.tensor([len(s) for s in answers])[:, None]  # (B, 1)
+from_right = torch.arange(int(lengths.max()), 0, -1)  # (L,)
+real = from_right <= lengths  # (B, L)
+is_suffix = from_right <= answer_lengths  # (B, L)
+print(from_right.tolist(), *is_suffix.int().tolist(), sep="\n")
+
+# %% [markdown]
+# The True places of `real`, row by row, are exactly as many as there are ids. So all ids go in with
+# one assignment.
+
+# %%
+input_ids = torch.zeros_like(real, dtype=torch.int64)
+input_ids[real] = torch.tensor([i for p, s in zip(prefixes, answers) for i in p + s])
+assert torch.equal(input_ids, slow["input_ids"])
+assert torch.equal(real.long(), slow["attention_mask"])
+assert torch.equal(is_suffix.long(), slow["token_type_ids"])
+assert torch.equal(input_ids.masked_fill(~is_suffix, -100), slow["labels"])
+print("four tensors, equal to the loop")
+
+# %% [markdown]
+# ## The module
+#
+# These lines become `collate`. Without suffixes there is nothing to learn, so there are no labels.
+
+
+# %%
+#| export
+def collate(
+    prefixes: list[list[int]], suffixes: list[list[int]], pad_id: int = 0
+) -> dict[str, torch.Tensor]:
+    """Rows of unequal length to rectangular tensors, padded on the left.
+
+    Args:
+        prefixes: B lists of ids.
+        suffixes: B lists of ids, or an empty list when there is nothing to learn.
+        pad_id: fills the left.
+
+    Returns:
+        `input_ids`, `attention_mask`, `token_type_ids` and, with suffixes, `labels`;
+        all `int64[B, L]`.
+
+    Raises:
+        ValueError: no rows, or another number of suffixes.
+    """
+    if not prefixes or len(suffixes) not in (0, len(prefixes)):
+        raise ValueError(
+            f"got {len(prefixes)} prefixes and {len(suffixes)} suffixes; expected at least one "
+            "prefix, and as many suffixes or none"
+        )
+    answers = suffixes or [[]] * len(prefixes)
+    rows = [prefix + answer for prefix, answer in zip(prefixes, answers)]
+    lengths, answer_lengths = torch.tensor([[len(r), len(a)] for r, a in zip(rows, answers)]).T
+    from_right = torch.arange(int(lengths.max()), 0, -1)  # (L,): L, …, 2, 1
+    real = from_right <= lengths[:, None]  # (B, L)
+    is_suffix = from_right <= answer_lengths[:, None]  # (B, L)
+    input_ids = torch.full(real.shape, pad_id)
+    input_ids[real] = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": real.long(),
+        "token_type_ids": is_suffix.long(),
+    }
+    return batch | ({"labels": input_ids.masked_fill(~is_suffix, -100)} if suffixes else {})
+
+
+# %%
+fast = collate(prefixes, answers)
+assert all(torch.equal(fast[name], slow[name]) for name in slow)
+print(", ".join(fast), "equal to the loop;", "labels" in collate(prefixes, []))
+
+# %% [markdown]
+# ### Two helpers that say no
+#
+# How many image tokens there are is *derived*, never counted by hand: $N = (\text{size} /
+# \text{patch})^2$, from the checkpoint's `config.json`. Files come from elsewhere, so each field is
+# checked. And pictures, prompts and answers have to come in equal numbers.
+
+
+# %%
+#| export
+def read_layout(path: str | os.PathLike) -> tuple[int, int, int]:
+    """Side of the picture, side of a patch (pixels) and id of `<image>`, from `config.json`.
+
+    Raises:
+        ValueError: no such file, not JSON, or a field that cannot be.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"no config.json in {path}; give the directory of a checkpoint")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy the published file again") from None
+    vision = config.get("vision_config", {}) if isinstance(config, dict) else None
+    if not isinstance(vision, dict):
+        raise ValueError(f"{file} holds no object with a vision_config; copy the published file")
+    fields = {
+        "vision_config.image_size": vision.get("image_size", 224),
+        "vision_config.patch_size": vision.get("patch_size", 14),
+        "image_token_index": config.get("image_token_index", config.get("image_token_id", 257152)),
+    }
+    for name, value in fields.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{file}: {name} is {value!r}; expected a positive whole number")
+    size, patch, image_id = fields.values()
+    if size % patch:
+        raise ValueError(f"{file}: image_size {size} is not a multiple of patch_size {patch}")
+    return size, patch, image_id
+
+
+# %%
+#| export
+def as_lists(images, prompts, suffixes) -> tuple[list, list[str], list[str] | None]:
+    """One of each or lists of them → lists of equal length; suffixes may be None."""
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    texts = {"prompts": prompts, "suffixes": [] if suffixes is None else suffixes}
+    for name, values in texts.items():
+        values = [values] if isinstance(values, str) else values
+        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+            raise ValueError(f"{name}: got {values!r:.80}; expected a string or a list of strings")
+        texts[name] = list(values)
+    prompts, answers = texts.values()
+    counts = {len(images), len(prompts), len(prompts if suffixes is None else answers)}
+    if len(counts) != 1 or not prompts:
+        raise ValueError(
+            f"got {len(images)} pictures, {len(prompts)} prompts"
+            + ("" if suffixes is None else f" and {len(answers)} suffixes")
+            + "; expected the same number of each, at least one"
+        )
+    return images, prompts, None if suffixes is None else answers
+
+
+# %% [markdown]
+# ### The class
+#
+# `encode_prefix` and `encode_suffix` *are* the layout, one line each. Prompt, newline and suffix are
+# tokenised separately: pieces can never merge across a border.
 
 
 # %%
@@ -55,32 +413,8 @@ class Processor:
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> "Processor":
         """Read a checkpoint directory: `tokenizer.model`, `config.json` and, where present,
-        `preprocessor_config.json`.
-
-        Raises:
-            ValueError: a file is missing, or they disagree about the picture's size or the
-                id of `<image>`.
-        """
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise ValueError(f"no config.json in {path}; give the directory of a checkpoint")
-        config = json.loads(file.read_text())
-        tokenizer = Tokenizer.from_pretrained(path)
-        image_id = config.get("image_token_index", config.get("image_token_id", 257152))
-        if image_id != tokenizer.image_id:
-            raise ValueError(
-                f"{file} says that <image> is token {image_id}, tokenizer.model makes it "
-                f"{tokenizer.image_id}; these files belong to different checkpoints"
-            )
-        vision = config.get("vision_config", {})
-        size, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
-        image_processor = ImageProcessor.from_pretrained(path, size)
-        if image_processor.size != size:
-            raise ValueError(
-                f"{path}: preprocessor_config.json resizes to {image_processor.size} pixels, "
-                f"config.json expects {size}; these files belong to different checkpoints"
-            )
-        return cls(tokenizer, image_processor, (size // patch) ** 2)
+        `preprocessor_config.json`; a `ValueError` if one is missing, broken or of another model."""
+        return _from_pretrained(cls, path)
 
     def __call__(self, images, prompts, suffixes=None) -> dict[str, torch.Tensor]:
         """Prepare one picture and prompt, or equally long lists of them.
@@ -88,7 +422,7 @@ class Processor:
         Args:
             images: a path, `PIL.Image` or `uint8[H, W, 3]`, or a list of B of these.
             prompts: a string, or B strings.
-            suffixes: the answers to learn, B strings; makes `labels`.
+            suffixes: the answers to learn, one or B strings; makes `labels`.
 
         Returns:
             A dict with `pixel_values` float32[B, 3, H, W], and int64[B, L], padded on the left:
@@ -96,27 +430,16 @@ class Processor:
             and, with suffixes, `labels` (-100 except on the suffix and eos).
 
         Raises:
-            ValueError: different numbers of pictures, prompts and suffixes, or none.
+            ValueError: unequal numbers, none at all, no strings, or a text that spells `<image>`.
         """
-        images = images if isinstance(images, list | tuple) else [images]
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        suffixes = [suffixes] if isinstance(suffixes, str) else suffixes
-        counts = {len(images), len(prompts), len(prompts if suffixes is None else suffixes)}
-        if len(counts) != 1 or not prompts:
-            raise ValueError(
-                f"got {len(images)} pictures, {len(prompts)} prompts"
-                + ("" if suffixes is None else f" and {len(suffixes)} suffixes")
-                + "; expected the same number of each, at least one"
-            )
+        images, prompts, suffixes = as_lists(images, prompts, suffixes)
         prefixes = [self.encode_prefix(prompt) for prompt in prompts]
-        answers = [] if suffixes is None else [self.encode_suffix(text) for text in suffixes]
+        answers = [self.encode_suffix(text) for text in suffixes or []]
         batch = {"pixel_values": self.image_processor(images)}
         return batch | collate(prefixes, answers, self.tokenizer.pad_id)
 
     def encode_prefix(self, prompt: str) -> list[int]:
         """`<image>`×N, bos, the prompt's pieces, newline."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"a prompt is {type(prompt).__name__}; expected a string")
         t = self.tokenizer
         image = [t.image_id] * self.num_image_tokens
         return [*image, t.bos_id, *t.encode(prompt), t.newline_id]
@@ -133,35 +456,457 @@ class Processor:
         return self.tokenizer.decode(ids)
 
 
+# %% [markdown]
+# Three files of a checkpoint know about the picture's size or about `<image>`. Copied from different
+# places they may disagree, and then the model would run and answer badly. So they are compared.
+
+
 # %%
 #| export
-def collate(
-    prefixes: list[list[int]], suffixes: list[list[int]], pad_id: int = 0
-) -> dict[str, torch.Tensor]:
-    """Rows of unequal length to rectangular tensors, padded on the left.
+def _from_pretrained(cls: type[Processor], path: str | os.PathLike) -> Processor:
+    """A processor from the files of a checkpoint, which have to agree."""
+    size, patch, image_id = read_layout(path)
+    tokenizer = Tokenizer.from_pretrained(path)
+    if image_id != tokenizer.image_id:
+        raise ValueError(
+            f"{path}: config.json says that <image> is token {image_id}, tokenizer.model makes "
+            f"it {tokenizer.image_id}; these files belong to different checkpoints"
+        )
+    image_processor = ImageProcessor.from_pretrained(path, size)
+    if image_processor.size != size:
+        raise ValueError(
+            f"{path}: preprocessor_config.json resizes to {image_processor.size} pixels, "
+            f"config.json expects {size}; these files belong to different checkpoints"
+        )
+    return cls(tokenizer, image_processor, (size // patch) ** 2)
 
-    Args:
-        prefixes: B lists of ids.
-        suffixes: B lists of ids, or an empty list when there is nothing to learn.
-        pad_id: fills the left.
 
-    Returns:
-        `input_ids`, `attention_mask`, `token_type_ids` and, with suffixes, `labels`;
-        all `int64[B, L]`.
-    """
-    rows = [p + s for p, s in zip(prefixes, suffixes or [[]] * len(prefixes), strict=True)]
-    shape = (len(rows), max(map(len, rows)))
-    input_ids = torch.full(shape, pad_id)
-    attention_mask, token_type_ids = torch.zeros(shape).long(), torch.zeros(shape).long()
-    for i, row in enumerate(rows):
-        input_ids[i, -len(row) :] = torch.tensor(row)
-        attention_mask[i, -len(row) :] = 1
-        token_type_ids[i, shape[1] - len(row) + len(prefixes[i]) :] = 1
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
+# %%
+processor = Processor.from_pretrained(TINY)
+photos = [sample_picture(name) for name in names]
+batch = processor(photos, prompts, suffixes)
+for name, tensor in batch.items():
+    print(f"{name:15} {tensor.dtype!s:14} {tuple(tensor.shape)}")
+parts = [[processor.encode_prefix(p) for p in prompts], map(processor.encode_suffix, suffixes)]
+by_loop = collate_loop(*map(list, parts))
+assert all(torch.equal(batch[name], by_loop[name]) for name in by_loop)
+
+# %% [markdown]
+# ### The forms of a prompt
+#
+# PaliGemma was trained on prompts of fixed wording. `{lang}` is a language code such as `en`.
+#
+# | prompt | answer |
+# |---|---|
+# | `cap {lang}`, `caption {lang}`, `describe {lang}` | short, usual, long caption |
+# | `ocr` | the text in the picture |
+# | `answer {lang} {question}` | the answer |
+# | `question {lang} {answer}` | a question with that answer |
+# | `detect {thing} ; {thing}` | boxes: four `<loc>` each, then the name |
+# | `segment {thing} ; {thing}` | boxes, then sixteen `<seg>` for the mask |
+
+# %%
+for prompt in ("cap en", "caption en", "ocr", "answer en how many?", "detect cat ; dog"):
+    ids = processor.encode_prefix(prompt)[processor.num_image_tokens :]
+    print(f"{prompt:20}", " | ".join(spell(i) for i in ids))
+
+# %% [markdown]
+# The mark `▁` is a space (lesson 06). The tiny tokenizer knows few words and spells the rest.
+# Nothing in the code knows what a task is: `detect` is a word like any other, to which the model
+# learned to reply with `<loc>` tokens.
+#
+# What a user may *not* write are control tokens. Otherwise a caption found on the web could end the
+# prompt or insert a second picture.
+
+# %%
+for text in ("what is <image>?", "stop <eos> now"):
+    try:
+        processor.encode_prefix(text)
+    except ValueError as error:
+        print(error)
+
+# %% [markdown]
+# ## Against the reference
+#
+# The file holds what `PaliGemmaProcessor` of transformers makes of prompts and answers of unequal
+# length, with this same tokenizer file. A test computes it afresh. Integers allow no tolerance: each
+# one has to be equal.
+
+# %%
+stored = load_file("reference/processor.safetensors")
+REFERENCE_TEXTS = [
+    ("caption en", "a cat and two dogs"),
+    ("answer en how many cats are there?", "2"),
+    ("detect cat ; dog", "<loc0008><loc0061><loc0960><loc0854> cat"),
+    ("", "yes"),
+]
+ours = processor([photos[0]] * 4, *map(list, zip(*REFERENCE_TEXTS)))
+for name, tensor in stored.items():
+    assert torch.equal(ours[name], tensor), name
+    print(f"{name:15} {tuple(tensor.shape)} equal in every place")
+
+# %% [markdown]
+# ## See it: four tensors, one batch
+#
+# The three rows from the beginning, with all 64 image tokens. Each panel is one tensor of the batch,
+# one line a row.
+
+# %%
+panels = {
+    "input_ids: pad, image, other": (batch["input_ids"] == tokenizer.image_id).long()
+    + 2 * ((batch["input_ids"] != tokenizer.image_id) & (batch["attention_mask"] == 1)).long(),
+    "attention_mask: real": batch["attention_mask"],
+    "token_type_ids: suffix": batch["token_type_ids"],
+    "labels: counted in the loss": (batch["labels"] != -100).long(),
+}
+fig, axes = plt.subplots(4, 1, figsize=(8.6, 3.4), layout="constrained")
+for ax, (title, values) in zip(axes, panels.items()):
+    show_heatmap(values, title, rows=names, ax=ax)
+    ax.set_aspect("auto")
+    ax.title.set_fontsize(8.5)
+    ax.tick_params(labelsize=7.5)
+save_figure(fig, "14_tensors")
+
+# %% [markdown]
+# What to notice: almost everything is picture. All rows end together. Types and labels mark the
+# same places, but for different readers: the types go to the *mask*, so they are needed whenever a
+# suffix is given; the labels go to the *loss*, so they exist only in training.
+
+# %% [markdown]
+# ## At full size
+#
+# The layout has no parameters and almost no arithmetic. What it costs is *length*: every later layer
+# works on each place. Eight text tokens, at the three sizes of PaliGemma, and the bytes of a batch
+# of one:
+
+# %%
+print("size  image tokens      L  of it picture   ids, types, masks   pixels")
+for size in (224, 448, 896):
+    N = (size // 14) ** 2
+    L = N + 8
+    print(
+        f"{size:4} {N:13} {L:6} {N / L:14.1%} {3 * 8 * L / 1e3:16.1f} kB"
+        f" {3 * size**2 * 4 / 1e6:5.1f} MB"
+    )
+
+# %% [markdown]
+# And padding? A padded place costs as much as a real one. Take 512 prompts of the forms above, of 2
+# to 40 pieces, in batches of eight: as they come, and sorted by length first.
+
+# %%
+generator = random.Random(0)
+pieces = [generator.randint(2, 40) for _ in range(512)]
+
+
+def wasted(lengths, image_tokens):
+    """Share of padded places over all batches of eight."""
+    groups = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
+    total = sum(8 * (max(group) + image_tokens + 2) for group in groups)
+    return 1 - sum(n + image_tokens + 2 for n in lengths) / total
+
+
+for image_tokens in (0, 256, 1024):
+    a, b = wasted(pieces, image_tokens), wasted(sorted(pieces), image_tokens)
+    print(f"{image_tokens:5} image tokens: {a:6.1%} padding, sorted {b:6.1%}")
+
+# %% [markdown]
+# For text alone, two fifths of the work would be padding and sorting is a must. With a picture in
+# each row it hardly matters: the picture has the same length everywhere.
+#
+# Time on this machine, for one picture of 112 pixels from a file of 451 × 300, and one prompt:
+
+
+# %% tags=["nbval-ignore-output"]
+def best_ms(function, *inputs, repeats=20):
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function(*inputs)
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+print(f"picture {best_ms(processor.image_processor, photos[0]):.2f} ms")
+print(f"prompt  {best_ms(processor.encode_prefix, prompts[1]):.3f} ms")
+print(f"collate {best_ms(collate, *[[ids] * 8 for ids in rows[:2]]):.3f} ms for eight rows")
+
+# %% [markdown]
+# ## A bug people really make
+#
+# Five colleagues prepare "caption en". All five sequences run, and all five read the same, decoded
+# and trimmed. Only one of them is what the model was trained on. Which?
+
+# %%
+t = tokenizer
+image, bos, newline = [t.image_id] * 3, t.bos_id, t.newline_id
+sequences = {
+    "A": [*image, *t.encode(" "), bos, *t.encode("caption en"), newline],
+    "B": [*image, bos, bos, *t.encode("caption en"), newline],
+    "C": [*image, bos, *t.encode("caption en"), newline],
+    "D": [*image, bos, *t.encode(" caption en"), newline],
+    "E": [*image, bos, *t.encode("caption en")],
+}
+for name, ids in sequences.items():
+    print(name, repr(t.decode(ids).strip()))
+
+# %% [markdown]
+# Nothing to see. This is why one looks at **ids** and not at text. Before you scroll on: each of the
+# wrong ones comes from one careless string. Can you guess which?
+
+# %%
+fig, ax = plt.subplots(figsize=(6.4, 2.6), layout="constrained")
+right = sequences["C"]
+for y, (name, ids) in enumerate(sequences.items()):
+    wrong = [x for x, (a, b) in enumerate(zip(ids, right)) if a != b][:1]
+    draw_strip(ax, ids, [0] * len(ids), -y, wrong)
+    if len(ids) < len(right):
+        missing = plt.Rectangle((len(ids) - 0.47, -y - 0.4), 0.94, 0.8, fill=False)
+        missing.set(edgecolor=COLOURS["bad"], linewidth=1.6, linestyle=":")
+        ax.add_patch(missing)
+    ax.text(-0.8, -y, name, ha="right", va="center", fontsize=9)
+ax.set(xlim=(-1.4, 8.6), ylim=(-4.6, 0.6))
+ax.set_axis_off()
+save_figure(fig, "14_bug")
+
+# %% [markdown]
+# **A**: `"<image> " + …`, a space after the picture. **B**: the tokenizer added its own bos to one
+# that was there. **D**: `" caption en"`, a space before the prompt. **E**: no newline; the model may
+# go on with the *question*. **C** is right.
+#
+# The model has never met the others. It will answer, a little worse, for ever. The cure is the
+# assertion of this lesson: compare the ids with the reference, all of them.
+
+# %% [markdown]
+# ### A second one: a loss that is too good
+#
+# Another colleague trains with `labels = input_ids`. The first loss is tiny, and it falls. To see
+# it without a model, take the simplest predictor there is: for each token, count which token
+# followed it in this very batch. It has never seen a picture.
+
+
+# %%
+def bigram_loss(ids, labels):
+    """Mean −log p(next | current), p counted on the batch, over the labelled places."""
+    follows = defaultdict(Counter)
+    pairs = [(a, b, c) for r, s in zip(ids, labels) for a, b, c in zip(r, r[1:], s[1:])]
+    for a, b, _ in pairs:
+        follows[a][b] += 1
+    shares = [follows[a][b] / sum(follows[a].values()) for a, b, c in pairs if c != -100]
+    return -torch.tensor(shares).log().mean().item()
+
+
+questions = ["caption en", "answer en how many cats are there?", "caption en", "cap en"] * 2
+replies = ["a cat", "2", "two dogs and a cat", "a bee", "a dog", "3", "a cat and a bee", "two cats"]
+train = processor([photos[0]] * 8, questions, replies)
+ids, masked = train["input_ids"].tolist(), train["labels"].tolist()
+print(f"labels = input_ids:  loss {bigram_loss(ids, ids):.2f}")
+
+# %% [markdown]
+# What a predictor, for a handful of counts! Does it know the captions?
+
+# %%
+print(f"suffix and eos only: loss {bigram_loss(ids, masked):.2f}")
+counted = sum(label != -100 for row in masked for label in row)
+everything = sum(map(len, ids))
+print(f"{counted} of {everything} places are answers: {counted / everything:.1%}")
+
+# %% [markdown]
+# It does not. In the first number, more than nine of ten places say "after `<image>` comes `<image>`" or
+# repeat a prompt of fixed wording. These are nearly free, and they drown the answers.
+#
+# With 256 image tokens it is worse. A loss is only worth what it averages over: print how many
+# places are counted, and decode them once.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1 (predict): count the places
+#
+# Pictures of 224 pixels in patches of 14. Prompts of 5 and 9 pieces, answers of 7 and 2 pieces. What
+# is the length L of the batch, how many places are padding, and how many carry a label?
+
+# %% tags=["exercise"]
+answer = None  # three numbers: (L, padded, labelled)
+
+
+# %% tags=["check"]
+def test_1(answer):
+    assert isinstance(answer, tuple) and len(answer) == 3, (
+        "give three numbers: (L, padded, labelled)"
+    )
+    prefixes = [[5] * (256 + 1 + n + 1) for n in (5, 9)]
+    made = collate(prefixes, [[6] * (n + 1) for n in (7, 2)])
+    L, padded = made["input_ids"].shape[1], int((made["attention_mask"] == 0).sum())
+    labelled = int((made["labels"] != -100).sum())
+    assert answer[0] == L, "L: image tokens, bos, prompt, newline, answer, eos of the longer row"
+    assert answer[1] == padded, "padded: how much shorter is the other row?"
+    assert answer[2] == labelled, "labelled: the answers, and one more in each row"
+
+
+check(test_1, answer)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# $N = (224 / 14)^2$. Each row has three control tokens besides its image tokens.
+#
+# </details>
+
+# %% tags=["solution"]
+first, second = 256 + 1 + 5 + 1 + 7 + 1, 256 + 1 + 9 + 1 + 2 + 1
+answer = (max(first, second), abs(first - second), 7 + 1 + 2 + 1)
+check(test_1, answer)
+
+# %% [markdown]
+# ### Exercise 2 (fill in): where does each token stand?
+#
+# RoPE (lesson 09) turns each token by its position. Padding must not shift anybody: the first *real*
+# token is at 0, the next at 1. Make the positions from the attention mask alone, without a loop.
+# What a padded place gets does not matter, but it must not be negative.
+
+
+# %% tags=["exercise"]
+def positions(attention_mask):
+    return None  # int64[B, L] → int64[B, L]
+
+
+# %% tags=["check"]
+def test_2(positions):
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    found = positions(mask)
+    assert found is not None and found.shape == mask.shape, "one position for each place"
+    assert (found >= 0).all(), "a negative position on padding"
+    assert found[1].tolist() == [0, 1, 2, 3, 4], "without padding: 0, 1, 2, …"
+    assert found[0, 2:].tolist() == [0, 1, 2], "padding has shifted the first row"
+    assert found[2, 4] == 0, "a single real token stands at 0"
+
+
+check(test_2, positions)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# A running sum (`cumsum`) of the mask counts the real tokens up to each place.
+#
+# </details>
+
+
+# %% tags=["solution"]
+def positions(attention_mask):
+    return (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+check(test_2, positions)
+
+# %% [markdown]
+# ### Exercise 3 (break): is this batch sound?
+#
+# Write `sound(batch)`: True for a batch of our processor with suffixes, False for a broken one.
+# `check` breaks it in five ways: padded on the right, labels on the prefix, eos not labelled, two
+# bos, an image token too few. The tokenizer is at hand as `tokenizer`, N as
+# `processor.num_image_tokens`.
+
+
+# %% tags=["exercise"]
+def sound(batch):
+    return None  # True or False
+
+
+# %% tags=["check"]
+def test_3(sound):
+    good = {
+        name: train[name] for name in ("input_ids", "attention_mask", "token_type_ids", "labels")
     }
-    if suffixes:
-        batch["labels"] = input_ids.masked_fill(token_type_ids == 0, -100)
-    return batch
+    ids, labels, N = good["input_ids"], good["labels"], processor.num_image_tokens
+    shorter = [row[row != 0].tolist() for row in ids]
+    double = [[*r[:N], 2, *r[N:]] for r in shorter]
+    broken = {
+        "padded on the right": {name: t.flip(1) for name, t in good.items()},
+        "labels on the prefix": good | {"labels": ids.masked_fill(ids == 0, -100)},
+        "eos not labelled": good | {"labels": labels.masked_fill(ids == 1, -100)},
+        "two bos": good | {"input_ids": collate(double, [])["input_ids"]},
+        "an image token too few": good | {"input_ids": ids.masked_fill(ids.cumsum(1) == 1792, 5)},
+    }
+    assert sound(good) is True, "rejects a batch that is right"
+    assert sound({k: t[:3] for k, t in good.items()}) is True, "rejects three rows of it"
+    for name, batch in broken.items():
+        assert sound(batch) is False, f"lets this one through: {name}"
+
+
+check(test_3, sound)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Count with `(ids == …).sum(1)`: image tokens are N in each row, bos is 1. A suffix ends with eos, so
+# the last column says much. Labels and types must agree.
+#
+# </details>
+
+
+# %% tags=["solution"]
+def sound(batch):
+    ids, labels, types = batch["input_ids"], batch["labels"], batch["token_type_ids"]
+    return bool(
+        ((ids == tokenizer.image_id).sum(1) == processor.num_image_tokens).all()
+        and ((ids == tokenizer.bos_id).sum(1) == 1).all()
+        and (labels[:, -1] == tokenizer.eos_id).all()
+        and torch.equal(labels, ids.masked_fill(types == 0, -100))
+    )
+
+
+check(test_3, sound)
+
+# %% [markdown]
+# ## Summary
+#
+# - The model reads one row of integers: `<image>` × N, bos, prompt, newline; in training also the
+#   answer and eos.
+# - A task is a wording of the prompt, nothing else.
+# - Four tensors travel together: ids, which are real, which are suffix, which count in the loss.
+# - Padding stands on the left, so that every row is continued in the same column.
+# - Compare ids, never text. And know what your loss averages over.
+
+# %% [markdown]
+# ## Quiz
+#
+# **1.** Why is the newline tokenised on its own, and not as the end of the prompt string?
+#
+# <details><summary>Answer</summary>
+#
+# A tokenizer merges what often stands together. Gemma's vocabulary has pieces of two and more
+# newlines: a prompt that itself ends in a newline would become *one* piece with ours, and the id
+# that says "now you" would be missing.
+#
+# </details>
+
+# %% [markdown]
+# **2.** Answers to learn end with eos. Why do prompts not?
+#
+# <details><summary>Answer</summary>
+#
+# Eos means "the answer is complete". The model is to learn when to *write* it. At the end of a
+# prompt it would be read, not written, and would tell the model that there is nothing left to say.
+#
+# </details>
+
+# %% [markdown]
+# **3.** You fine-tune at 448 pixels with a processor made for 224. What happens?
+#
+# <details><summary>Answer</summary>
+#
+# The pictures give 1024 vectors and the ids hold 256 places. Our model refuses (lesson 15). A
+# careless one would fill the 256 places with the first quarter of the picture: its top.
+#
+# </details>
+
+# %% [markdown]
+# ## References
+#
+# - Lucas Beyer et al., *PaliGemma: A versatile 3B VLM for transfer*, 2024, section 3.2 and figure 2
+#   (the sequence), and the appendix on its training tasks (the forms of the prompt).
+# - transformers: `models/paligemma/processing_paligemma.py`, class `PaliGemmaProcessor`.
+# - big_vision: the README of `configs/proj/paligemma`, and the text steps of `pp/proj/paligemma`.
+
+# %% [markdown] tags=["navigation"]
+# [← Gemma](12_gemma.ipynb) | [contents](00_overview.ipynb) | [PaliGemma →](15_model.ipynb)

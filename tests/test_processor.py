@@ -1,0 +1,392 @@
+"""The layout of a batch: parity with transformers, any lengths, and files and inputs that lie."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import paligemma
+from paligemma.image_processor import ImageProcessor
+from paligemma.processor import Processor, collate
+from paligemma.tokenizer import Tokenizer
+
+TINY = Path(paligemma.__file__).parent / "assets" / "tiny"
+TEXTS = [
+    ("caption en", "a cat and two dogs"),
+    ("answer en how many cats are there?", "2"),
+    ("detect cat ; dog", "<loc0008><loc0061><loc0960><loc0854> cat"),
+    ("", "yes"),
+]
+INTEGERS = ("input_ids", "attention_mask", "token_type_ids", "labels")
+
+
+def their_processor(path, size, patch):
+    """`PaliGemmaProcessor` of transformers over a SentencePiece file."""
+    from transformers import GemmaTokenizer, PaliGemmaProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    ours = Tokenizer.from_pretrained(path)
+    control = {
+        f"{name}_token": ours.sp.id_to_piece(getattr(ours, f"{name}_id"))
+        for name in ("pad", "eos", "bos")
+    }
+    tokenizer = GemmaTokenizer.from_pretrained(
+        path, mask_token=None, padding_side="left", **control
+    )
+    added = [piece for piece in ours._added if ours._added[piece] >= ours.sp.get_piece_size()]
+    tokenizer.add_tokens(added)  # where the file ends before them, as in some releases
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    images = SiglipImageProcessorPil(
+        size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    images.image_seq_length = (size // patch) ** 2
+    return PaliGemmaProcessor(images, tokenizer)
+
+
+def theirs(path, images, texts, suffixes=True, size=112, patch=14):
+    prompts, answers = map(list, zip(*texts, strict=True))
+    return their_processor(path, size, patch)(
+        images=images,
+        text=[f"<image>{prompt}" for prompt in prompts],
+        suffix=answers if suffixes else None,
+        return_tensors="pt",
+        padding=True,
+    )
+
+
+def reference():
+    """The integers of one batch, made by transformers with the tokenizer that ships."""
+    batch = theirs(TINY, [Image.new("RGB", (20, 10))] * len(TEXTS), TEXTS)
+    return {name: batch[name] for name in INTEGERS}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Processor.from_pretrained(TINY)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the shipped checkpoint's small files, to be spoilt."""
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.model"):
+        shutil.copy(TINY / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def small(sentencepiece_file):
+    """Over a tokenizer file without loc and seg; 9 image tokens."""
+    return Processor(Tokenizer(sentencepiece_file), ImageProcessor(42), 9)
+
+
+def pictures(count):
+    return [Image.new("RGB", (20 + i, 10), (i, 40, 90)) for i in range(count)]
+
+
+# ------------------------------------------------------------------ parity
+
+
+def test_agrees_with_transformers(tiny):
+    random = np.random.default_rng(0)
+    images = [
+        Image.fromarray(random.integers(0, 256, (50, 30 + i, 3), dtype=np.uint8))
+        for i in range(len(TEXTS))
+    ]
+    expected = theirs(TINY, images, TEXTS)
+    prompts, answers = map(list, zip(*TEXTS, strict=True))
+    ours = tiny(images, prompts, answers)
+    for name in INTEGERS:
+        assert torch.equal(ours[name], expected[name]), name
+    torch.testing.assert_close(ours["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_agrees_with_transformers_where_the_file_lacks_loc_and_seg(sentencepiece_file, small):
+    texts = [("detect cat ; dog", "<loc0001><loc1023><seg127> cat"), ("how many", "two")]
+    expected = theirs(sentencepiece_file.parent, pictures(2), texts, size=42)
+    ours = small(pictures(2), *map(list, zip(*texts, strict=True)))
+    for name in INTEGERS:
+        assert torch.equal(ours[name], expected[name]), name
+
+
+def test_agrees_with_transformers_without_answers(tiny):
+    expected = theirs(TINY, pictures(len(TEXTS)), TEXTS, suffixes=False)
+    ours = tiny(pictures(len(TEXTS)), [prompt for prompt, _ in TEXTS])
+    assert set(ours) == {"pixel_values", "input_ids", "attention_mask", "token_type_ids"}
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert torch.equal(ours[name], expected[name]), name
+
+
+# ------------------------------------------------------------------ the layout
+
+
+def test_the_row_is_what_the_paper_says(small):
+    t = small.tokenizer
+    row = small(pictures(1), "detect cat", "<loc0003> cat")["input_ids"][0].tolist()
+    image, rest = row[:9], row[9:]
+    assert image == [t.image_id] * 9
+    prompt, answer = t.sp.encode("detect cat"), t.sp.encode(" cat")
+    loc = t.sp.get_piece_size() + 3
+    assert rest == [2, *prompt, t.newline_id, loc, *answer, 1]
+
+
+def test_a_newline_of_the_prompt_stays_apart(small):
+    """Prompt and newline are tokenised separately: nothing merges across the border."""
+    for prompt in ("cat\n", "cat\n\n", "\n", " ", "cat "):
+        ids = small.encode_prefix(prompt)[9 + 1 :]
+        assert ids == [*small.tokenizer.encode(prompt), small.tokenizer.newline_id]
+
+
+words = st.lists(
+    st.sampled_from("cat dog bee ? ; <loc0001> <seg007> how many 你好 ♥ \n".split(" ")), max_size=8
+).map(" ".join)
+lengths = st.lists(st.tuples(words, words), min_size=1, max_size=4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=lengths)
+def test_every_row_of_a_batch_is_the_row_alone(small, texts):
+    """Unequal lengths: cut the padding off and the row made alone is left, in each tensor."""
+    prompts, answers = map(list, zip(*texts, strict=True))
+    batch = small(pictures(len(texts)), prompts, answers)
+    longest = batch["input_ids"].shape[1]
+    assert all(batch[name].dtype == torch.int64 for name in INTEGERS)
+    assert batch["attention_mask"].sum(1).max() == longest, "no column is padding everywhere"
+    for i, (prompt, answer) in enumerate(texts):
+        alone = small(pictures(len(texts))[i], prompt, answer)
+        length = alone["input_ids"].shape[1]
+        assert alone["attention_mask"].all()
+        for name in INTEGERS:
+            assert torch.equal(batch[name][i, longest - length :], alone[name][0]), name
+        padding = {name: set(batch[name][i, : longest - length].tolist()) for name in INTEGERS}
+        assert padding["input_ids"] <= {0} and padding["labels"] <= {-100}
+        assert padding["attention_mask"] <= {0} and padding["token_type_ids"] <= {0}
+        torch.testing.assert_close(batch["pixel_values"][i], alone["pixel_values"][0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=lengths)
+def test_labels_are_the_answer_and_eos_in_place(small, texts):
+    prompts, answers = map(list, zip(*texts, strict=True))
+    batch = small(pictures(len(texts)), prompts, answers)
+    for i, answer in enumerate(answers):
+        labels, ids = batch["labels"][i], batch["input_ids"][i]
+        wanted = [*small.tokenizer.encode(answer), small.tokenizer.eos_id]
+        assert labels[labels != -100].tolist() == wanted
+        assert labels[-len(wanted) :].tolist() == wanted, "at the end"
+        assert torch.equal(labels[labels != -100], ids[labels != -100]), "not shifted"
+        assert torch.equal(labels != -100, batch["token_type_ids"][i] == 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=lengths)
+def test_answers_do_not_change_the_prefix(small, texts):
+    prompts, answers = map(list, zip(*texts, strict=True))
+    asked = small(pictures(len(texts)), prompts)
+    taught = small(pictures(len(texts)), prompts, answers)
+    for i in range(len(texts)):
+        real = taught["attention_mask"][i].bool() & (taught["token_type_ids"][i] == 0)
+        prefix = asked["input_ids"][i][asked["attention_mask"][i].bool()]
+        assert torch.equal(taught["input_ids"][i][real], prefix)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.lists(st.integers(0, 9), max_size=6), st.lists(st.integers(0, 9), max_size=6)),
+        min_size=1,
+        max_size=5,
+    ),
+    pad=st.integers(0, 9),
+)
+def test_collate_equals_plain_python(rows, pad):
+    """Ids of any value, `pad` among them: what is real depends on length alone."""
+    prefixes, suffixes = map(list, zip(*rows, strict=True))
+    batch = collate(prefixes, suffixes, pad)
+    longest = max(len(p) + len(s) for p, s in rows)
+    for i, (p, s) in enumerate(rows):
+        space = longest - len(p) - len(s)
+        assert batch["input_ids"][i].tolist() == [pad] * space + p + s
+        assert batch["attention_mask"][i].tolist() == [0] * space + [1] * len(p + s)
+        assert batch["token_type_ids"][i].tolist() == [0] * (space + len(p)) + [1] * len(s)
+        assert batch["labels"][i].tolist() == [-100] * (space + len(p)) + s
+
+
+def test_collate_leaves_its_lists_alone():
+    prefixes, suffixes = [[1, 2], [3]], [[4], [5, 6]]
+    collate(prefixes, suffixes)
+    assert prefixes == [[1, 2], [3]] and suffixes == [[4], [5, 6]]
+
+
+@pytest.mark.parametrize(("prefixes", "suffixes"), [([], []), ([[1]], [[2], [3]]), ([], [[1]])])
+def test_collate_refuses_other_numbers(prefixes, suffixes):
+    with pytest.raises(ValueError, match=f"{len(prefixes)} prefixes and {len(suffixes)} suffixes"):
+        collate(prefixes, suffixes)
+
+
+# ------------------------------------------------------------------ what comes in
+
+
+def test_one_or_many(small):
+    alone = small(pictures(1)[0], "cat", "yes")
+    for images, prompts, suffixes in (
+        (pictures(1), ["cat"], ["yes"]),
+        (tuple(pictures(1)), ("cat",), ("yes",)),
+        (np.array(pictures(1)[0]), "cat", "yes"),
+        ([np.array(pictures(1)[0])], "cat", ["yes"]),
+    ):
+        batch = small(images, prompts, suffixes)
+        assert batch.keys() == alone.keys()
+        assert all(torch.equal(batch[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("place", ["prompts", "suffixes"])
+@pytest.mark.parametrize("control", ["<image>", "<bos>", "<eos>", "<pad>"])
+def test_control_tokens_are_refused(small, place, control):
+    texts = {"prompts": ["cat", "dog"], "suffixes": ["yes", "no"]}
+    texts[place][1] = f"a {control} b"
+    with pytest.raises(ValueError, match=rf"'{control}'.*processor"):
+        small(pictures(2), **texts)
+
+
+def test_what_only_looks_like_control_is_text(small):
+    for text in ("< image>", "<IMAGE>", "<im", "image>", "<loc9999>"):
+        assert small.tokenizer.image_id not in small.encode_prefix(text)[9:]
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "suffixes", "words"),
+    [
+        (2, ["a"], None, "2 pictures, 1 prompts; expected the same"),
+        (1, ["a", "b"], None, "1 pictures, 2 prompts"),
+        (2, ["a", "b"], ["c"], "2 pictures, 2 prompts and 1 suffixes"),
+        (2, ["a", "b"], [], "2 pictures, 2 prompts and 0 suffixes"),
+        (2, ["a", "b"], "c", "2 pictures, 2 prompts and 1 suffixes"),
+        (0, [], None, "0 pictures, 0 prompts.*at least one"),
+        (0, [], [], "0 pictures, 0 prompts and 0 suffixes"),
+    ],
+)
+def test_numbers_have_to_agree(small, images, prompts, suffixes, words):
+    with pytest.raises(ValueError, match=words):
+        small(pictures(images), prompts, suffixes)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"cat", ["cat", None], [["cat"]], {"cat": 1}])
+def test_texts_that_are_none(small, wrong):
+    with pytest.raises(ValueError, match=r"prompts: got .*expected a string or a list of strings"):
+        small(pictures(1), wrong)
+    if wrong is not None:
+        with pytest.raises(ValueError, match=r"suffixes: got .*expected a string"):
+            small(pictures(1), ["cat"], wrong)
+
+
+def test_pictures_that_are_none(small):
+    for wrong in (None, 3, [None]):
+        with pytest.raises(ValueError):
+            small(wrong, "cat")
+
+
+# ------------------------------------------------------------------ decode
+
+
+def test_decode_undoes_the_suffix(tiny):
+    for _, answer in TEXTS:
+        ids = tiny.encode_suffix(answer)
+        assert tiny.decode(ids) == answer
+        assert tiny.decode(torch.tensor([*ids, 0, 0])) == answer
+        assert tiny.decode([*ids, *tiny.tokenizer.encode("more")]) == answer, "after eos"
+    assert tiny.decode([]) == tiny.decode([1]) == ""
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_reads_a_checkpoint(folder):
+    processor = Processor.from_pretrained(folder)
+    assert processor.num_image_tokens == 64 and processor.image_processor.size == 112
+    assert processor.tokenizer.image_id == 1792
+    (folder / "preprocessor_config.json").unlink()  # then the size is config.json's
+    assert Processor.from_pretrained(str(folder)).image_processor.size == 112
+
+
+def edit(folder, **changes):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in changes.items():
+        if name in ("image_size", "patch_size"):
+            config["vision_config"][name] = value
+        else:
+            config[name] = value
+    file.write_text(json.dumps(config))
+
+
+def test_published_defaults(tmp_path, folder):
+    """The published config.json leaves out what is usual."""
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"image_token_index": 1792}))
+    processor = Processor.from_pretrained(folder)
+    assert processor.num_image_tokens == 256 and processor.image_processor.size == 224
+    (folder / "config.json").write_text(
+        json.dumps({"image_token_id": 1792, "vision_config": {"image_size": 448}})
+    )
+    assert Processor.from_pretrained(folder).num_image_tokens == 1024
+
+
+@pytest.mark.parametrize("text", ["", "{", "nope", "[" * 100_000])
+def test_config_that_is_not_json(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        Processor.from_pretrained(folder)
+
+
+def test_config_that_is_not_text(folder):
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', '{"vision_config": []}'])
+def test_config_of_another_shape(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="holds no object with a vision_config"):
+        Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["image_size", "patch_size", "image_token_index"])
+@pytest.mark.parametrize("value", [0, -14, "112", 14.0, None, True, [112], {}])
+def test_config_fields_that_cannot_be(folder, name, value):
+    edit(folder, **{name: value})
+    with pytest.raises(ValueError, match=rf"config\.json: .*{name} is .*positive whole number"):
+        Processor.from_pretrained(folder)
+
+
+def test_patches_have_to_fit(folder):
+    edit(folder, patch_size=15)
+    with pytest.raises(ValueError, match="image_size 112 is not a multiple of patch_size 15"):
+        Processor.from_pretrained(folder)
+
+
+def test_files_of_different_checkpoints(folder):
+    edit(folder, image_token_index=257152)
+    with pytest.raises(ValueError, match=r"token 257152, tokenizer\.model makes it 1792"):
+        Processor.from_pretrained(folder)
+    edit(folder, image_token_index=1792, image_size=224)
+    with pytest.raises(ValueError, match=r"resizes to 112 pixels, config\.json expects 224"):
+        Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model"])
+def test_missing_files(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        Processor.from_pretrained(folder)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json in"):
+        Processor.from_pretrained(tmp_path / "nowhere")
