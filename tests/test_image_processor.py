@@ -339,6 +339,11 @@ def test_files_that_are_no_pictures(tmp_path, content):
     refused(tmp_path / "x.png", "x.png (is not a picture|cannot be decoded)")
 
 
+def test_another_kind_of_file(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    refused(tmp_path / "notes.txt", "is not a picture that Pillow can read; convert it")
+
+
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm"])
 def test_truncated_files(tmp_path, kind):
     noise(64, 64).save(tmp_path / "x", kind)
