@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Pictures](01_plotting.ipynb) | [contents](../README.md) | [Patch embedding →](03_patch_embedding.ipynb)
+# [← Pictures](01_plotting.ipynb) | [contents](00_overview.ipynb) | [Patch embedding →](03_patch_embedding.ipynb)
 
 # %% [markdown]
 # # 2 · Image processor: what does a model receive instead of a picture?
@@ -966,4 +966,4 @@ check(test_3, two_faced)
 # - Beyer et al. 2024, *PaliGemma*, section 3; `SiglipImageProcessor` in transformers.
 
 # %% [markdown] tags=["navigation"]
-# [← Pictures](01_plotting.ipynb) | [contents](../README.md) | [Patch embedding →](03_patch_embedding.ipynb)
+# [← Pictures](01_plotting.ipynb) | [contents](00_overview.ipynb) | [Patch embedding →](03_patch_embedding.ipynb)
