@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Tokenizer](06_tokenizer.ipynb) | [contents](../README.md) | [GeGLU →](08_geglu.ipynb)
+# [← Tokenizer](06_tokenizer.ipynb) | [contents](00_overview.ipynb) | [GeGLU →](08_geglu.ipynb)
 
 # %% [markdown]
 # # 7 · RMSNorm: why divide every vector by its own length?
@@ -786,4 +786,4 @@ check(test_3, fold)
 #   added twice: [mold #1078](https://github.com/utensils/mold/pull/1078).
 
 # %% [markdown] tags=["navigation"]
-# [← Tokenizer](06_tokenizer.ipynb) | [contents](../README.md) | [GeGLU →](08_geglu.ipynb)
+# [← Tokenizer](06_tokenizer.ipynb) | [contents](00_overview.ipynb) | [GeGLU →](08_geglu.ipynb)
