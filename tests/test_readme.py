@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -38,6 +39,15 @@ def test_options_exist(command):
     words = shlex.split(command)
     assert words[:2] == ["python", "inference.py"] and (ROOT / words[1]).is_file()
     make_parser().parse_args(words[2:])  # exits on an unknown option
+
+
+def test_figures_of_the_shipped_model_are_those_of_its_card():
+    figures = json.loads((ROOT / "paligemma/assets/tiny/figures.json").read_text()).values()
+    one, two = list(figures)[:2]
+    text = " ".join(README.split())
+    assert f"{one['exact']:.0f} % of its captions" in text
+    assert f"of two kinds, {two['exact']:.0f} %" in text
+    assert f"shuffled, {one['shuffled']:.0f} % and {two['shuffled']:.0f} %" in text
 
 
 def test_make_targets_exist():
