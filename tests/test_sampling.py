@@ -141,7 +141,8 @@ def test_few_first_changes_nothing(seed, top_p, few):
 def test_first_token_alone_exceeds_p():
     logits = torch.tensor([[0.9, 0.05, 0.05]]).log()
     assert kept_by(keep_top_p, logits, 0.5).tolist() == [[True, False, False]]
-    assert kept_by(keep_top_p, logits, 1e-12).tolist() == [[True, False, False]]
+    for tiny in (1e-12, 1e-320):  # the second is 0 in float32
+        assert kept_by(keep_top_p, logits, tiny).tolist() == [[True, False, False]]
     for seed in range(20):
         assert sample(logits, top_p=0.5, generator=torch.Generator().manual_seed(seed)) == 0
 
@@ -175,6 +176,13 @@ def test_temperature_towards_zero_is_greedy(seed):
     assert torch.equal(sample(logits, 0.0), greedy)
     for temperature in (1e-5, 1e-20, 1e-50, 5e-324):
         assert torch.equal(sample(logits, temperature), greedy)
+
+
+def test_a_cold_temperature_keeps_its_digits():
+    logits = 1000 + random_logits(rows=2, spread=0.01)
+    probability = ours(logits, 0.01, None, 1.0)
+    exact = (logits.double() / 0.01).softmax(-1).float()
+    torch.testing.assert_close(probability, exact, rtol=1e-4, atol=0)
 
 
 def test_greedy_draws_nothing():

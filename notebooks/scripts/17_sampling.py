@@ -292,7 +292,7 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
         if bool((before[..., -1] >= top_p).all()):
             break
     keep = before < top_p
-    keep[..., 0] = True
+    keep[..., 0] = True  # even for a top_p that is 0 in float32
     drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~keep)
     return logits.masked_fill(drop, -torch.inf)
 
@@ -362,7 +362,7 @@ def _check_logits(logits: torch.Tensor, largest: torch.Tensor) -> None:
 
 
 # %% [markdown]
-# Now the whole in order. One line deserves care: the largest logit is subtracted *before* the division, so that a tiny temperature makes large negative numbers ($e^{-\infty} = 0$, fine) and not large positive ones ($e^{\infty}$, not fine).
+# Now the whole in order. One line deserves care: the largest logit is subtracted *before* the division. Softmax does not see a common shift, so nothing changes but the rounding. $20.3 / 0.001$ is 20,300, where float32 counts in steps of 0.002; near 0 it has all its digits.
 
 
 # %%
@@ -394,7 +394,7 @@ def sample(
     _check_logits(logits, largest)
     if temperature == 0:
         return token.squeeze(-1)
-    # Less the largest, so that a tiny temperature cannot overflow; float32 has no 1e-50.
+    # Less the largest first: near 0, numbers keep more digits. And float32 has no 1e-50.
     logits = (logits.float() - largest.float()) / min(max(temperature, 1e-30), 1e30)
     if top_k is not None:
         logits = keep_top_k(logits, int(top_k))
