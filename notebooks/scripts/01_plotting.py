@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [contents](../README.md) | [Image processor →](02_image_processor.ipynb)
+# [← Overview](00_overview.ipynb) | [contents](00_overview.ipynb) | [Image processor →](02_image_processor.ipynb)
 
 # %% [markdown]
 # # 1 · Pictures: what is a picture to a program?
@@ -1279,4 +1279,4 @@ check(test_3, blind_picture)
 #   picture sizes.
 
 # %% [markdown] tags=["navigation"]
-# [contents](../README.md) | [Image processor →](02_image_processor.ipynb)
+# [← Overview](00_overview.ipynb) | [contents](00_overview.ipynb) | [Image processor →](02_image_processor.ipynb)

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Image processor](02_image_processor.ipynb) | [contents](../README.md) | [SigLIP's attention →](04_siglip_attention.ipynb)
+# [← Image processor](02_image_processor.ipynb) | [contents](00_overview.ipynb) | [SigLIP's attention →](04_siglip_attention.ipynb)
 
 # %% [markdown]
 # # 3 · Patch embedding: how does a picture become a sequence?
@@ -766,4 +766,4 @@ check(test_3, resize_positions)
 # - `SiglipVisionEmbeddings` in transformers, `modeling_siglip.py`; `vit.py` in big_vision.
 
 # %% [markdown] tags=["navigation"]
-# [← Image processor](02_image_processor.ipynb) | [contents](../README.md) | [SigLIP's attention →](04_siglip_attention.ipynb)
+# [← Image processor](02_image_processor.ipynb) | [contents](00_overview.ipynb) | [SigLIP's attention →](04_siglip_attention.ipynb)

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Patch embedding](03_patch_embedding.ipynb) | [contents](../README.md) | [SigLIP →](05_siglip.ipynb)
+# [← Patch embedding](03_patch_embedding.ipynb) | [contents](00_overview.ipynb) | [SigLIP →](05_siglip.ipynb)
 
 # %% [markdown]
 # # 4 · SigLIP's attention: how do patches talk to each other?
@@ -911,4 +911,4 @@ check(test_3, attend_stream)
 # - `SiglipAttention` in transformers, `modeling_siglip.py`; `vit.py` in big_vision.
 
 # %% [markdown] tags=["navigation"]
-# [← Patch embedding](03_patch_embedding.ipynb) | [contents](../README.md) | [SigLIP →](05_siglip.ipynb)
+# [← Patch embedding](03_patch_embedding.ipynb) | [contents](00_overview.ipynb) | [SigLIP →](05_siglip.ipynb)

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← GeGLU](08_geglu.ipynb) | [contents](../README.md) | [Grouped-query attention →](10_grouped_query_attention.ipynb)
+# [← GeGLU](08_geglu.ipynb) | [contents](00_overview.ipynb) | [Grouped-query attention →](10_grouped_query_attention.ipynb)
 
 # %% [markdown]
 # # 9 · RoPE: how does a token know where it stands?
@@ -824,4 +824,4 @@ check(test_3, half_order)
 #   `models/gemma/modeling_gemma.py`; `apply_rotary_emb` in gemma_pytorch, `gemma/model.py`.
 
 # %% [markdown] tags=["navigation"]
-# [← GeGLU](08_geglu.ipynb) | [contents](../README.md) | [Grouped-query attention →](10_grouped_query_attention.ipynb)
+# [← GeGLU](08_geglu.ipynb) | [contents](00_overview.ipynb) | [Grouped-query attention →](10_grouped_query_attention.ipynb)

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← RoPE](09_rope.ipynb) | [contents](../README.md) | [KV cache →](11_kv_cache.ipynb)
+# [← RoPE](09_rope.ipynb) | [contents](00_overview.ipynb) | [KV cache →](11_kv_cache.ipynb)
 
 # %% [markdown]
 # # 10 · Grouped-query attention: must every head keep its own keys?
@@ -796,4 +796,4 @@ check(test_3, pool_heads)
 #   `gemma/model.py`, class `GemmaAttention`.
 
 # %% [markdown] tags=["navigation"]
-# [← RoPE](09_rope.ipynb) | [contents](../README.md) | [KV cache →](11_kv_cache.ipynb)
+# [← RoPE](09_rope.ipynb) | [contents](00_overview.ipynb) | [KV cache →](11_kv_cache.ipynb)
