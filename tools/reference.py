@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-6
+sys.path.append(str(ROOT / "tests"))  # tests import random_models from there
 
 
 def stored_path(stem):
