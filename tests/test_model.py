@@ -209,6 +209,14 @@ def test_image_id_beyond_the_vocabulary():
     assert model(**batch).logits.shape == (2, 11, 60)
 
 
+def test_features_of_another_type_are_taken_as_they_are():
+    model, batch = make().to(torch.bfloat16), toy_batch()
+    features = torch.randn(2, N, 16)  # float32, as from a vision tower run apart
+    merged = model.merge(batch["input_ids"], features)
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged[batch["input_ids"] == IMAGE], features.bfloat16().flatten(0, 1))
+
+
 def test_pictures_keep_their_order():
     model, batch = make(), toy_batch(pads=(0, 0))
     ids = batch["input_ids"][:1].repeat(2, 1)
@@ -332,6 +340,18 @@ def test_padding_changes_nothing():
     other[1, :3] = 9  # whatever stands on padding
     changed = model(**batch | {"input_ids": other}).logits
     torch.testing.assert_close(changed[1, 3:], together.logits[1, 3:], rtol=0, atol=1e-6)
+
+
+def test_padding_inside_a_row_shifts_nothing():
+    """Prompts padded on the right, answers after the gap: positions count real tokens only."""
+    model, batch = make(), without(toy_batch(pads=(0, 0)), "labels")
+    expected = model(**batch).logits
+    gap = {name: t for name, t in batch.items() if name != "pixel_values"}
+    start, nothing = N + 4, torch.zeros(2, 3, dtype=torch.int64)
+    gap = {k: torch.cat([t[:, :start], nothing, t[:, start:]], dim=1) for k, t in gap.items()}
+    logits = model(**gap, pixel_values=batch["pixel_values"]).logits
+    logits = torch.cat([logits[:, :start], logits[:, start + 3 :]], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def test_padding_is_finite():

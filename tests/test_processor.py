@@ -1,5 +1,6 @@
 """The layout of a batch: parity with transformers, any lengths, and files and inputs that lie."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -135,11 +136,35 @@ def test_the_row_is_what_the_paper_says(small):
     assert rest == [2, *prompt, t.newline_id, loc, *answer, 1]
 
 
-def test_a_newline_of_the_prompt_stays_apart(small):
-    """Prompt and newline are tokenised separately: nothing merges across the border."""
+def test_a_newline_of_the_prompt_stays_apart(tmp_path):
+    """Gemma has pieces of several newlines; prompt and newline must not merge into one."""
+    import sentencepiece as spm
+
+    out = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["cat dog bee"] * 9),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["\n", "\n\n"],
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(out.getvalue())
+    processor = Processor(Tokenizer.from_pretrained(tmp_path), ImageProcessor(14), 1)
+    tokenizer = processor.tokenizer
+    assert len(tokenizer.encode("\n\n")) == 1, "a tokenizer that would merge"
     for prompt in ("cat\n", "cat\n\n", "\n", " ", "cat "):
-        ids = small.encode_prefix(prompt)[9 + 1 :]
-        assert ids == [*small.tokenizer.encode(prompt), small.tokenizer.newline_id]
+        ids = processor.encode_prefix(prompt)
+        assert ids[2:] == [*tokenizer.encode(prompt), tokenizer.newline_id]
 
 
 words = st.lists(

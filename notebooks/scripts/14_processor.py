@@ -441,8 +441,7 @@ class Processor:
     def encode_prefix(self, prompt: str) -> list[int]:
         """`<image>`×N, bos, the prompt's pieces, newline."""
         t = self.tokenizer
-        image = [t.image_id] * self.num_image_tokens
-        return [*image, t.bos_id, *t.encode(prompt), t.newline_id]
+        return [t.image_id] * self.num_image_tokens + [t.bos_id, *t.encode(prompt), t.newline_id]
 
     def encode_suffix(self, text: str) -> list[int]:
         """The answer's pieces, eos."""
@@ -450,10 +449,8 @@ class Processor:
 
     def decode(self, ids) -> str:
         """Generated ids, `int64[T]` or a list, to text; what follows the first eos is ignored."""
-        ids = [int(i) for i in ids]
-        if self.tokenizer.eos_id in ids:
-            ids = ids[: ids.index(self.tokenizer.eos_id)]
-        return self.tokenizer.decode(ids)
+        ids = [*map(int, ids), self.tokenizer.eos_id]
+        return self.tokenizer.decode(ids[: ids.index(self.tokenizer.eos_id)])
 
 
 # %% [markdown]
