@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.checkpoint import internal_name, load_model
+from paligemma.gemma import GemmaConfig
 from paligemma.generation import generate, generate_steps, stream
+from paligemma.model import PaliGemma, PaliGemmaConfig
+from paligemma.siglip import SiglipVisionConfig
 from paligemma.tokenizer import Tokenizer
 
 IMAGE_ID = 500  # of the random models
@@ -105,9 +108,26 @@ def until_eos(tokens, eos):
 # ---------------------------------------------------------------- tokens
 
 
-def test_reference_rows_end_at_different_times():
-    """The stored example would prove little if all rows ended together."""
+def small(tensors):
+    """Our model with the weights of `reference`."""
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+    vision = SiglipVisionConfig(**dict(zip([*names, "image_size", "patch_size"], VISION)))
+    names += ["num_key_value_heads", "head_dim", "vocab_size"]
+    text = GemmaConfig(**dict(zip(names, TEXT)))
+    model = PaliGemma(PaliGemmaConfig(vision, text, image_token_index=60)).eval()
+    model.load_state_dict({n[8:]: t for n, t in tensors.items() if n.startswith("weights.")})
+    return model
+
+
+def test_agrees_with_transformers():
     expected = reference()
+    model = small(expected)
+    inputs = {n: expected[n] for n in ("input_ids", "pixel_values", "attention_mask")}
+    eos = int(expected["eos"])
+    assert torch.equal(generate(model, **inputs, eos_token_id=eos), expected["tokens"])
+    free = generate(model, **inputs, max_new_tokens=24, eos_token_id=-1)
+    assert torch.equal(free, expected["tokens_without_eos"])
+    # The stored example would prove little if all rows ended together.
     ends = {len(until_eos(row, expected["eos"])) for row in expected["tokens"]}
     assert len(ends) == 3 and max(ends) == expected["tokens"].shape[1] < 12
 

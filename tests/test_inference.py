@@ -1,5 +1,6 @@
 """The pipeline and the command: every option, every mistake in one line, nothing heavy."""
 
+import io
 import json
 import os
 import shutil
@@ -153,13 +154,14 @@ def test_batch_equals_singles(pg):
 
 def test_a_seed_repeats_and_none_differs(pg):
     def draw(seed):
-        return pg(SCENE, "caption en", temperature=3.0, seed=seed)
+        return pg(SCENE, "caption en", temperature=3.0, seed=seed, max_new_tokens=8)
 
     assert draw(0) == draw(0)
     assert len({draw(seed) for seed in range(5)}) > 1
     assert len({draw(None) for _ in range(5)}) > 1
     images, prompts = [SCENE] * 2, ["caption en"] * 2
-    drawn = [pg.batch(images, prompts, temperature=3.0, seed=1) for _ in range(2)]
+    options = {"temperature": 3.0, "seed": 1, "max_new_tokens": 8}
+    drawn = [pg.batch(images, prompts, **options) for _ in range(2)]
     assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
 
 
@@ -350,8 +352,9 @@ def test_json_is_one_object(capsys):
 
 def test_values_that_look_like_flags_stay_values(capsys, pg):
     prompt = "--do-sample"
-    code, out, _ = run(capsys, "--image_file_path", SCENE, f"--prompt={prompt}")
-    assert (code, out) == (0, pg(SCENE, prompt) + "\n")
+    code, out, _ = run(capsys, "--image_file_path", SCENE, f"--prompt={prompt}", "--json")
+    assert code == 0
+    assert json.loads(out) == {"prompt": prompt, "answer": pg(SCENE, prompt)}
 
 
 def test_help_and_version(capsys):
@@ -508,21 +511,22 @@ def test_the_module_streams_answers_and_nothing_else(folder):
     assert done.stderr == b""
 
 
-def test_the_picture_comes_through_a_pipe():
-    with SCENE.open("rb") as file:
-        done = program("--image_file_path", "-", stdin=file)
-    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, CAPTION + "\n", b"")
-    done = program("--image_file_path", "-", input=b"no picture")
+@pytest.mark.parametrize("sent", [b"", b"no picture", SCENE.read_bytes()[:5000]], ids=len)
+def test_no_picture_comes_through_a_pipe(capsys, monkeypatch, sent):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent)))
+    code, out, err = run(capsys, "--image_file_path", "-")
+    assert (code, out) == (2, "")
+    assert err.startswith("paligemma: error: ") and err.count("\n") == 1
+
+
+def test_inference_py_is_the_same_command_and_reads_a_pipe(tmp_path):
+    command = [sys.executable, ROOT / "inference.py", "--image_file_path", "-"]
+    options = {"capture_output": True, "cwd": tmp_path, "timeout": 120}
+    done = subprocess.run(command, input=SCENE.read_bytes(), **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{CAPTION}\n".encode(), b"")
+    done = subprocess.run(command, input=b"no picture", **options)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"paligemma: error: what came on standard input is not a picture\n"
-
-
-def test_inference_py_is_the_same_command(tmp_path):
-    command = [sys.executable, ROOT / "inference.py", "--image_file_path", SCENE]
-    done = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, CAPTION + "\n", "")
-    done = subprocess.run(command[:2], capture_output=True, cwd=tmp_path, timeout=120, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -541,12 +545,6 @@ def test_launch_script_works_and_takes_a_model(tmp_path, folder):
     assert done.stdout == load(folder)(picture, "caption en") + "\n"
 
 
-def start(*arguments):
-    command = [sys.executable, "-m", "paligemma.inference", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes)
-
-
 ENDLESS = """
 import sys, time
 from paligemma import inference
@@ -562,7 +560,9 @@ sys.exit(inference.main(sys.argv[1:]))
 def endless():
     """The command with a model that does not stop talking."""
     command = [sys.executable, "-c", ENDLESS, "--image_file_path", str(SCENE)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=buffered, **pipes)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
