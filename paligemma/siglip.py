@@ -35,7 +35,13 @@ class SiglipVisionConfig:
 
 
 class SiglipMLP(nn.Module):
-    """Two linear layers with tanh-approximated GELU between; each patch on its own."""
+    """Two linear layers with tanh-approximated GELU between; each patch on its own.
+
+    Args:
+        config: widths D (`hidden_size`) and of the middle (`intermediate_size`).
+
+    Source: `SiglipMLP` in transformers; Hendrycks and Gimpel 2016 (GELU).
+    """
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -48,7 +54,13 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: the shape of the tower.
+
+    Source: `SiglipEncoderLayer` in transformers; Xiong et al. 2020 (pre-norm).
+    """
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -65,6 +77,12 @@ class SiglipEncoderLayer(nn.Module):
 
 class SiglipVisionModel(nn.Module):
     """Patch embedding, `num_hidden_layers` blocks, one last layer norm; no pooling head.
+
+    Args:
+        config: the shape of the tower.
+
+    Raises:
+        ValueError: patches do not divide the picture, or heads do not divide the width.
 
     Source: `SiglipVisionTransformer` in transformers, `vit.py` in big_vision.
     """

@@ -16,7 +16,7 @@ from paligemma.siglip import SiglipEncoderLayer, SiglipMLP, SiglipVisionConfig, 
 TINY = Path(__file__).resolve().parents[1] / "paligemma" / "assets" / "tiny"
 SMALL = {
     "hidden_size": 16,
-    "intermediate_size": 40,
+    "intermediate_size": 24,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": 21,
@@ -216,7 +216,7 @@ def test_image_tokens(size, tokens):
 def test_the_trained_tower_agrees_with_transformers():
     prefix = "vision_tower.vision_model."
     with safe_open(TINY / "model.safetensors", "pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        names = [name for name in file.keys() if name.startswith(prefix)]
         trained = {name.removeprefix(prefix): file.get_tensor(name).float() for name in names}
     shape = {
         "hidden_size": 128,
