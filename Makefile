@@ -44,7 +44,7 @@ sync: $(DEV) ## bring notebooks, pairs, modules and the README's table into step
 lab: $(DEV) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir=.
 
-bench: $(DEV) ## time the 3B shapes beside transformers
+bench: $(DEV) ## time the shipped model beside transformers
 	@$(BIN)/python tools/bench.py
 
 train: $(DEV) ## train the shipped model again
