@@ -1,11 +1,11 @@
 """Fetch the pictures that the course ships: Noto emoji sprites and sample photographs.
 
-The emoji come from the npm package `emoji-datasource-google`, the photographs from the wheel of
-scikit-image. Both are copied once into `paligemma/assets/` and committed; nobody needs to run this
-again unless a kind is added.
+The emoji come from the npm package `emoji-datasource-google`, their names in other languages from
+`cldr-annotations-full`, the photographs from the wheel of scikit-image. All are copied once into
+`paligemma/assets/` and committed; nobody needs to run this again unless a kind is added.
 
-    python tools/make_assets.py                      # runs `npm pack` in a temporary folder
-    python tools/make_assets.py --package DIR        # an already unpacked package
+    python tools/make_assets.py                      # runs `npm pack` in temporary folders
+    python tools/make_assets.py --package DIR --names DIR      # already unpacked packages
 """
 
 import argparse
@@ -20,6 +20,8 @@ from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent.parent / "paligemma" / "assets"
 NPM_PACKAGE = "emoji-datasource-google@16.0.0"
+NPM_NAMES = "cldr-annotations-full@48.2.0"
+LANGUAGES = ("de", "fr")  # besides English, whose names and plurals are in KINDS
 
 # (name, plural, short name in the package); the article follows from the name's first letter.
 KINDS = [
@@ -81,16 +83,20 @@ PICTURES = {
 }
 
 
-def unpack(folder):
-    """Download and unpack the npm package into `folder`, return the package's root."""
-    subprocess.run(["npm", "pack", "--silent", NPM_PACKAGE], cwd=folder, check=True)
+def unpack(package, folder):
+    """Download and unpack an npm package into `folder`, return the package's root."""
+    subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
     with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
         archive.extractall(folder, filter="data")
     return Path(folder) / "package"
 
 
-def make_emoji(package):
-    """Copy the 64 x 64 sprites of KINDS and write kinds.json."""
+def make_emoji(package, names):
+    """Copy the 64 x 64 sprites of KINDS and write kinds.json, with CLDR's names."""
+    spoken = {
+        language: json.loads((names / "annotations" / language / "annotations.json").read_text())
+        for language in LANGUAGES
+    }
     entries = {e["short_name"]: e for e in json.loads((package / "emoji.json").read_text())}
     folder = ASSETS / "emoji"
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,9 +114,14 @@ def make_emoji(package):
                 "category": entry["category"],
             }
         )
-    (folder / "kinds.json").write_text(json.dumps(kinds, indent=1) + "\n")
-    # kept beside the pictures: the licence of the package they were taken from
+        character = chr(int(entry["unified"].split("-")[0], 16))
+        for language in LANGUAGES:
+            annotation = spoken[language]["annotations"]["annotations"][character]
+            kinds[-1][language] = annotation["tts"][0]
+    (folder / "kinds.json").write_text(json.dumps(kinds, indent=1, ensure_ascii=False) + "\n")
+    # kept beside the pictures: the licences of the packages they were taken from
     shutil.copyfile(package / "LICENSE", folder / "LICENSE.emoji-datasource-google")
+    shutil.copyfile(names / "LICENSE", folder / "LICENSE.cldr")
     return len(kinds)
 
 
@@ -137,9 +148,11 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--package", type=Path, help="an unpacked emoji-datasource-google")
+    parser.add_argument("--names", type=Path, help="an unpacked cldr-annotations-full")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        kinds = make_emoji(options.package or unpack(temporary))
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        package = options.package or unpack(NPM_PACKAGE, first)
+        kinds = make_emoji(package, options.names or unpack(NPM_NAMES, second))
     print(f"{kinds} kinds and {make_pictures()} photographs written under paligemma/assets")
 
 
