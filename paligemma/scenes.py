@@ -5,13 +5,14 @@ import itertools
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(resources.files("paligemma") / "assets")
 SIZE = 112  # pixels
 PATCH = 14  # pixels
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -24,45 +25,6 @@ BACKGROUNDS = ("coffee", "astronaut")  # not "cat": a cat in the background woul
 KINDS = json.loads((ASSETS / "emoji" / "kinds.json").read_text(encoding="utf-8"))
 NAMES = [kind["name"] for kind in KINDS]
 PLURALS = [kind["plural"] for kind in KINDS]
-
-
-def _held_out_pairs(seed=7, share=0.1):
-    """Draw the pairs of kinds that only the test split may show together."""
-    pairs = list(itertools.combinations(range(len(NAMES)), 2))
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    return frozenset(pairs[i] for i in order[: round(share * len(pairs))])
-
-
-HELD_OUT = _held_out_pairs()
-
-
-def has_unseen_pair(kinds: list[int]) -> bool:
-    """Whether two of these kinds never stand together in a training scene."""
-    return any(pair in HELD_OUT for pair in itertools.combinations(sorted(set(kinds)), 2))
-
-
-@dataclass
-class Scene:
-    """One composed picture and what is true about it.
-
-    Args:
-        image: uint8[112, 112, 3].
-        kinds: the kind (index into NAMES) of each object, from left to right.
-        boxes: int[objects, 4], x0 y0 x1 y1 around each object's visible pixels, in pixels.
-        owner: uint8[112, 112], 1 + the number of the object seen at each pixel; 0 is background.
-        word: a word written at the bottom of the picture, or "".
-    """
-
-    image: np.ndarray
-    kinds: list[int]
-    boxes: np.ndarray
-    owner: np.ndarray
-    word: str = ""
-
-    @property
-    def masks(self) -> np.ndarray:
-        """The visible pixels of each object, bool[objects, 112, 112]."""
-        return self.owner == np.arange(1, len(self.kinds) + 1)[:, None, None]
 
 
 @lru_cache(maxsize=1)
@@ -98,6 +60,88 @@ def _render(picture, side, angle):
         colour = np.minimum(pixels[:, view, :3], a)
         views.append((colour, a + (a >> 7), a[..., 0] >= 128))
     return views
+
+
+@dataclass
+class Scene:
+    """One composed picture and what is true about it.
+
+    Args:
+        image: uint8[112, 112, 3].
+        kinds: the kind (index into NAMES) of each object, from left to right.
+        boxes: int[objects, 4], x0 y0 x1 y1 around each object's visible pixels, in pixels. A
+            strip with a word (`write`) hides pixels, too, but leaves the boxes as they are.
+        owner: uint8[112, 112], 1 + the number of the object seen at each pixel; 0 is background.
+        word: a word written at the bottom of the picture, or "".
+    """
+
+    image: np.ndarray
+    kinds: list[int]
+    boxes: np.ndarray
+    owner: np.ndarray
+    word: str = ""
+
+    @property
+    def masks(self) -> np.ndarray:
+        """The visible pixels of each object, bool[objects, 112, 112]."""
+        return self.owner == np.arange(1, len(self.kinds) + 1)[:, None, None]
+
+
+def place(rng: np.random.Generator, widths, heights, apart: int = 10, overlap: float = 0.12):
+    """Place boxes so that their centres are apart from left to right and overlap little.
+
+    Args:
+        rng: where the randomness comes from.
+        widths, heights: sides of the objects, pixels.
+        apart: least distance of two centres along x, pixels: "left to right" must mean something.
+        overlap: the largest share of the smaller box that two boxes may have in common.
+
+    Returns:
+        int[objects, 4] boxes (x0, y0, x1, y1), or None when 60 tries found no place.
+    """
+    widths, heights = np.asarray(widths), np.asarray(heights)
+    for _ in range(60):
+        x0 = (rng.random(len(widths)) * (SIZE - widths + 1)).astype(int)
+        y0 = (rng.random(len(widths)) * (SIZE - heights + 1)).astype(int)
+        boxes = list(zip(x0.tolist(), y0.tolist(), (x0 + widths).tolist(), (y0 + heights).tolist()))
+        if all(
+            abs(a[0] + a[2] - b[0] - b[2]) >= 2 * apart and _shared(a, b) <= overlap
+            for a, b in itertools.combinations(boxes, 2)
+        ):
+            return np.asarray(boxes)
+    return None
+
+
+def _shared(a, b):
+    """Area that two boxes have in common, as a share of the smaller one."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
+    return width * height / smaller
+
+
+def compose(image: np.ndarray, chosen: list, boxes: np.ndarray) -> Scene:
+    """Blend sprites into a background, each over the ones before, and see what stays visible.
+
+    Args:
+        image: uint8[112, 112, 3], written into.
+        chosen: (colour, alpha, mask) of each object, as `sprites` gives them.
+        boxes: int[objects, 4], where each goes.
+    """
+    owner = np.zeros((SIZE, SIZE), np.uint8)
+    for number, ((colour, alpha, mask), box) in enumerate(zip(chosen, boxes.tolist()), 1):
+        x0, y0, x1, y1 = box
+        under = image[y0:y1, x0:x1]
+        under[:] = colour + ((under * (256 - alpha)) >> 8)
+        owner[y0:y1, x0:x1][mask] = number
+    boxes = boxes.copy()
+    pairs = itertools.combinations(range(len(boxes)), 2)
+    for i in {i for i, j in pairs if _shared(boxes[i], boxes[j])}:  # drawn before: may be covered
+        rows, columns = np.nonzero(owner == i + 1)
+        boxes[i] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    return Scene(image, [], boxes, owner)
 
 
 @lru_cache(maxsize=1)
@@ -162,6 +206,21 @@ def background(rng: np.random.Generator) -> np.ndarray:
     return field.astype(np.uint8)
 
 
+def _held_out_pairs(seed=7, share=0.1):
+    """Draw the pairs of kinds that only the test split may show together."""
+    pairs = list(itertools.combinations(range(len(NAMES)), 2))
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return frozenset(pairs[i] for i in order[: round(share * len(pairs))])
+
+
+HELD_OUT = _held_out_pairs()
+
+
+def has_unseen_pair(kinds: list[int]) -> bool:
+    """Whether two of these kinds never stand together in a training scene."""
+    return any(pair in HELD_OUT for pair in itertools.combinations(sorted(set(kinds)), 2))
+
+
 def draw_kinds(rng: np.random.Generator, count: int, unseen: bool = False) -> list[int]:
     """Draw the kinds of `count` objects, left to right: one kind, two, or rarely three.
 
@@ -187,39 +246,18 @@ def draw_kinds(rng: np.random.Generator, count: int, unseen: bool = False) -> li
     return [kinds[i] for i in rng.permutation(count)]
 
 
-def place(rng: np.random.Generator, widths, heights, apart: int = 10, overlap: float = 0.12):
-    """Place boxes so that their centres are apart from left to right and overlap little.
-
-    Args:
-        rng: where the randomness comes from.
-        widths, heights: sides of the objects, pixels.
-        apart: least distance of two centres along x, pixels: "left to right" must mean something.
-        overlap: the largest share of the smaller box that two boxes may have in common.
-
-    Returns:
-        int[objects, 4] boxes (x0, y0, x1, y1), or None when 60 tries found no place.
-    """
-    widths, heights = np.asarray(widths), np.asarray(heights)
-    for _ in range(60):
-        x0 = (rng.random(len(widths)) * (SIZE - widths + 1)).astype(int)
-        y0 = (rng.random(len(widths)) * (SIZE - heights + 1)).astype(int)
-        boxes = list(zip(x0.tolist(), y0.tolist(), (x0 + widths).tolist(), (y0 + heights).tolist()))
-        if all(
-            abs(a[0] + a[2] - b[0] - b[2]) >= 2 * apart and _shared(a, b) <= overlap
-            for a, b in itertools.combinations(boxes, 2)
-        ):
-            return np.asarray(boxes)
-    return None
-
-
-def _shared(a, b):
-    """Area that two boxes have in common, as a share of the smaller one."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
-    return width * height / smaller
+def _arrange(rng, kinds):
+    """Draw size, angle and side of each object until all find a place: (sprites, boxes)."""
+    table, n = sprites(), len(kinds)
+    largest = [11, 11, 9, 6, 5, 4][n]  # the more objects, the smaller
+    while True:
+        sizes = rng.integers(0, largest, n).tolist()
+        angles = rng.integers(0, len(ANGLES), n).tolist()
+        mirrored = rng.integers(0, 2, n).tolist()
+        chosen = [table[k][s][a][m] for k, s, a, m in zip(kinds, sizes, angles, mirrored)]
+        boxes = place(rng, [c[2].shape[1] for c in chosen], [c[2].shape[0] for c in chosen])
+        if boxes is not None:
+            return chosen, boxes
 
 
 def make_scene(
@@ -250,44 +288,13 @@ def make_scene(
     rng = np.random.default_rng((seed, SPLITS[split], index, int(unseen)))
     count = objects[rng.integers(len(objects))]
     kinds = draw_kinds(rng, max(2, count) if unseen else count, unseen)
-    table, largest = sprites(), [11, 11, 9, 6, 5, 4][len(kinds)]
-    while True:
-        n = len(kinds)
-        sizes = rng.integers(0, largest, n).tolist()
-        angles = rng.integers(0, len(ANGLES), n).tolist()
-        mirrored = rng.integers(0, 2, n).tolist()
-        chosen = [table[k][s][a][m] for k, s, a, m in zip(kinds, sizes, angles, mirrored)]
-        boxes = place(rng, [c[2].shape[1] for c in chosen], [c[2].shape[0] for c in chosen])
-        if boxes is not None:
-            break
+    chosen, boxes = _arrange(rng, kinds)
     order = np.argsort(boxes[:, 0] + boxes[:, 2], kind="stable").tolist()
     scene = compose(background(rng), [chosen[i] for i in order], boxes[order])
     scene.kinds = [kinds[i] for i in order]
     if written and rng.random() < written:
         write(scene, rng)
     return scene
-
-
-def compose(image: np.ndarray, chosen: list, boxes: np.ndarray) -> Scene:
-    """Blend sprites into a background, each over the ones before, and see what stays visible.
-
-    Args:
-        image: uint8[112, 112, 3], written into.
-        chosen: (colour, alpha, mask) of each object, as `sprites` gives them.
-        boxes: int[objects, 4], where each goes.
-    """
-    owner = np.zeros((SIZE, SIZE), np.uint8)
-    for number, ((colour, alpha, mask), box) in enumerate(zip(chosen, boxes.tolist()), 1):
-        x0, y0, x1, y1 = box
-        under = image[y0:y1, x0:x1]
-        under[:] = colour + ((under * (256 - alpha)) >> 8)
-        owner[y0:y1, x0:x1][mask] = number
-    boxes = boxes.copy()
-    pairs = itertools.combinations(range(len(boxes)), 2)
-    for i in {i for i, j in pairs if _shared(boxes[i], boxes[j])}:  # drawn before: may be covered
-        rows, columns = np.nonzero(owner == i + 1)
-        boxes[i] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-    return Scene(image, [], boxes, owner)
 
 
 def patch_targets(scene: Scene) -> np.ndarray:
@@ -364,6 +371,24 @@ def locations(box) -> str:
 TASKS = ("caption", "count", "where", "is there", "detect")
 
 
+def _where(rng, scene, present):
+    """Ask for the place of an object that is the only one of its kind and has a clear one."""
+    single = [k for k in present if scene.kinds.count(k) == 1]
+    clear = [k for k in single if clear_place(scene.boxes[scene.kinds.index(k)])]
+    if clear:
+        kind = clear[rng.integers(len(clear))]
+        box = scene.boxes[scene.kinds.index(kind)]
+        return f"answer en where is the {NAMES[kind]}?", place_name(box)
+
+
+def _detect(name, scene, asked):
+    """Ask for the boxes of kinds: kind by kind as asked, each from left to right."""
+    found = [(k, box) for k, box in zip(scene.kinds, scene.boxes) if k in asked]
+    found.sort(key=lambda pair: asked.index(pair[0]))
+    answer = " ; ".join(f"{locations(box)} {NAMES[k]}" for k, box in found)
+    return f"{name} {' ; '.join(NAMES[k] for k in asked)}", answer
+
+
 def task(rng: np.random.Generator, scene: Scene, name: str = "caption", language: str = "en"):
     """Ask one thing about a scene, with its true answer.
 
@@ -383,24 +408,15 @@ def task(rng: np.random.Generator, scene: Scene, name: str = "caption", language
         return f"caption {language}", caption_of(scene.kinds, language)
     if name == "ocr":
         return "ocr", scene.word
-    if name == "where":
-        single = [k for k in present if scene.kinds.count(k) == 1]
-        clear = [k for k in single if clear_place(scene.boxes[scene.kinds.index(k)])]
-        if clear:
-            kind = clear[rng.integers(len(clear))]
-            box = scene.boxes[scene.kinds.index(kind)]
-            return f"answer en where is the {NAMES[kind]}?", place_name(box)
+    if name == "where" and (asked := _where(rng, scene, present)):
+        return asked
     if name == "is there":
         if rng.random() < 0.5:
             kind = int(rng.choice([k for k in range(len(NAMES)) if k not in present]))
         truth = "yes" if kind in present else "no"
         return f"answer en is there {phrase(kind, 1)}?", truth
     if name in ("detect", "segment"):
-        asked = present if rng.random() < 0.5 else [kind]
-        found = [(k, box) for k, box in zip(scene.kinds, scene.boxes) if k in asked]
-        found.sort(key=lambda pair: asked.index(pair[0]))  # by kind, then from left to right
-        answer = " ; ".join(f"{locations(box)} {NAMES[k]}" for k, box in found)
-        return f"{name} {' ; '.join(NAMES[k] for k in asked)}", answer
+        return _detect(name, scene, present if rng.random() < 0.5 else [kind])
     if rng.random() < 0.1:
         kind = int(rng.integers(len(NAMES)))
     return f"answer en how many {PLURALS[kind]} are there?", str(scene.kinds.count(kind))

@@ -16,6 +16,26 @@
 # # 23 · Scenes: where do a million captioned pictures come from?
 #
 # *30 minutes* · part V, Learning
+#
+# **What you will be able to do**
+#
+# - blend one picture into another by hand, pixel by pixel;
+# - get captions, counts, places, boxes and masks that are true by construction;
+# - split data by seed *and* by combination, and say what each split measures;
+# - find shortcuts: answers that need no picture;
+# - make random data that is the same with any number of workers.
+
+# %% tags=["map"]
+from paligemma.plotting import model_map
+
+model_map("scenes")
+
+# %% [markdown]
+# ## Setup
+#
+# Only drawing helpers ([01](01_plotting.ipynb)) are needed. `kinds.json` lists 48 Noto emoji with
+# their names; each has a picture of 64 × 64 pixels with transparency. Sources and licences stand
+# in NOTICE. The cells that begin with `#| export` become [scenes.py](../paligemma/scenes.py).
 
 # %%
 #| export
@@ -25,13 +45,14 @@ import itertools
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(resources.files("paligemma") / "assets")
 SIZE = 112  # pixels
 PATCH = 14  # pixels
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -45,48 +66,101 @@ KINDS = json.loads((ASSETS / "emoji" / "kinds.json").read_text(encoding="utf-8")
 NAMES = [kind["name"] for kind in KINDS]
 PLURALS = [kind["plural"] for kind in KINDS]
 
+# %% tags=["setup"]
+import hashlib
+import textwrap
+import time
+import warnings
+from collections import Counter
+
+import matplotlib.pyplot as plt
+from torch.utils.data import DataLoader, Dataset
+
+from paligemma.plotting import (
+    COLOURS,
+    check,
+    draw_boxes,
+    draw_caption,
+    draw_masks,
+    sample_picture,
+    save_figure,
+    show_heatmap,
+    show_images,
+)
+
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # on few cores
+
+# %% [markdown]
+# ## The problem
+#
+# PaliGemma learned from billions of pictures with texts found on the web. Such texts are noisy,
+# nobody counted the objects, and nobody drew the masks. Hand labels are true but dear: a careful
+# outline takes a minute or more.
+#
+# There is a third way. If **we compose the picture**, we know everything in it before it exists.
 
 # %%
-#| export
-def _held_out_pairs(seed=7, share=0.1):
-    """Draw the pairs of kinds that only the test split may show together."""
-    pairs = list(itertools.combinations(range(len(NAMES)), 2))
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    return frozenset(pairs[i] for i in order[: round(share * len(pairs))])
+told = "caption: a cat and two dogs\nhow many dogs? 2\nis there a bee? no"
+draw_caption(sample_picture("scene").resize((300, 300)), told)
 
+# %% [markdown]
+# Nobody looked at this picture to write these lines. First came the list `cat, dog, dog`; the
+# picture *and* the text were made from it. This is **truth by construction**. Its price: the world
+# is small, and a model trained in it knows nothing else.
 
-HELD_OUT = _held_out_pairs()
-
-
-def has_unseen_pair(kinds: list[int]) -> bool:
-    """Whether two of these kinds never stand together in a training scene."""
-    return any(pair in HELD_OUT for pair in itertools.combinations(sorted(set(kinds)), 2))
-
+# %% [markdown]
+# ## By hand: one pixel
+#
+# A sprite pixel has a colour and an opacity **alpha** α, from 0 (glass) to 1 (paint). Over a
+# background pixel it gives
+#
+# $$\text{out} = \alpha \cdot \text{colour} + (1 - \alpha) \cdot \text{background}.$$
+#
+# Orange (240, 160, 0), three quarters opaque, over blue (40, 80, 200). Take a pencil first.
 
 # %%
-#| export
-@dataclass
-class Scene:
-    """One composed picture and what is true about it.
+orange, blue, alpha = np.array([240, 160, 0]), np.array([40, 80, 200]), 0.75
+print("out =", alpha * orange + (1 - alpha) * blue)
 
-    Args:
-        image: uint8[112, 112, 3].
-        kinds: the kind (index into NAMES) of each object, from left to right.
-        boxes: int[objects, 4], x0 y0 x1 y1 around each object's visible pixels, in pixels.
-        owner: uint8[112, 112], 1 + the number of the object seen at each pixel; 0 is background.
-        word: a word written at the bottom of the picture, or "".
-    """
+# %% [markdown]
+# ### Premultiplied
+#
+# Two habits make this fast. Store the product α · colour once: the colour is then
+# **premultiplied**. And count alpha in whole steps 0 … 256, so that dividing by 256 is a shift of
+# 8 bits. Integers are all that is left.
 
-    image: np.ndarray
-    kinds: list[int]
-    boxes: np.ndarray
-    owner: np.ndarray
-    word: str = ""
+# %%
+a = 192  # 0.75 · 256
+premultiplied = orange * a >> 8
+print("stored:", premultiplied, " out =", premultiplied + (blue * (256 - a) >> 8))
 
-    @property
-    def masks(self) -> np.ndarray:
-        """The visible pixels of each object, bool[objects, 112, 112]."""
-        return self.owner == np.arange(1, len(self.kinds) + 1)[:, None, None]
+# %% [markdown]
+# There is a second reason. A transparent pixel still has a colour, though nobody sees it: here
+# red. Resize such a sprite, and the hidden colour bleeds into the edge, unless it was multiplied
+# by its alpha (zero) first.
+
+# %%
+disc = np.zeros((64, 64, 4), np.uint8)
+disc[..., 0] = 255  # transparent red
+yy, xx = np.mgrid[:64, :64]
+disc[(yy - 32) ** 2 + (xx - 32) ** 2 < 28**2] = (255, 215, 60, 255)  # an opaque yellow disc
+disc = Image.fromarray(disc)
+
+shown = []
+for mode in ("RGBA", "RGBa"):  # as it is; premultiplied
+    tiles = np.asarray(disc.convert(mode), float).reshape(8, 8, 8, 8, 4)
+    pixels = tiles.mean((1, 3))  # 64 × 64 → 8 × 8: the mean of each 8 × 8 tile
+    cover = pixels[..., 3:] / 255
+    colours = pixels[..., :3] * (cover if mode == "RGBA" else 1)
+    shown.append((colours + (1 - cover) * (43, 108, 168)).astype(np.uint8))
+show_images(shown, ["resized as it is: a red rim", "premultiplied first: clean"], height=2.4)
+
+# %% [markdown]
+# ## As a loop: one sprite
+#
+# The sprites come ready: every kind at eleven sizes and five angles, plain and mirrored, cropped
+# to what is visible. Each is a triple: premultiplied colour, alpha, and a **mask** that says which
+# pixels count as the object (alpha at least half).
 
 
 # %%
@@ -124,6 +198,147 @@ def _render(picture, side, angle):
         colour = np.minimum(pixels[:, view, :3], a)
         views.append((colour, a + (a >> 7), a[..., 0] >= 128))
     return views
+
+
+# %% [markdown]
+# Now walk over its pixels. Besides the picture we keep an **owner map**: for each pixel the number
+# of the object seen there, 0 for background. Whoever paints last owns the pixel.
+
+
+# %%
+def paste_by_loop(image, owner, sprite, x0, y0, number):
+    colour, alpha, mask = sprite
+    for y, x in np.ndindex(mask.shape):
+        below, a = image[y0 + y, x0 + x].astype(int), int(alpha[y, x, 0])
+        image[y0 + y, x0 + x] = colour[y, x] + (below * (256 - a) >> 8)
+        if mask[y, x]:
+            owner[y0 + y, x0 + x] = number
+
+
+colour, alpha, mask = sprites()[NAMES.index("owl")][3][2][0]  # 31 pixels, upright
+slow, slow_owner = np.full((SIZE, SIZE, 3), 200, np.uint8), np.zeros((SIZE, SIZE), np.uint8)
+dog = sprites()[NAMES.index("dog")][6][1][0]
+paste_by_loop(slow, slow_owner, (colour, alpha, mask), 30, 40, 1)
+paste_by_loop(slow, slow_owner, dog, 44, 38, 2)
+print(slow_owner[42:66:4, 30:80:3])
+
+# %% [markdown]
+# ## Vectorised
+#
+# NumPy does a whole sprite in one line, on a window of the picture. The window is a *view*:
+# writing into it writes into the picture. `compose` does this for each object. It needs a small
+# record for what it finds out, `Scene`, and one helper, `_shared`, for how much two boxes overlap.
+
+
+# %%
+#| export
+@dataclass
+class Scene:
+    """One composed picture and what is true about it.
+
+    Args:
+        image: uint8[112, 112, 3].
+        kinds: the kind (index into NAMES) of each object, from left to right.
+        boxes: int[objects, 4], x0 y0 x1 y1 around each object's visible pixels, in pixels. A
+            strip with a word (`write`) hides pixels, too, but leaves the boxes as they are.
+        owner: uint8[112, 112], 1 + the number of the object seen at each pixel; 0 is background.
+        word: a word written at the bottom of the picture, or "".
+    """
+
+    image: np.ndarray
+    kinds: list[int]
+    boxes: np.ndarray
+    owner: np.ndarray
+    word: str = ""
+
+    @property
+    def masks(self) -> np.ndarray:
+        """The visible pixels of each object, bool[objects, 112, 112]."""
+        return self.owner == np.arange(1, len(self.kinds) + 1)[:, None, None]
+
+
+# %%
+#| export
+def place(rng: np.random.Generator, widths, heights, apart: int = 10, overlap: float = 0.12):
+    """Place boxes so that their centres are apart from left to right and overlap little.
+
+    Args:
+        rng: where the randomness comes from.
+        widths, heights: sides of the objects, pixels.
+        apart: least distance of two centres along x, pixels: "left to right" must mean something.
+        overlap: the largest share of the smaller box that two boxes may have in common.
+
+    Returns:
+        int[objects, 4] boxes (x0, y0, x1, y1), or None when 60 tries found no place.
+    """
+    widths, heights = np.asarray(widths), np.asarray(heights)
+    for _ in range(60):
+        x0 = (rng.random(len(widths)) * (SIZE - widths + 1)).astype(int)
+        y0 = (rng.random(len(widths)) * (SIZE - heights + 1)).astype(int)
+        boxes = list(zip(x0.tolist(), y0.tolist(), (x0 + widths).tolist(), (y0 + heights).tolist()))
+        if all(
+            abs(a[0] + a[2] - b[0] - b[2]) >= 2 * apart and _shared(a, b) <= overlap
+            for a, b in itertools.combinations(boxes, 2)
+        ):
+            return np.asarray(boxes)
+    return None
+
+
+def _shared(a, b):
+    """Area that two boxes have in common, as a share of the smaller one."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
+    return width * height / smaller
+
+
+# %%
+#| export
+def compose(image: np.ndarray, chosen: list, boxes: np.ndarray) -> Scene:
+    """Blend sprites into a background, each over the ones before, and see what stays visible.
+
+    Args:
+        image: uint8[112, 112, 3], written into.
+        chosen: (colour, alpha, mask) of each object, as `sprites` gives them.
+        boxes: int[objects, 4], where each goes.
+    """
+    owner = np.zeros((SIZE, SIZE), np.uint8)
+    for number, ((colour, alpha, mask), box) in enumerate(zip(chosen, boxes.tolist()), 1):
+        x0, y0, x1, y1 = box
+        under = image[y0:y1, x0:x1]
+        under[:] = colour + ((under * (256 - alpha)) >> 8)
+        owner[y0:y1, x0:x1][mask] = number
+    boxes = boxes.copy()
+    pairs = itertools.combinations(range(len(boxes)), 2)
+    for i in {i for i, j in pairs if _shared(boxes[i], boxes[j])}:  # drawn before: may be covered
+        rows, columns = np.nonzero(owner == i + 1)
+        boxes[i] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    return Scene(image, [], boxes, owner)
+
+
+# %% [markdown]
+# An object drawn earlier may be covered in part. Its box must shrink to what is **visible**: the
+# first and last row and column that it still owns. The object on top keeps its box.
+
+# %%
+boxes = np.array([[30, 40, 30 + mask.shape[1], 40 + mask.shape[0]],
+                  [44, 38, 44 + dog[2].shape[1], 38 + dog[2].shape[0]]])  # fmt: skip
+ground = np.full((SIZE, SIZE, 3), 200, np.uint8)
+fast = compose(ground, [(colour, alpha, mask), dog], boxes)
+assert np.array_equal(fast.image, slow) and np.array_equal(fast.owner, slow_owner)
+print("equal to the loop; owl's box", boxes[0].tolist(), "→ visible", fast.boxes[0].tolist())
+print("owl's pixels:", mask.sum(), "→ visible:", (fast.owner == 1).sum())
+
+# %% [markdown]
+# Masks are `owner == number`; each pixel has *one* owner, so two masks never share one.
+#
+# ## The module: a world in five steps
+#
+# **1. Backgrounds.** If all were white, "not white" would mean "object". So they vary: plain,
+# gradients, blobs, noise, crops of two photographs. The cat photograph is left out: a scene that
+# shows a cat nobody counted would be a lie.
 
 
 # %%
@@ -193,6 +408,33 @@ def background(rng: np.random.Generator) -> np.ndarray:
 
 
 # %%
+rng = np.random.default_rng(11)
+show_images([background(rng) for _ in range(12)], columns=6, height=1.2)
+
+# %% [markdown]
+# **2. Who stands together?** 48 kinds make 1,128 pairs. A tenth of them we hold out: training
+# never shows these two together, only the test split may. So the test can ask: has the model
+# learned *cat* and *key*, or has it learned the pictures by heart?
+
+
+# %%
+#| export
+def _held_out_pairs(seed=7, share=0.1):
+    """Draw the pairs of kinds that only the test split may show together."""
+    pairs = list(itertools.combinations(range(len(NAMES)), 2))
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return frozenset(pairs[i] for i in order[: round(share * len(pairs))])
+
+
+HELD_OUT = _held_out_pairs()
+
+
+def has_unseen_pair(kinds: list[int]) -> bool:
+    """Whether two of these kinds never stand together in a training scene."""
+    return any(pair in HELD_OUT for pair in itertools.combinations(sorted(set(kinds)), 2))
+
+
+# %%
 #| export
 def draw_kinds(rng: np.random.Generator, count: int, unseen: bool = False) -> list[int]:
     """Draw the kinds of `count` objects, left to right: one kind, two, or rarely three.
@@ -220,40 +462,46 @@ def draw_kinds(rng: np.random.Generator, count: int, unseen: bool = False) -> li
 
 
 # %%
+matrix = np.zeros((len(NAMES), len(NAMES)))
+for i, j in HELD_OUT:
+    matrix[i, j] = matrix[j, i] = 1
+figure, axis = plt.subplots(figsize=(7, 6.6), layout="constrained")
+show_heatmap(matrix, "dark: pairs that training never shows", ax=axis)
+axis.set_xticks(range(len(NAMES)), NAMES, rotation=90, fontsize=6.5)
+axis.set_yticks(range(len(NAMES)), NAMES, fontsize=6.5)
+print(len(HELD_OUT), "of", len(NAMES) * (len(NAMES) - 1) // 2, "pairs are held out;",
+      f"each kind misses {int(matrix.sum(0).min())} to {int(matrix.sum(0).max())} partners")  # fmt: skip
+save_figure(figure, "23_held_out")
+
+# %% [markdown]
+# Every kind keeps dozens of partners in training; only combinations are new.
+#
+# **3. Where?** `place` (above) tries random places until centres are 10 pixels apart from left to
+# right, and no box covers more than 12 % of a smaller one. The first rule makes "from left to
+# right" mean something; the second keeps every object visible. When 60 tries fail, sizes are drawn
+# again.
+
+
+# %%
 #| export
-def place(rng: np.random.Generator, widths, heights, apart: int = 10, overlap: float = 0.12):
-    """Place boxes so that their centres are apart from left to right and overlap little.
-
-    Args:
-        rng: where the randomness comes from.
-        widths, heights: sides of the objects, pixels.
-        apart: least distance of two centres along x, pixels: "left to right" must mean something.
-        overlap: the largest share of the smaller box that two boxes may have in common.
-
-    Returns:
-        int[objects, 4] boxes (x0, y0, x1, y1), or None when 60 tries found no place.
-    """
-    widths, heights = np.asarray(widths), np.asarray(heights)
-    for _ in range(60):
-        x0 = (rng.random(len(widths)) * (SIZE - widths + 1)).astype(int)
-        y0 = (rng.random(len(widths)) * (SIZE - heights + 1)).astype(int)
-        boxes = list(zip(x0.tolist(), y0.tolist(), (x0 + widths).tolist(), (y0 + heights).tolist()))
-        if all(
-            abs(a[0] + a[2] - b[0] - b[2]) >= 2 * apart and _shared(a, b) <= overlap
-            for a, b in itertools.combinations(boxes, 2)
-        ):
-            return np.asarray(boxes)
-    return None
+def _arrange(rng, kinds):
+    """Draw size, angle and side of each object until all find a place: (sprites, boxes)."""
+    table, n = sprites(), len(kinds)
+    largest = [11, 11, 9, 6, 5, 4][n]  # the more objects, the smaller
+    while True:
+        sizes = rng.integers(0, largest, n).tolist()
+        angles = rng.integers(0, len(ANGLES), n).tolist()
+        mirrored = rng.integers(0, 2, n).tolist()
+        chosen = [table[k][s][a][m] for k, s, a, m in zip(kinds, sizes, angles, mirrored)]
+        boxes = place(rng, [c[2].shape[1] for c in chosen], [c[2].shape[0] for c in chosen])
+        if boxes is not None:
+            return chosen, boxes
 
 
-def _shared(a, b):
-    """Area that two boxes have in common, as a share of the smaller one."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
-    return width * height / smaller
+# %% [markdown]
+# **4. The scene.** All randomness comes from one generator, seeded with the seed of the world, the
+# split, the index and `unseen`. No clock, no global state: scene 7 is scene 7 on any machine, in
+# any order. This one line decides the bug at the end of the lesson.
 
 
 # %%
@@ -286,16 +534,7 @@ def make_scene(
     rng = np.random.default_rng((seed, SPLITS[split], index, int(unseen)))
     count = objects[rng.integers(len(objects))]
     kinds = draw_kinds(rng, max(2, count) if unseen else count, unseen)
-    table, largest = sprites(), [11, 11, 9, 6, 5, 4][len(kinds)]
-    while True:
-        n = len(kinds)
-        sizes = rng.integers(0, largest, n).tolist()
-        angles = rng.integers(0, len(ANGLES), n).tolist()
-        mirrored = rng.integers(0, 2, n).tolist()
-        chosen = [table[k][s][a][m] for k, s, a, m in zip(kinds, sizes, angles, mirrored)]
-        boxes = place(rng, [c[2].shape[1] for c in chosen], [c[2].shape[0] for c in chosen])
-        if boxes is not None:
-            break
+    chosen, boxes = _arrange(rng, kinds)
     order = np.argsort(boxes[:, 0] + boxes[:, 2], kind="stable").tolist()
     scene = compose(background(rng), [chosen[i] for i in order], boxes[order])
     scene.kinds = [kinds[i] for i in order]
@@ -305,27 +544,20 @@ def make_scene(
 
 
 # %%
-#| export
-def compose(image: np.ndarray, chosen: list, boxes: np.ndarray) -> Scene:
-    """Blend sprites into a background, each over the ones before, and see what stays visible.
+scene = make_scene(465, "validation")
+labels = [NAMES[kind] for kind in scene.kinds]
+large = lambda array: np.asarray(array).repeat(4, 0).repeat(4, 1)  # 112 → 448 pixels
+views = [scene.image.repeat(4, 0).repeat(4, 1)]
+views.append(draw_boxes(views[0], scene.boxes * 4, labels))
+views.append(draw_masks(views[0], [large(mask) for mask in scene.masks], labels))
+views.append(np.array(plt.get_cmap("viridis")(large(scene.owner) / len(labels)))[..., :3])
+titles = ["the picture", "boxes", "masks", "the owner map: all truth in one array"]
+save_figure(show_images(views, titles, columns=2, height=2.8), "23_truth.png")
 
-    Args:
-        image: uint8[112, 112, 3], written into.
-        chosen: (colour, alpha, mask) of each object, as `sprites` gives them.
-        boxes: int[objects, 4], where each goes.
-    """
-    owner = np.zeros((SIZE, SIZE), np.uint8)
-    for number, ((colour, alpha, mask), box) in enumerate(zip(chosen, boxes.tolist()), 1):
-        x0, y0, x1, y1 = box
-        under = image[y0:y1, x0:x1]
-        under[:] = colour + ((under * (256 - alpha)) >> 8)
-        owner[y0:y1, x0:x1][mask] = number
-    boxes = boxes.copy()
-    pairs = itertools.combinations(range(len(boxes)), 2)
-    for i in {i for i, j in pairs if _shared(boxes[i], boxes[j])}:  # drawn before: may be covered
-        rows, columns = np.nonzero(owner == i + 1)
-        boxes[i] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-    return Scene(image, [], boxes, owner)
+# %% [markdown]
+# For a vision tower alone there is a simpler truth: what does each of the 64 patches show? And for
+# `ocr` a word is written on a strip at the bottom, in Pillow's own font. It covers whatever lies
+# there, so a scene with a word is good for `ocr` only.
 
 
 # %%
@@ -348,8 +580,6 @@ def patch_targets(scene: Scene) -> np.ndarray:
     return targets.reshape(2, -1)
 
 
-# %%
-#| export
 WORDS = [name.upper() for name in NAMES if len(name) <= 5]
 
 
@@ -364,6 +594,12 @@ def write(scene: Scene, rng: np.random.Generator) -> None:
     draw.text((x, SIZE - PATCH - 1), scene.word, fill=(20, 20, 30), font=font)
     scene.image = np.asarray(picture).copy()
     scene.owner[SIZE - PATCH :] = 0
+
+
+# %% [markdown]
+# **5. Words.** The caption lists kinds from left to right. English plurals are in `kinds.json`.
+# German and French names come from CLDR, the Unicode project's tables, which name each emoji in
+# many languages. CLDR has no plurals, so we write `×2`: better plain than wrong.
 
 
 # %%
@@ -384,6 +620,12 @@ def caption_of(kinds: list[int], language: str = "en") -> str:
     if language != "en":
         return ", ".join(phrases)
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if phrases[:-1] else phrases)
+
+
+# %% [markdown]
+# Places are the ninths of the picture. An object whose centre is within three pixels of a border
+# between ninths is not asked about: an honest person would answer "well, between". Boxes become
+# location tokens in the order **y0 x0 y1 x1**, each $\text{round}(v / 112 \cdot 1023)$.
 
 
 # %%
@@ -412,6 +654,26 @@ def locations(box) -> str:
 TASKS = ("caption", "count", "where", "is there", "detect")
 
 
+def _where(rng, scene, present):
+    """Ask for the place of an object that is the only one of its kind and has a clear one."""
+    single = [k for k in present if scene.kinds.count(k) == 1]
+    clear = [k for k in single if clear_place(scene.boxes[scene.kinds.index(k)])]
+    if clear:
+        kind = clear[rng.integers(len(clear))]
+        box = scene.boxes[scene.kinds.index(kind)]
+        return f"answer en where is the {NAMES[kind]}?", place_name(box)
+
+
+def _detect(name, scene, asked):
+    """Ask for the boxes of kinds: kind by kind as asked, each from left to right."""
+    found = [(k, box) for k, box in zip(scene.kinds, scene.boxes) if k in asked]
+    found.sort(key=lambda pair: asked.index(pair[0]))
+    answer = " ; ".join(f"{locations(box)} {NAMES[k]}" for k, box in found)
+    return f"{name} {' ; '.join(NAMES[k] for k in asked)}", answer
+
+
+# %%
+#| export
 def task(rng: np.random.Generator, scene: Scene, name: str = "caption", language: str = "en"):
     """Ask one thing about a scene, with its true answer.
 
@@ -431,27 +693,29 @@ def task(rng: np.random.Generator, scene: Scene, name: str = "caption", language
         return f"caption {language}", caption_of(scene.kinds, language)
     if name == "ocr":
         return "ocr", scene.word
-    if name == "where":
-        single = [k for k in present if scene.kinds.count(k) == 1]
-        clear = [k for k in single if clear_place(scene.boxes[scene.kinds.index(k)])]
-        if clear:
-            kind = clear[rng.integers(len(clear))]
-            box = scene.boxes[scene.kinds.index(kind)]
-            return f"answer en where is the {NAMES[kind]}?", place_name(box)
+    if name == "where" and (asked := _where(rng, scene, present)):
+        return asked
     if name == "is there":
         if rng.random() < 0.5:
             kind = int(rng.choice([k for k in range(len(NAMES)) if k not in present]))
         truth = "yes" if kind in present else "no"
         return f"answer en is there {phrase(kind, 1)}?", truth
     if name in ("detect", "segment"):
-        asked = present if rng.random() < 0.5 else [kind]
-        found = [(k, box) for k, box in zip(scene.kinds, scene.boxes) if k in asked]
-        found.sort(key=lambda pair: asked.index(pair[0]))  # by kind, then from left to right
-        answer = " ; ".join(f"{locations(box)} {NAMES[k]}" for k, box in found)
-        return f"{name} {' ; '.join(NAMES[k] for k in asked)}", answer
+        return _detect(name, scene, present if rng.random() < 0.5 else [kind])
     if rng.random() < 0.1:
         kind = int(rng.integers(len(NAMES)))
     return f"answer en how many {PLURALS[kind]} are there?", str(scene.kinds.count(kind))
+
+
+# %%
+rng = np.random.default_rng(5)
+for name in (*TASKS, "segment"):
+    for language in LANGUAGES if name == "caption" else ("en",):
+        print(*task(rng, scene, name, language), sep="  →  ")
+
+# %% [markdown]
+# Last, a `Dataset`: item `i` is a scene with one question. The question is drawn from a generator
+# of its own, so asking something else never changes the picture.
 
 
 # %%
@@ -506,5 +770,417 @@ class SceneDataset(torch.utils.data.Dataset):
             "scene": scene,
         }
 
+
+# %% [markdown]
+# ## Against the reference
+#
+# Pillow composes pictures, too. Let it paste the owl through the same alpha: our integers may
+# differ from its rounding by one or two of 255 steps, no more. And its `getbbox` must find our
+# boxes in the masks.
+
+# %%
+straight = colour.astype(float) * 255 / np.maximum(alpha - (alpha >> 8), 1)  # not premultiplied
+picture = Image.new("RGB", (SIZE, SIZE), (200, 200, 200))
+cover = Image.fromarray(np.minimum(alpha[..., 0], 255).astype(np.uint8))
+picture.paste(Image.fromarray(straight.clip(0, 255).round().astype(np.uint8)), (30, 40), cover)
+alone = compose(np.full((SIZE, SIZE, 3), 200, np.uint8), [(colour, alpha, mask)], boxes[:1])
+difference = np.abs(np.asarray(picture).astype(int) - alone.image).max()
+found = [list(Image.fromarray(m).getbbox()) for m in scene.masks]
+assert difference <= 2 and found == scene.boxes.tolist()
+print("largest difference:", difference, "of 255; boxes equal:", found == scene.boxes.tolist())
+
+# %% [markdown]
+# ## See it: a contact sheet
+#
+# Never train on data you have not looked at. Twelve items, as the model will get them.
+
+# %%
+data = SceneDataset(400, "validation", tasks=(*TASKS, "ocr"), objects=(1, 2, 3))
+items, titles = [data[i] for i in range(12)], []
+for item in items:
+    answer = item["answer"].replace("><", "> <")
+    titles.append(textwrap.fill(item["prompt"], 30) + "\n" + textwrap.fill("→ " + answer, 30))
+pictures = [Image.fromarray(item["image"]).resize((168, 168)) for item in items]
+save_figure(show_images(pictures, titles, columns=4, height=1.9), "23_contact_sheet.png")
+
+# %% [markdown]
+# **What to notice.** Read each answer against its picture. Where two objects touch, the right one
+# lies on top: a habit of this world that a model may pick up.
+#
+# ### The same with any number of workers; different in any split
+#
+# A `DataLoader` can make items in several processes. We compare a fingerprint (SHA-256) of each
+# item, then ask whether a picture stands in two splits: by *content*, not by seed.
+
+
+# %%
+def fingerprint(image, *texts):
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes() + repr(texts).encode()).hexdigest()
+
+
+def fingerprints(dataset, workers):
+    """One for each item, in order; "fork" because the class was defined in this notebook."""
+    how = {"multiprocessing_context": "fork"} if workers else {}
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, **how)
+    return [fingerprint(item["image"], item.get("prompt"), item.get("answer")) for item in loader]
+
+
+small = SceneDataset(64)
+alike = [fingerprints(small, workers) for workers in (0, 1, 2)]
+assert alike[0] == alike[1] == alike[2]
+seen = {s: {fingerprint(make_scene(i, s).image) for i in range(200)} for s in SPLITS}
+shared = [len(seen[a] & seen[b]) for a, b in itertools.combinations(SPLITS, 2)]
+print("0, 1 and 2 workers agree; pictures in two splits:", shared)
+
+# %% [markdown]
+# ## Shortcuts: what can be answered with closed eyes?
+#
+# A model takes the cheapest road to a low loss. If most answers to "how many" are 1, it learns to
+# say 1. Such a **shortcut** looks like skill in the score. So measure the best answer that never
+# looks: for each task, always the commonest one.
+
+
+# %%
+def task_of(prompt):
+    words = {"many": "how many", "where": "where", "there": "is there"}
+    return next(name for word, name in words.items() if word in prompt.split()[2:4])
+
+
+asked = SceneDataset(1000, "validation", tasks=("count", "where", "is there"))
+items = [asked[i] for i in range(len(asked))]
+counts = {"how many": Counter(), "where": Counter(), "is there": Counter()}
+for item in items:
+    counts[task_of(item["prompt"])][item["answer"]] += 1
+
+figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.9), layout="constrained", width_ratios=[6, 9, 3])
+for axis, (name, counter) in zip(axes, counts.items()):
+    keys = sorted(counter)
+    top, times = counter.most_common(1)[0]
+    print(f"{name:8}  always {top!r}: {times / counter.total():.0%} right")
+    axis.bar(keys, [counter[key] / counter.total() for key in keys], color=[
+        COLOURS["language"] if key == top else COLOURS["vision"] for key in keys
+    ])  # fmt: skip
+    axis.set_title(f"{name} …?")
+    axis.tick_params(axis="x", rotation=60 if name == "where" else 0)
+axes[0].set_ylabel("share of answers")
+save_figure(figure, "23_priors")
+
+# %% [markdown]
+# Yes and no are balanced by design. "1" leads the counts, because we ask about a kind that is
+# there, and most kinds stand alone. A score near an orange bar means: has learned nothing.
+#
+# ### The shuffled-picture control
+#
+# Ask each question with the picture of **another** scene, and score against the true answer. An
+# eye must fall; a guesser does not even notice.
+
+
+# %%
+def perfect(prompt, scene):
+    """Answers from the truth of the scene it is shown."""
+    words = prompt.rstrip("?").split()
+    names = [NAMES[kind] for kind in scene.kinds]
+    if task_of(prompt) == "how many":
+        return str(names.count(NAMES[PLURALS.index(words[4])]))
+    if task_of(prompt) == "is there":
+        return "yes" if words[-1] in names else "no"
+    return place_name(scene.boxes[names.index(words[-1])]) if words[-1] in names else "nowhere"
+
+
+def guesser(prompt, scene):
+    return counts[task_of(prompt)].most_common(1)[0][0]
+
+
+def mixed(prompt, scene):
+    return (guesser if "many" in prompt else perfect)(prompt, scene)
+
+
+print("            own picture   another's")
+for model in (perfect, guesser, mixed):
+    score = [np.mean([model(item["prompt"], items[i - shift]["scene"]) == item["answer"]
+                      for i, item in enumerate(items)]) for shift in (0, 1)]  # fmt: skip
+    print(f"{model.__name__:8} {score[0]:12.0%} {score[1]:12.0%}")
+
+# %% [markdown]
+# `mixed` looks at the picture, except when it asks for a count. It looks good alone; its small fall
+# gives it away. Report both columns, task by task.
+#
+# ## At full size
+#
+# How much disk would a million scenes need, and how much the recipe for all of them? And does
+# making keep up with training? We compare with the plain way: for each object rotate and resize
+# the emoji with Pillow, then paste.
+
+# %%
+pixels = SIZE * SIZE * 3
+recipe = sum(file.stat().st_size for file in (ASSETS / "emoji").glob("*.png"))
+print(f"a million stored scenes: {1e6 * pixels / 1e9:.1f} GB")
+print(f"{len(NAMES)} sprites: {recipe / 1e6:.2f} MB;",
+      f"prepared in memory: {len(NAMES) * len(SCALES) * len(ANGLES) * 2:,} views")  # fmt: skip
+
+
+# %% tags=["nbval-ignore-output"]
+def by_pillow(scene, originals, rng):
+    picture = Image.fromarray(background(rng))
+    for kind, (x0, y0, x1, y1) in zip(scene.kinds, scene.boxes.tolist()):
+        turned = originals[kind].rotate(8, Image.Resampling.BICUBIC, expand=True)
+        fitted = turned.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS)
+        picture.paste(fitted, (x0, y0), fitted)
+    return np.asarray(picture)
+
+
+originals = [Image.open(ASSETS / "emoji" / f"{name}.png").convert("RGBA") for name in NAMES]
+
+
+def seconds(function, times=150):
+    start = time.perf_counter()
+    for i in range(times):
+        function(i)
+    return (time.perf_counter() - start) / times
+
+
+known, rng = [make_scene(i) for i in range(150)], np.random.default_rng(0)
+ours = min(seconds(make_scene) for _ in range(2))
+paint = min(seconds(lambda i: background(rng)) for _ in range(2))
+theirs = min(seconds(lambda i: by_pillow(known[i], originals, rng)) for _ in range(2))
+print(f"ours, all included: {1 / ours:,.0f} scenes a second on one core")
+print(f"Pillow, painting alone: {1 / theirs:,.0f}; it takes {theirs / ours:.1f} × our whole time")
+print(f"of our time {paint / ours:.0%} is the background")
+
+# %% [markdown]
+# The gain: each rotation and resize is done **once**, at the start. And no scene is ever seen twice.
+#
+# ## A bug people really make
+#
+# A colleague finds seeding for each item clumsy: one generator, made once, does it too. With one
+# process no scene repeats. With four workers the loss goes down *faster*. Good news?
+
+
+# %%
+class ColleaguesDataset(Dataset):
+    def __init__(self, length):
+        self.length, self.rng = length, np.random.default_rng(0)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        kinds = draw_kinds(self.rng, 2)
+        chosen, boxes = _arrange(self.rng, kinds)
+        return {"image": compose(background(self.rng), chosen, boxes).image}
+
+
+for workers in (0, 4):
+    found = fingerprints(ColleaguesDataset(40), workers)
+    print(f"{workers} workers: {len(found)} scenes, {len(set(found))} different")
+
+# %% [markdown]
+# Each worker process starts with a **copy** of the dataset, and so with a copy of the generator.
+# All four draw the same scenes. The loss falls faster because there is a quarter of the data to
+# learn. No error, no warning; the pictures look fine one by one.
+#
+# It gets worse: workers start anew each epoch, from the same copy.
+
+# %%
+theirs, ours = ColleaguesDataset(40), SceneDataset(40)
+for name, dataset in (("the colleague's", theirs), ("ours", ours)):
+    first, second = set(fingerprints(dataset, 2)), set(fingerprints(dataset, 2))
+    print(f"{name}: {len(first)} different; epoch 2 adds {len(second - first)}")
+
+# %% [markdown]
+# The check is one line: **count the distinct fingerprints**. Ours has 40. Epoch 2 adds none here
+# either, but by intention: item `i` *is* scene `i`. Fresh data for a new epoch means new indices:
+# a longer dataset, or a sampler that goes on counting.
+
+# %% [markdown]
+# ## Exercises
+#
+# ### Exercise 1 (predict): how many are different?
+#
+# Each dataset has 60 items. Predict the number of distinct pictures: **(a)** ours, 2 workers;
+# **(b)** the colleague's, no workers; **(c)** the colleague's, 2 workers; **(d)** the colleague's,
+# two epochs together, no workers.
+
+# %% tags=["exercise"]
+answer = None  # your answer, such as (60, 60, 60, 60)
+
+
+# %% tags=["check"]
+def test_1(answer):
+    assert isinstance(answer, tuple) and len(answer) == 4, "give four numbers: (a, b, c, d)"
+    theirs = ColleaguesDataset(60)
+    truth = (
+        len(set(fingerprints(SceneDataset(60), 2))),
+        len(set(fingerprints(ColleaguesDataset(60), 0))),
+        len(set(fingerprints(ColleaguesDataset(60), 2))),
+        len(set(fingerprints(theirs, 0) + fingerprints(theirs, 0))),
+    )
+    wrong = sum(a != b for a, b in zip(answer, truth))
+    assert not wrong, f"{wrong} of the four are not what the computation says"
+
+
+check(test_1, answer)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# With no workers there is no copy: the one generator goes on, also from epoch to epoch.
+#
+# </details>
+
+# %% tags=["solution"]
+# Two copies draw the same 30 scenes each; without workers the generator never goes back.
+answer = (60, 60, 30, 120)
+check(test_1, answer)
+
+# %% [markdown]
+# ### Exercise 2 (fill in): boxes from the owner map
+#
+# Write `visible_boxes(owner, count)`: for objects 1 … `count` the box `(x0, y0, x1, y1)` around
+# the pixels each owns, the last two not included; `None` for an object of which nothing is left.
+
+
+# %% tags=["exercise"]
+def visible_boxes(owner, count):
+    return None  # your answer
+
+
+# %% tags=["check"]
+def test_2(visible_boxes):
+    owner = np.zeros((6, 8), np.uint8)
+    owner[1:3, 2:7] = 1
+    owner[2:6, 6:] = 3
+    found = visible_boxes(owner, 3)
+    assert found is not None and len(found) == 3, "return one entry for each object"
+    assert found[1] is None, "object 2 owns no pixel: its box is None"
+    assert tuple(found[0]) == (2, 1, 7, 3), f"object 1: (2, 1, 7, 3) wanted, got {found[0]}"
+    assert tuple(found[2]) == (6, 2, 8, 6), f"object 3: (6, 2, 8, 6) wanted, got {found[2]}"
+    for i in range(40):
+        scene = make_scene(i, "test")
+        boxes = [list(box) for box in visible_boxes(scene.owner, len(scene.kinds))]
+        assert boxes == scene.boxes.tolist(), f"test scene {i} has other boxes"
+
+
+check(test_2, visible_boxes)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `np.nonzero(owner == number)` gives the rows and the columns, rows (y) first.
+#
+# </details>
+
+
+# %% tags=["solution"]
+def visible_boxes(owner, count):
+    boxes = []
+    for number in range(1, count + 1):
+        y, x = np.nonzero(owner == number)
+        box = (x.min(), y.min(), x.max() + 1, y.max() + 1) if len(x) else None
+        boxes.append(box)
+    return boxes
+
+
+check(test_2, visible_boxes)
+
+# %% [markdown]
+# ### Exercise 3 (break): fool the leak check
+#
+# Our check finds pictures that are equal. Show how little it takes to slip past: write
+# `disguise(image)`, which returns a copy with another fingerprint, although no value differs by
+# more than 1 of 255. It must work for *any* picture, and leave the given one as it was.
+
+
+# %% tags=["exercise"]
+def disguise(image):
+    return None  # your answer
+
+
+# %% tags=["check"]
+def test_3(disguise):
+    white, black = (np.full((SIZE, SIZE, 3), level, np.uint8) for level in (255, 0))
+    for image in (make_scene(3).image, white, black):
+        before = image.copy()
+        changed = disguise(image)
+        assert changed is not None, "return a picture"
+        assert np.array_equal(image, before), "the given picture was changed, too: copy it first"
+        assert changed.dtype == np.uint8 and changed.shape == image.shape, "same form, please"
+        gap = np.abs(changed.astype(int) - image).max()
+        assert gap <= 1, f"a value differs by {gap}: mind what 255 + 1 is in uint8"
+        assert fingerprint(changed) != fingerprint(image), "the check still sees it"
+
+
+check(test_3, disguise)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# One pixel is enough. Which operation changes 0 to 1 and 255 to 254?
+#
+# </details>
+
+
+# %% tags=["solution"]
+def disguise(image):
+    changed = image.copy()
+    changed[0, 0, 0] ^= 1  # flips the last bit
+    return changed
+
+
+# Against near copies compare small, blurred pictures, with a tolerance. Our scenes need that
+# less: they are drawn afresh, not collected from sites that copy each other.
+check(test_3, disguise)
+
+# %% [markdown]
+# ## Summary
+#
+# - A composed picture comes with its truth; the owner map holds masks, boxes and overlap.
+# - Premultiplied alpha makes blending one line of integers, and edges clean.
+# - Splits differ by seed; held-out *pairs* measure whether parts were learned, or wholes.
+# - A score means something only beside the best blind answer and the shuffled-picture control.
+# - Seed by index. Then order, workers and restarts cannot matter.
+
+# %% [markdown]
+# ## Quiz
+#
+# **1.** Why is it not enough to give the splits different seeds and be done?
+#
+# <details><summary>Answer</summary>
+#
+# Different seeds make different pictures (nearly surely; we checked the content), but of the same
+# combinations. A model that knows all pairs by heart would score well on them. Only held-out
+# combinations tell.
+#
+# </details>
+
+# %% [markdown]
+# **2.** A model scores 90 % on "how many", and 60 % with shuffled pictures. What do you conclude?
+#
+# <details><summary>Answer</summary>
+#
+# That the answers can be guessed far too well, from the prior or from the prompt. The data must be
+# balanced before the 90 % means anything.
+#
+# </details>
+
+# %% [markdown]
+# **3.** Why are boxes cropped to visible pixels, and masks cut where another object covers them?
+#
+# <details><summary>Answer</summary>
+#
+# The model can only learn what can be seen. A box around hidden parts asks it to guess, and the
+# error of the guess is then counted as an error of its eyes.
+#
+# </details>
+
+# %% [markdown]
+# ## References
+#
+# - Porter and Duff 1984, *Compositing Digital Images*: alpha and premultiplied colour.
+# - Johnson et al. 2017, *CLEVR*: composed scenes, questions with true answers, and splits by
+#   combination.
+# - Goyal et al. 2017, *Making the V in VQA Matter*: answer priors, and how to balance them.
+# - Noto emoji (Google); Unicode CLDR, annotations; see NOTICE.
+# - PyTorch: `torch.utils.data`, section on multi-process loading.
 
 # %% tags=["navigation"] [markdown]
