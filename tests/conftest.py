@@ -19,6 +19,14 @@ def checkpoints(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="session")
+def gemma2_checkpoint(tmp_path_factory):
+    """A directory written by transformers: a small PaliGemma 2 with two key/value heads."""
+    path = tmp_path_factory.mktemp("checkpoints") / "gemma2"
+    reference_model(2, gemma2=True).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def sentencepiece_file(tmp_path_factory):
     """A small tokenizer.model without loc and seg pieces: pad 0, eos 1, bos 2, unk 3."""
     import sentencepiece as spm

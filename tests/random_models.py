@@ -6,8 +6,14 @@ IMAGE_TOKENS, IMAGE_ID = 16, 500
 KINDS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key/value heads for 4 query heads
 
 
-def reference_config(kv_heads: int = 1):
-    """A PaliGemma of some 100,000 parameters: 56-pixel pictures, 16 image tokens, 512 words."""
+WINDOW = 12  # of the random PaliGemma 2: fewer than its image tokens
+
+
+def reference_config(kv_heads: int = 1, gemma2: bool = False):
+    """A PaliGemma of some 100,000 parameters: 56-pixel pictures, 16 image tokens, 512 words.
+
+    With `gemma2` a PaliGemma 2: a query scale, caps that bite and a window shorter than the prompt.
+    """
     from transformers import PaliGemmaConfig
 
     vision = {
@@ -30,6 +36,9 @@ def reference_config(kv_heads: int = 1):
         "head_dim": 16,
         "vocab_size": 512,
     }
+    if gemma2:
+        text |= {"model_type": "gemma2", "query_pre_attn_scalar": 11, "sliding_window": WINDOW}
+        text |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
     return PaliGemmaConfig(
         vision_config=vision,
         text_config=text,
@@ -41,12 +50,12 @@ def reference_config(kv_heads: int = 1):
     )
 
 
-def reference_model(kv_heads: int = 1, seed: int = 0):
+def reference_model(kv_heads: int = 1, seed: int = 0, gemma2: bool = False):
     """transformers' PaliGemma with random weights of a size at which logits spread."""
     from transformers import PaliGemmaForConditionalGeneration
 
     torch.manual_seed(seed)
-    model = PaliGemmaForConditionalGeneration(reference_config(kv_heads)).eval()
+    model = PaliGemmaForConditionalGeneration(reference_config(kv_heads, gemma2)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             scale = 0.1 if weight.dim() == 1 else weight.shape[-1] ** -0.5

@@ -471,7 +471,15 @@ def without(*names):
 BAD_CONFIGS = {
     "another model": (top(model_type="llava"), "model_type is 'llava'; .* 'paligemma'"),
     "no model_type": (without("model_type"), "model_type is None"),
-    "Gemma 2": (section("text_config", model_type="gemma2"), "PaliGemma 2 checkpoint"),
+    "Gemma 2": (section("text_config", model_type="gemma2"), "a PaliGemma 1 beside"),
+    "no cap": (
+        section("text_config", model_type="gemma2", attn_logit_softcapping=None),
+        "attn_logit_softcapping is null",
+    ),
+    "other windows": (
+        section("text_config", model_type="gemma2", layer_types=["full_attention"] * 2),
+        "layer_types is",
+    ),
     "another text model": (section("text_config", model_type="llama"), "text_config.model_type"),
     "another tower": (section("vision_config", model_type="clip"), "vision_config.model_type"),
     "text null": (top(text_config=None), "text_config is None"),

@@ -50,9 +50,9 @@ def reference_logits(model, batch: dict, **extra) -> torch.Tensor:
         return model(**(inputs | extra), position_ids=positions)
 
 
-def compare(kind: str, checkpoint: Path, original: Path, dtype: torch.dtype) -> dict:
+def compare(kind, checkpoint: Path, original: Path, dtype: torch.dtype, batch=None) -> dict:
     """Logits and 32 greedy tokens of one checkpoint, ours and transformers'."""
-    batch = random_batch()
+    batch = batch or random_batch()
     real = batch["attention_mask"].bool()
     reference = PaliGemmaForConditionalGeneration.from_pretrained(original, dtype=dtype).eval()
     ours = load_model(checkpoint, dtype=dtype)
@@ -126,12 +126,26 @@ def test_readme_shows_this_table(table):
         assert float(measured) <= 3 * float(claimed), f"paste this:\n{fresh}"
 
 
-def test_loss_equals_transformers(checkpoints):
+@pytest.mark.parametrize("text", [12, 40])  # 28 and 56 tokens; the window holds 12
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gemma2_equals_transformers(gemma2_checkpoint, tmp_path, layout, text):
+    write_layout(gemma2_checkpoint, tmp_path / "x", LAYOUTS[layout])
+    figures = compare("", tmp_path / "x", gemma2_checkpoint, torch.float32, random_batch(text=text))
+    assert figures["difference"] <= 1e-5 and figures["tokens"]
+
+
+def test_gemma2_half_precision(gemma2_checkpoint):
+    for dtype in (torch.bfloat16, torch.float16):
+        figures = compare("", gemma2_checkpoint, gemma2_checkpoint, dtype)
+        assert figures["our error"] <= 1.2 * figures["their error"]
+
+
+def test_loss_equals_transformers(checkpoints, gemma2_checkpoint):
     batch = random_batch()
     types = torch.zeros_like(batch["input_ids"])
     types[:, -5:] = 1
     labels = batch["input_ids"].masked_fill(types == 0, -100)
-    for path in checkpoints.values():
+    for path in (*checkpoints.values(), gemma2_checkpoint):
         reference = PaliGemmaForConditionalGeneration.from_pretrained(path).eval()
         expected = reference_logits(reference, batch, token_type_ids=types, labels=labels)
         out = load_model(path)(**batch, token_type_ids=types, labels=labels)
@@ -140,9 +154,10 @@ def test_loss_equals_transformers(checkpoints):
         torch.testing.assert_close(out.loss, expected.loss, rtol=0, atol=1e-5)
 
 
-def test_padded_batch_equals_its_rows(checkpoints):
+@pytest.mark.parametrize("kind", ["GQA", "gemma2"])
+def test_padded_batch_equals_its_rows(checkpoints, gemma2_checkpoint, kind):
     batch = random_batch()
-    model = load_model(checkpoints["GQA"])
+    model = load_model({**checkpoints, "gemma2": gemma2_checkpoint}[kind])
     together = generate(model, **batch, max_new_tokens=16, eos_token_id=-1)
     logits = model(**batch).logits
     for row in range(3):
@@ -154,9 +169,10 @@ def test_padded_batch_equals_its_rows(checkpoints):
         assert torch.equal(tokens, together[row : row + 1])
 
 
-def test_cached_decoding_equals_one_full_pass(checkpoints):
+@pytest.mark.parametrize("kind", ["MQA", "gemma2"])
+def test_cached_decoding_equals_one_full_pass(checkpoints, gemma2_checkpoint, kind):
     batch = random_batch()
-    model = load_model(checkpoints["MQA"])
+    model = load_model({**checkpoints, "gemma2": gemma2_checkpoint}[kind])
     tokens = generate(model, **batch, max_new_tokens=8, eos_token_id=-1)
     ids = torch.cat([batch["input_ids"], tokens], dim=1)
     types = torch.cat([torch.zeros_like(batch["input_ids"]), torch.ones_like(tokens)], dim=1)
@@ -172,9 +188,9 @@ def test_cached_decoding_equals_one_full_pass(checkpoints):
         ).logits[:, -1]
 
 
-def test_what_we_save_transformers_reads(checkpoints, tmp_path):
+def test_what_we_save_transformers_reads(checkpoints, gemma2_checkpoint, tmp_path):
     batch = random_batch()
-    for kind, path in checkpoints.items():
+    for kind, path in {**checkpoints, "gemma2": gemma2_checkpoint}.items():
         ours = load_model(path)
         save_model(ours, tmp_path / kind)
         reference = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / kind).eval()

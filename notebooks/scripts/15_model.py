@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from paligemma.gemma import GemmaConfig, GemmaModel
+from paligemma.gemma2 import Gemma2Config, Gemma2Model
 from paligemma.kv_cache import KVCache
 from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
 
@@ -290,7 +291,7 @@ class PaliGemmaConfig:
     """
 
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
-    text_config: GemmaConfig = field(default_factory=GemmaConfig)
+    text_config: GemmaConfig | Gemma2Config = field(default_factory=GemmaConfig)
     image_token_index: int = 257152
     pad_token_id: int = 0
     eos_token_id: int = 1
@@ -475,7 +476,8 @@ class PaliGemmaParts(nn.Module):
         self.config = config
         self.vision_tower = SiglipVisionModel(config.vision_config)
         self.multi_modal_projector = PaliGemmaProjector(config)
-        self.language_model = GemmaModel(config.text_config)
+        kind = Gemma2Model if isinstance(config.text_config, Gemma2Config) else GemmaModel
+        self.language_model = kind(config.text_config)
 
     @property
     def device(self) -> torch.device:

@@ -33,7 +33,7 @@ model_map("checkpoint")
 # %% [markdown]
 # ## Setup
 #
-# From earlier lessons: the two configs ([05](05_siglip.ipynb), [12](12_gemma.ipynb)) and the whole model ([15](15_model.ipynb)). The first cell becomes the opening lines of [checkpoint.py](../paligemma/checkpoint.py). All files of this lesson go to a temporary folder that vanishes with the notebook.
+# From earlier lessons: the configs ([05](05_siglip.ipynb), [12](12_gemma.ipynb), [13](13_gemma2.ipynb)) and the whole model ([15](15_model.ipynb)). The first cell becomes the opening lines of [checkpoint.py](../paligemma/checkpoint.py). All files of this lesson go to a temporary folder that vanishes with the notebook.
 
 # %%
 #| export
@@ -54,6 +54,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from paligemma.gemma import GemmaConfig
+from paligemma.gemma2 import Gemma2Config
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.siglip import SiglipVisionConfig
 
@@ -261,6 +262,9 @@ assert len({internal_name(name) for name in published.values()}) == 1
 #| export
 VISION_OPTIONAL = {"image_size", "layer_norm_eps", "num_channels"}
 TEXT_OPTIONAL = {"head_dim", "rms_norm_eps", "rope_theta"}
+CAPS = {"attn_logit_softcapping", "final_logit_softcapping"}
+TEXT_OPTIONAL |= CAPS | {"sliding_window", "query_pre_attn_scalar"}  # of Gemma 2
+TEXT_CONFIGS = {"gemma": GemmaConfig, "gemma2": Gemma2Config}
 
 
 class CheckpointError(ValueError):
@@ -337,6 +341,30 @@ def _rope_theta(file: Path, text: dict):
 
 
 # %% [markdown]
+# PaliGemma 2 (lesson [13](13_gemma2.ipynb)) is told by `text_config.model_type`. Two things could
+# silently change its code: a cap or window of `null`, which means "none", and windows in other
+# layers than every second.
+
+
+# %%
+#| export
+def _check_gemma2(file: Path, text: dict) -> None:
+    """The parts of Gemma 2 that some configs may switch off or move are as PaliGemma 2 has them."""
+    for name in sorted(CAPS | {"sliding_window"}):
+        if name in text and text[name] is None:
+            raise CheckpointError(f"{file}: text_config.{name} is null; PaliGemma 2 has a number")
+    layers = text.get("layer_types")
+    kinds = ("sliding_attention", "full_attention")
+    if layers is not None and (
+        not isinstance(layers, list) or any(layer != kinds[i % 2] for i, layer in enumerate(layers))
+    ):
+        raise CheckpointError(
+            f"{file}: text_config.layer_types is {layers!r:.60}; expected sliding_attention and "
+            "full_attention in turn"
+        )
+
+
+# %% [markdown]
 # One trap waits in `vocab_size`. The tokenizer has 257,152 pieces, numbered from 0, so `<image>`, added later, has number 257152 and needs one row *more*; the rows were then padded to a multiple of 64. Some configs say 257152 at the top level and 257216 inside `text_config`. The inner one is the truth. Where it is absent, a number too small for `<image>` is padded.
 
 
@@ -355,12 +383,10 @@ def read_config(path: str | os.PathLike) -> PaliGemmaConfig:
     config = _read_object(file)
     _expect(file, config, "model_type", "paligemma")
     text, vision = (_section(file, config, name) for name in ("text_config", "vision_config"))
-    if text.get("model_type") == "gemma2":
-        raise CheckpointError(
-            f"{file} is a PaliGemma 2 checkpoint (text_config.model_type gemma2); "
-            "this version reads PaliGemma 1 (gemma)"
-        )
-    _expect(file, text, "model_type", "gemma", section="text_config.")
+    _expect(file, text, "model_type", "gemma2", "gemma", section="text_config.")
+    kind = TEXT_CONFIGS[text["model_type"]]
+    if kind is Gemma2Config:
+        _check_gemma2(file, text)
     _expect(file, vision, "model_type", None, "siglip_vision_model", section="vision_config.")
     for name in ("hidden_act", "hidden_activation"):  # "gelu" in old configs means the tanh form
         _expect(file, text, name, None, "gelu", "gelu_pytorch_tanh", section="text_config.")
@@ -373,7 +399,7 @@ def read_config(path: str | os.PathLike) -> PaliGemmaConfig:
     text = text | {"vocab_size": rows if text.get("vocab_size") is None else text["vocab_size"]}
     return PaliGemmaConfig(
         _build(file, "vision_config", SiglipVisionConfig, vision, VISION_OPTIONAL),
-        _build(file, "text_config", GemmaConfig, text, TEXT_OPTIONAL),
+        _build(file, "text_config", kind, text, TEXT_OPTIONAL),
         image_token,
         _token(file, config, 0, "pad_token_id"),
         _token(file, config, 1, "eos_token_id"),
@@ -570,6 +596,27 @@ def _check_complete(path, state: dict, shapes: dict) -> None:
 
 
 # %% [markdown]
+# Before any of it, the commonest mix-up of all: the `config.json` of one PaliGemma beside the
+# weights of the other. Complaints about single tensors would be right and no help, so one look at
+# the names comes first: only PaliGemma 2 has norms around its GeGLU.
+
+
+# %%
+#| export
+def _check_generation(path, names: list[str], shapes: dict) -> None:
+    """The weights are of the PaliGemma that config.json describes, 1 or 2."""
+    stored, expected = (
+        2 if any("_feedforward_layernorm." in name for name in group) else 1
+        for group in (names, shapes)
+    )
+    if stored != expected and any("self_attn.q_proj" in name for name in names):
+        raise CheckpointError(
+            f"{path} holds the weights of a PaliGemma {stored} beside the config.json of a "
+            f"PaliGemma {expected}; take both from the same download"
+        )
+
+
+# %% [markdown]
 # ### Load
 #
 # Now it reads like a summary. `assign=True` puts the stored tensors *themselves* into the empty model, instead of copying numbers into it. With `dtype=None` (or the stored type) on the CPU, `.to` returns the tensor unchanged: still mapped.
@@ -605,7 +652,9 @@ def load_model(
         raise ValueError(f"dtype is {dtype!r}; expected torch.float32, torch.bfloat16, … or None")
     model = _empty_model(path, read_config(path))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    stored = read_tensors(weight_files(path))
+    files = weight_files(path)
+    _check_generation(path, [name for name, _ in read_tensors(files)], shapes)
+    stored = read_tensors(files)
     if progress:
         stored = tqdm(stored, total=len(shapes), desc="loading weights", unit=" tensors")
     state = {}
@@ -631,6 +680,7 @@ def config_dict(config: PaliGemmaConfig) -> dict:
     text, vision = asdict(config.text_config), asdict(config.vision_config)
     tokens = {"num_image_tokens": config.vision_config.num_image_tokens}
     width = config.text_config.hidden_size
+    model_type = "gemma2" if isinstance(config.text_config, Gemma2Config) else "gemma"
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
@@ -641,7 +691,7 @@ def config_dict(config: PaliGemmaConfig) -> dict:
         "hidden_size": width,
         "projection_dim": width,
         "vocab_size": config.text_config.vocab_size,
-        "text_config": {"model_type": "gemma", **text, **tokens},
+        "text_config": {"model_type": model_type, **text, **tokens},
         "vision_config": {
             "model_type": "siglip_vision_model",
             **vision,

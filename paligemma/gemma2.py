@@ -1,0 +1,217 @@
+# Exported from notebooks/13_gemma2.ipynb — edit there, then run `make sync`.
+"""Gemma 2, the decoder of PaliGemma 2: soft-caps, four norms a block, sliding windows."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paligemma.geglu import GeGLU
+from paligemma.grouped_query_attention import GroupedQueryAttention, group_size
+from paligemma.kv_cache import KVCache
+from paligemma.rms_norm import RMSNorm
+from paligemma.rope import RotaryEmbedding, apply_rope
+
+
+def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap · tanh(x / cap): almost x where x is small, never beyond ±cap; the order is kept.
+
+    Args:
+        x: `float[…]`, scores.
+        cap: the bound, positive.
+
+    Returns:
+        `float32[…]`.
+
+    Source: Gemma 2 report, section 2; Bello et al. 2016.
+    """
+    return cap * torch.tanh(x.float() / cap)
+
+
+@dataclass
+class Gemma2Config:
+    """Shape of the language model; the defaults are Gemma 2 2B as PaliGemma 2 3B uses it.
+
+    Source: Gemma Team 2024 (Gemma 2), table 1; PaliGemma 2's published `config.json`.
+    """
+
+    vocab_size: int = 257152
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    query_pre_attn_scalar: int = 256
+    sliding_window: int = 4096
+    attn_logit_softcapping: float = 50.0
+    final_logit_softcapping: float = 30.0
+
+
+def capped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    cap: float,
+) -> torch.Tensor:
+    """softmax(soft_cap(q·kᵀ · scale) + mask)·v, in groups as in `grouped_attention`.
+
+    Args:
+        q: `float[B, H, L, Dh]`.
+        k, v: `float[B, K, S, Dh]`; query head h uses key/value head h // (H / K).
+        mask: `bool[B, 1, L, S]`, True where a query may look; None: everywhere.
+        scale: factor of the scores, before the cap.
+        cap: bound of the scores, before the mask.
+
+    Returns:
+        `float[B, H, L, Dh]`.
+
+    Source: `Attention` in gemma_pytorch, `Gemma2Attention` in transformers.
+    """
+    batch, heads, length, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = group_size(heads, kv_heads)
+    q = q.reshape(batch, kv_heads, group * length, head_dim)  # (B, K, G·L, Dh)
+    scores = soft_cap((q @ k.transpose(-1, -2)).float() * scale, cap)  # (B, K, G·L, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.repeat(1, 1, group, 1), float("-inf"))
+    out = scores.softmax(-1).type_as(v) @ v  # (B, K, G·L, Dh)
+    return out.reshape(batch, heads, length, head_dim)
+
+
+def window_mask(
+    mask: torch.Tensor | None, length: int, total: int, window: int, device=None
+) -> torch.Tensor | None:
+    """Cut what lies too far back, except between tokens that look at each other.
+
+    A suffix token loses the keys `window` or more places behind it. Inside the prefix, where
+    both of a pair may look at the other, the distance does not matter. Tokens in the cache cannot
+    look at new ones, so the window cuts them.
+
+    Args:
+        mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
+        length: L, the new tokens; they are the last of `total`.
+        total: S + L.
+        window: how many tokens a query may see, itself included.
+        device: where to make the mask.
+
+    Returns:
+        `bool[B, 1, L, S + L]`, or `mask` itself when the window cuts nothing.
+
+    Source: `create_sliding_window_causal_mask` with a bidirectional block, transformers.
+    """
+    if total <= window:
+        return mask
+    key = torch.arange(total, device=device)
+    near = key > key[total - length :, None] - window  # (L, S + L)
+    if mask is None:
+        mask = torch.ones(1, 1, length, total, dtype=torch.bool, device=device)
+    back = mask[..., total - length :].transpose(-1, -2)  # (B, 1, L, L): does the key look back?
+    mutual = F.pad(back, (total - length, 0))  # (B, 1, L, S + L)
+    return mask & (near | mutual)
+
+
+class Gemma2Attention(GroupedQueryAttention):
+    """Rotary attention with a scale of its own, capped scores and, in even layers, a window."""
+
+    def __init__(self, config: Gemma2Config, layer_idx: int):
+        super().__init__(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            layer_idx,
+        )
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.cap = config.attn_logit_softcapping
+        self.sliding_window = None if layer_idx % 2 else config.sliding_window
+
+    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (B, H, L, Dh), (B, K, L, Dh)
+        if cache is not None:
+            k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
+        if self.sliding_window is not None:
+            mask = window_mask(mask, q.shape[2], k.shape[2], self.sliding_window, x.device)
+        out = capped_attention(q, k, v, mask, self.scale, self.cap)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Gemma2DecoderLayer(nn.Module):
+    """Sandwich block: x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+    def __init__(self, config: Gemma2Config, layer_idx: int):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps)
+        self.self_attn = Gemma2Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.mlp = GeGLU(size, config.intermediate_size)
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+
+    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
+        h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.post_attention_layernorm(h)
+        h = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(h)
+
+
+class Gemma2Model(nn.Module):
+    """The decoder of PaliGemma 2; used exactly like `GemmaModel`.
+
+    Source: Gemma Team 2024 (Gemma 2); `Gemma2Model` in transformers.
+    """
+
+    def __init__(self, config: Gemma2Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Gemma2DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`int64[B, L]` → `float[B, L, D]`, scaled by √D rounded to the weights' type."""
+        x = self.embed_tokens(input_ids)
+        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Run the blocks.
+
+        Args:
+            inputs_embeds: `float[B, L, D]`, from `embed` or from pictures.
+            positions: `int64[B, L]`, each token's place in its row.
+            mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere. Layers
+                0, 2, 4 … narrow it to their window.
+            cache: keys and values of the S tokens before; gains these L.
+
+        Returns:
+            `float[B, L, D]` after the last norm.
+        """
+        cos, sin = self.rotary_emb(positions)
+        x = inputs_embeds
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        return self.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`float[B, L, D]` → `float32[B, L, V]`, capped; the embedding is the head."""
+        scores = F.linear(hidden, self.embed_tokens.weight)
+        return soft_cap(scores, self.config.final_logit_softcapping)
