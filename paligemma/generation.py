@@ -19,6 +19,7 @@ def _steps(
     attention_mask: torch.Tensor | None,
     max_new_tokens: int,
     eos_token_id: int,
+    log_probs: list[torch.Tensor] | None,
 ) -> Iterator[torch.Tensor]:
     """The loop of `generate_steps`; `choose` makes `int64[B]` of `float32[B, V]`."""
     batch, length = input_ids.shape
@@ -29,7 +30,11 @@ def _steps(
     for _ in range(max_new_tokens):
         with torch.inference_mode():
             out = model(input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1)
-            token = choose(out.logits[:, -1]).masked_fill(done, 0)  # (B,)
+            logits = out.logits[:, -1]  # (B, V)
+            token = choose(logits).masked_fill(done, 0)  # (B,)
+            if log_probs is not None:
+                log_prob = logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+                log_probs.append(log_prob.masked_fill(done, 0))
             done = done | (token == eos_token_id)
         yield token.clone()  # outside: an ordinary tensor, which its reader may change
         if bool(done.all()):
@@ -63,17 +68,28 @@ def generate_steps(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
     eos_token_id: int = 1,
+    log_probs: list[torch.Tensor] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield `int64[B]`, the next token of every row, until every row has ended.
 
     The picture and the prompt are read once (prefill); after that each step reads one token a
     row and the cache. A row that has ended yields 0 (pad). Arguments as in `generate`; they are
     checked here and now, the model runs when the first token is asked for.
+
+    Into the list `log_probs` each step puts `float32[B]`: how likely the model found the token,
+    whatever temperature it was drawn with (natural logarithm; 0 for a row that has ended).
     """
     check_options(max_new_tokens, temperature, top_p, top_k)
     choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     return _steps(
-        model, choose, input_ids, pixel_values, attention_mask, max_new_tokens, eos_token_id
+        model,
+        choose,
+        input_ids,
+        pixel_values,
+        attention_mask,
+        max_new_tokens,
+        eos_token_id,
+        log_probs,
     )
 
 

@@ -275,23 +275,49 @@ def _names_and_colours(labels, count):
     return names, [CYCLE[order.index(name) % len(CYCLE)] for name in names]
 
 
-def _write_label(picture, text, x, y, colour):
-    """Write text on a tag that stands on (x, y), moved or shortened to lie in the picture."""
+def _write_label(picture, text, x, y, colour, taken=None):
+    """Write text on a tag that stands on (x, y), moved or shortened to lie in the picture.
+
+    `taken` lists the tags written so far, and gets this one: it moves as little as it can to hide
+    none of them, then becomes smaller, and where there is no room at all is left out.
+    """
     text, pad = " ".join(text.split()), round(2 * _scale(picture))
     size = min(12 * _scale(picture), picture.height / 3)
     while size > 7 and _font(size).getlength(text) + 2 * pad > picture.width:
         size *= 0.9
-    font = _font(size)
-    while len(text) > 1 and font.getlength(text) + 2 * pad > picture.width:
-        text = text[:-2] + "…"
-    if not text:
+    place = None
+    while text and place is None and size > 2:
+        font, shown = _font(size), text
+        while len(shown) > 1 and font.getlength(shown) + 2 * pad > picture.width:
+            shown = shown[:-2] + "…"
+        tag = (math.ceil(font.getlength(shown)) + 2 * pad, sum(font.getmetrics()))
+        place = _free_place((round(x), round(y) - tag[1]), tag, picture.size, taken or [])
+        size *= 0.8
+    if place is None:
         return
-    wide, high = math.ceil(font.getlength(text)) + 2 * pad, sum(font.getmetrics())
-    left = max(0, min(round(x), picture.width - wide))
-    top = max(0, min(round(y) - high, picture.height - high))
+    corners = (*place, place[0] + tag[0], place[1] + tag[1])
+    if taken is not None:
+        taken.append(corners)
     draw = ImageDraw.Draw(picture)
-    draw.rectangle((left, top, left + wide - 1, top + high - 1), fill=colour)
-    draw.text((left + pad, top), text, font=font, fill="white")
+    draw.rectangle((*corners[:2], corners[2] - 1, corners[3] - 1), fill=colour)
+    draw.text((corners[0] + pad, corners[1]), shown, font=font, fill="white")
+
+
+def _free_place(wanted, tag, picture, taken):
+    """Return the corner nearest to `wanted` where a tag lies in the picture and hides none.
+
+    In either direction the nearest free place is the wanted one, or it touches another tag.
+    """
+    most = np.maximum(np.subtract(picture, tag), 0)
+    wanted = np.clip(wanted, 0, most)  # (left, top)
+    old = np.asarray(taken, dtype=int).reshape(-1, 2, 2)  # (tags, corner, axis)
+    near = np.concatenate([wanted[None], old[:, 0] - tag, old[:, 1]]).clip(0, most)
+    meets = (near[:, None] < old[:, 1]) & (near[:, None] + tag > old[:, 0])  # (tried, tags, axis)
+    meets = meets.astype(np.float32)
+    free = np.argwhere(meets[..., 0] @ meets[..., 1].T == 0)  # the pairs (left, top) to choose from
+    corners = np.stack([near[free[:, 0], 0], near[free[:, 1], 1]], axis=1)
+    far = ((corners - wanted) ** 2).sum(axis=1)
+    return tuple(corners[far.argmin()].tolist()) if len(corners) else None
 
 
 def draw_boxes(image, boxes, labels=None):
@@ -317,8 +343,9 @@ def draw_boxes(image, boxes, labels=None):
     draw, line = ImageDraw.Draw(picture), round(3 * _scale(picture))
     for corner, colour in zip(corners, colours):
         draw.rectangle(corner, outline=colour, width=line)
+    taken = []
     for corner, name, colour in zip(corners, names, colours):
-        _write_label(picture, name, corner[0], corner[1], colour)
+        _write_label(picture, name, corner[0], corner[1], colour, taken)
     return picture
 
 
@@ -348,10 +375,11 @@ def draw_masks(image, masks, labels=None):
         inside = np.asarray(shape.filter(shrink)) == 255
         strength = np.where(mask & ~inside, 255, np.where(mask, 110, 0)).astype(np.uint8)
         picture.paste(colour, mask=Image.fromarray(strength))
+    taken = []
     for mask, name, colour in zip(masks, names, colours):
         if mask.any():
             top, left = (int(np.flatnonzero(mask.any(axis=axis))[0]) for axis in (1, 0))
-            _write_label(picture, name, left, top, colour)
+            _write_label(picture, name, left, top, colour, taken)
     return picture
 
 

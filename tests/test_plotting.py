@@ -288,6 +288,26 @@ def test_labels_never_leave_the_picture(size, label):
     assert middle[0] < height and middle[1] < width
 
 
+def test_labels_never_hide_each_other():
+    """Tags of different colours on one spot: each shows its whole rectangle, or is not there."""
+    for size, count in (((200, 120), 6), ((60, 40), 40)):
+        picture, taken = plain(*size), []
+        colours = [f"#{40 + 5 * i:02x}ff{250 - 5 * i:02x}" for i in range(count)]
+        areas = []
+        for number, colour in enumerate(colours):
+            before = len(taken)
+            plotting._write_label(picture, str(number), 30, 20, colour, taken)
+            areas += [colour] * (len(taken) - before)
+        pixels = np.asarray(picture)
+        for colour, (x0, y0, x1, y1) in zip(areas, taken):
+            edge = np.concatenate([pixels[y0, x0:x1], pixels[y0:y1, x0], pixels[y1 - 1, x0:x1]])
+            assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
+            assert (edge == byte_colour(colour)).all(axis=1).mean() > 0.5
+        for a, b in itertools.combinations(taken, 2):
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert taken[0][:1] == (30,) and (count == 40 or len(taken) == count)
+
+
 def test_equal_labels_share_a_colour():
     boxes = [(10, 10, 30, 30), (40, 10, 60, 30), (70, 10, 90, 30)]
     drawn = np.asarray(draw_boxes(plain(100, 60), boxes, ["cat", "dog", "cat"]))

@@ -1,0 +1,280 @@
+# Exported from notebooks/19_detection.ipynb — edit there, then run `make sync`.
+"""Boxes as words: write them, read them from untrusted text, and measure how good they are."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paligemma.tokenizer import Tokenizer
+
+
+def encode_boxes(boxes: Iterable[Sequence[float]], width: float, height: float) -> list[str]:
+    """Write each box as four words, in the order y0 x0 y1 x1.
+
+    Args:
+        boxes: (x0, y0, x1, y1) each, in pixels; clipped to the picture.
+        width, height: of the picture, pixels.
+
+    Returns:
+        "<loc…><loc…><loc…><loc…>" for each box.
+
+    Raises:
+        ValueError: no four finite numbers, an edge beyond its opposite, a picture without size.
+
+    Source: big_vision, `pp/proj/paligemma`: round(v · 1023), clipped to 0 … 1023.
+    """
+    _check_size(width, height)
+    words = []
+    for box in boxes:
+        box = [float(value) for value in box]
+        if len(box) != 4 or not all(map(math.isfinite, box)):
+            raise ValueError(f"a box is {box}; expected four finite numbers x0, y0, x1, y1")
+        x0, y0, x1, y1 = box
+        if x1 < x0 or y1 < y0:
+            raise ValueError(
+                f"box {box} is inside out; expected x0, y0, x1, y1 with x0 ≤ x1 and y0 ≤ y1 "
+                "(not width and height)"
+            )
+        shares = (y0 / height, x0 / width, y1 / height, x1 / width)
+        words.append("".join(f"<loc{round(1023 * min(max(v, 0), 1)):04d}>" for v in shares))
+    return words
+
+
+def _check_size(width: float, height: float) -> None:
+    if not (0 < width < math.inf and 0 < height < math.inf):
+        raise ValueError(f"the picture is {width} × {height}; expected its size in pixels")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object that was found.
+
+    Args:
+        label: its name, as the model wrote it.
+        box: (x0, y0, x1, y1) in pixels of the given picture.
+        score: how sure the model was, 0 to 1; 1 where nothing is known.
+    """
+
+    label: str
+    box: tuple[float, float, float, float]
+    score: float = 1.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object as it stands in a text.
+
+    Args:
+        start, end: its characters are text[start:end].
+        locs: the last four `<loc>` numbers, y0 x0 y1 x1, or fewer.
+        segs: the `<seg>` numbers: none, or the sixteen of a mask.
+        label: what follows them.
+        problem: why it cannot be used; None: it is well formed.
+    """
+
+    start: int
+    end: int
+    locs: tuple[int, ...]
+    segs: tuple[int, ...]
+    label: str
+    problem: str | None
+
+
+OBJECT = re.compile(r"((?:<loc\d{4}>\s*)+)((?:<seg\d{3}>\s*)*)([^;<>\n]*)", re.ASCII)
+
+
+def find_objects(text: str) -> Iterator[Found]:
+    """Yield every run of `<loc>` words with what follows it, well formed or not, in order."""
+    for match in OBJECT.finditer(text):
+        locs = tuple(int(number) for number in re.findall(r"\d{4}", match[1], re.ASCII)[-4:])
+        segs = tuple(int(number) for number in re.findall(r"\d{3}", match[2], re.ASCII))
+        label, problem = match[3].strip(), None
+        if len(locs) < 4:
+            problem = f"{len(locs)} <loc>, expected 4"
+        elif max(locs) > 1023 or max(segs, default=0) > 127:
+            problem = "a number beyond <loc1023> or <seg127>"
+        elif len(segs) not in (0, 16):
+            problem = f"{len(segs)} <seg>, expected 16 or none"
+        elif not label:
+            problem = "no label"
+        elif locs[2] <= locs[0] or locs[3] <= locs[1]:
+            problem = "a box without inside"
+        yield Found(match.start(), match.end(), locs, segs, label, problem)
+
+
+def decode_box(
+    locs: Sequence[int], width: float, height: float
+) -> tuple[float, float, float, float]:
+    """Four numbers 0 … 1023, y0 x0 y1 x1, as (x0, y0, x1, y1) in pixels."""
+    y0, x0, y1, x1 = (number / 1023 for number in locs)
+    return x0 * width, y0 * height, x1 * width, y1 * height
+
+
+def parse_detections(
+    text: str, width: float, height: float, dropped: list | None = None
+) -> list[Detection]:
+    """Read the objects of a model's answer; whatever the text, it raises nothing.
+
+    Args:
+        text: "<loc>×4 label" joined by " ; ", with anything around; a mask's `<seg>` are skipped.
+        width, height: of the picture, pixels.
+        dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
+
+    Returns:
+        The well-formed objects, in order, with score 1.
+
+    Raises:
+        ValueError: a picture without size.
+    """
+    _check_size(width, height)
+    detections = []
+    for found in find_objects(text):
+        if found.problem is None:
+            detections.append(Detection(found.label, decode_box(found.locs, width, height)))
+        elif dropped is not None:
+            dropped.append((text[found.start : found.end].strip(), found.problem))
+    return detections
+
+
+def score_spans(
+    spans: Iterable[tuple[int, int]],
+    ids: Sequence[int],
+    log_probs: Sequence[float],
+    tokenizer: Tokenizer,
+) -> list[float]:
+    """How sure the model was of pieces of its answer.
+
+    Args:
+        spans: (start, end) characters of `tokenizer.decode(ids)`.
+        ids: the tokens of the answer.
+        log_probs: the natural logarithm of each token's probability.
+        tokenizer: spells them.
+
+    Returns:
+        For each span the geometric mean of its tokens' probabilities, 0 to 1.
+    """
+    ids = [int(token) for token in ids]
+    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    starts = [0, *ends[:-1]]
+    scores = []
+    for first, last in spans:
+        own = [
+            float(log_prob)
+            for start, end, log_prob in zip(starts, ends, log_probs)
+            if start < end and first < end <= last
+        ]
+        scores.append(min(1.0, math.exp(sum(own) / len(own))) if own else 0.0)
+    return scores
+
+
+def score_detections(
+    ids: Sequence[int],
+    log_probs: Sequence[float],
+    tokenizer: Tokenizer,
+    width: float,
+    height: float,
+    dropped: list | None = None,
+) -> list[Detection]:
+    """`parse_detections` of an answer given as tokens, each object with its score.
+
+    Args:
+        ids: the tokens of one answer.
+        log_probs: of each token, as `generate_steps` collects them.
+        tokenizer: spells them.
+        width, height, dropped: as in `parse_detections`.
+
+    Returns:
+        The well-formed objects, in order.
+    """
+    text = tokenizer.decode(ids)
+    detections = parse_detections(text, width, height, dropped)
+    spans = [(found.start, found.end) for found in find_objects(text) if found.problem is None]
+    scores = score_spans(spans, ids, log_probs, tokenizer)
+    return [Detection(d.label, d.box, score) for d, score in zip(detections, scores)]
+
+
+def box_iou(a: Sequence, b: Sequence) -> torch.Tensor:
+    """Intersection over union of every box in `a` with every box in `b`.
+
+    Args:
+        a: N boxes (x0, y0, x1, y1), any unit.
+        b: M boxes.
+
+    Returns:
+        `float64[N, M]`, 0 (apart) to 1 (equal); 0 for two boxes without area.
+    """
+    a, b = (torch.as_tensor(boxes, dtype=torch.float64).reshape(-1, 4) for boxes in (a, b))
+    low = torch.maximum(a[:, None, :2], b[None, :, :2])  # (N, M, 2)
+    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)  # (N, M)
+    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b))
+    union = area_a[:, None] + area_b - shared
+    return torch.where(union > 0, shared / union, 0.0)
+
+
+def match_boxes(scores: Sequence[float], ious: torch.Tensor, threshold: float = 0.5) -> list[int]:
+    """Give each detection at most one true box: the surest chooses first.
+
+    Args:
+        scores: of N detections.
+        ious: `float[N, M]` from `box_iou`.
+        threshold: least IoU that counts as found.
+
+    Returns:
+        For each detection the number of its true box, or -1.
+
+    Source: pycocotools, `cocoeval.py` (of equal overlaps the last true box is taken).
+    """
+    chosen, taken = [-1] * len(scores), set()
+    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
+        best = threshold
+        for j, overlap in enumerate(ious[i].tolist()):
+            if j not in taken and overlap >= best:
+                chosen[i], best = j, overlap
+        taken.add(chosen[i])
+    return chosen
+
+
+def average_precision(
+    found: Sequence[Sequence[Detection]],
+    truth: Sequence[Sequence[Detection]],
+    label: str,
+    threshold: float = 0.5,
+) -> float:
+    """Average precision for one kind of object over many pictures.
+
+    Args:
+        found: for each picture what was detected.
+        truth: for each picture what is there (scores do not matter).
+        label: the kind.
+        threshold: least IoU that counts as found.
+
+    Returns:
+        0 to 1; NaN where the kind is in no picture.
+
+    Raises:
+        ValueError: not as many pictures in `found` as in `truth`.
+
+    Source: COCO's definition (101 recalls), pycocotools, `cocoeval.py`.
+    """
+    if len(found) != len(truth):
+        raise ValueError(f"found has {len(found)} pictures, truth {len(truth)}; expected equal")
+    hits, total = [], 0  # (score, was it right?)
+    for detections, objects in zip(found, truth):
+        own = [d for d in detections if d.label == label]
+        there = [d.box for d in objects if d.label == label]
+        scores = [d.score for d in own]
+        chosen = match_boxes(scores, box_iou([d.box for d in own], there), threshold)
+        hits += [(score, j >= 0) for score, j in zip(scores, chosen)]
+        total += len(there)
+    if total == 0:
+        return math.nan
+    hits.sort(key=lambda hit: -hit[0])
+    right = torch.tensor([hit for _, hit in hits], dtype=torch.float64).cumsum(0)
+    precision = right / torch.arange(1, len(hits) + 1)
+    precision = precision.flip(0).cummax(0).values.flip(0)  # the best from here on
+    places = torch.searchsorted(right / total, torch.linspace(0, 1, 101, dtype=torch.float64))
+    return float(torch.cat([precision, precision.new_zeros(1)])[places].mean())
