@@ -389,7 +389,7 @@ def test_words_are_written_where_they_are_asked_for():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="train, validation, test.*'dev'"):
+    with pytest.raises(ValueError, match=r"train, validation, test.*'dev'"):
         scenes.make_scene(0, "dev")
     for split in ("train", "validation"):
         with pytest.raises(ValueError, match="test split"):
