@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from paligemma.checkpoint import load_model, weight_files
+from paligemma.detection import Detection, score_detections
 from paligemma.generation import check_options, generate, generate_steps, stream
 from paligemma.image_processor import open_image
 from paligemma.model import PaliGemma
@@ -64,6 +65,19 @@ class Options:
         }
 
 
+def task_prompt(task: str, what: str) -> str:
+    """`"detect", "cat;dog"` → `"detect cat ; dog"`; the task may stand there already.
+
+    Raises:
+        ValueError: nothing is named.
+    """
+    names = what.strip().removeprefix(f"{task} ").split(";") if isinstance(what, str) else []
+    names = [name.strip() for name in names if name.strip()]
+    if not names or names == [task]:
+        raise ValueError(f"{what!r} names nothing to {task}; expected such as 'cat' or 'cat ; dog'")
+    return f"{task} {' ; '.join(names)}"
+
+
 class Pipeline:
     """A model with its processor: pictures and prompts in, text out.
 
@@ -101,6 +115,22 @@ class Pipeline:
         """
         ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
         return [self.processor.decode(row) for row in ids]
+
+    def detect(self, image, what: str, **options) -> list[Detection]:
+        """Find the things named in `what`, "cat" or "cat ; dog"; boxes in pixels of `image`.
+
+        Raises:
+            ValueError: as in `stream`, or nothing named.
+        """
+        picture, prompt = open_image(image), task_prompt("detect", what)
+        ids, log_probs = self._scored(picture, prompt, options)
+        return score_detections(ids, log_probs, self.processor.tokenizer, *picture.size)
+
+    def _scored(self, image, prompt: str, options: dict) -> tuple[list[int], list[float]]:
+        """The tokens of one answer, and the logarithm of each one's probability."""
+        arguments, log_probs = self._arguments([image], [prompt], options), []
+        steps = generate_steps(self.model, **arguments, log_probs=log_probs)
+        return [int(token) for token in steps], [float(value) for value in log_probs]
 
     def _arguments(self, images: list, prompts: list[str], options: dict) -> dict:
         """Keywords for `generate`."""
@@ -169,6 +199,7 @@ EXAMPLES = """examples:
             --prompt "answer en what is on the table?"         a published checkpoint
   paligemma --image_file_path photo.jpg --do_sample --temperature 0.8 --top_p 0.9 --seed 1
   paligemma --image_file_path photo.jpg --output captioned.png write the picture with its answer
+  paligemma --image_file_path photo.jpg --task detect --prompt "cat ; dog" --output boxes.png
   curl -s https://example.org/photo.jpg | paligemma --image_file_path -
 """
 
@@ -210,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--image_file_path", metavar="FILE", required=True, help="the picture; - is standard input")
-    add("--prompt", default="caption en", help="what to do with it (default: caption en)")
+    add("--prompt", help="what to do with it (default: caption en); for detect: the names")
     add("--model_path", metavar="DIR", help="checkpoint directory or hub name (default: shipped)")
     add("--max_tokens_to_generate", metavar="N", type=int, default=100, help="default: 100")
     flag = {"type": _boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
@@ -220,8 +251,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="makes --do_sample repeatable")
     add("--only_cpu", **flag, help="leave a GPU alone")
     add("--quantize", choices=["int8", "int4"], help="not in this version")
-    add("--task", choices=["answer"], default="answer", help="default: answer")
-    add("--output", metavar="FILE", help="write the picture with the answer below it")
+    add("--task", choices=["answer", "detect"], default="answer", help="default: answer")
+    add("--output", metavar="FILE", help="write the picture with the answer below, or the boxes")
     add("--json", action="store_true", help="print one JSON object instead of streaming")
     version = import_module("paligemma").__version__
     add("--version", action="version", version=f"%(prog)s {version}")
@@ -251,22 +282,63 @@ def run(args: argparse.Namespace) -> None:
     options = Options(args.max_tokens_to_generate, **draw)
     if not args.do_sample:
         options.temperature = 0.0
+    prompt = "caption en" if args.prompt is None else args.prompt
+    if args.task != "answer":
+        prompt = task_prompt(args.task, args.prompt or "")
     if args.output:
         check_output(args.output)
     image = read_picture(args.image_file_path)
     device = None if args.only_cpu else torch.accelerator.current_accelerator()
     progress = sys.stderr.isatty()  # a bar is for people, not for log files
     pipeline = load(args.model_path, device or "cpu", quantize=args.quantize, progress=progress)
-    answer = ""
-    for piece in pipeline.stream(image, args.prompt, **vars(options)):
-        answer += piece
-        if not args.json:
-            print(piece, end="", flush=True)
-    print(json.dumps({"prompt": args.prompt, "answer": answer}) if args.json else "", flush=True)
+    task = {"answer": run_answer, "detect": run_detect}[args.task]
+    make_picture = task(pipeline, image, prompt, vars(options), args.json)
     if args.output:
+        save_picture(make_picture(), args.output)
+
+
+def run_answer(
+    pipeline: Pipeline, image: Image.Image, prompt: str, options: dict, as_json: bool
+) -> Callable[[], Image.Image]:
+    """Print the answer as it comes, or as JSON; returns what draws it."""
+    answer = ""
+    for piece in pipeline.stream(image, prompt, **options):
+        answer += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else "", flush=True)
+
+    def draw() -> Image.Image:
         from paligemma.plotting import draw_caption  # matplotlib only where it is needed
 
-        save_picture(draw_caption(image, answer), args.output)
+        return draw_caption(image, answer)
+
+    return draw
+
+
+def run_detect(
+    pipeline: Pipeline, image: Image.Image, prompt: str, options: dict, as_json: bool
+) -> Callable[[], Image.Image]:
+    """Print a line for each object (label, score, x0 y0 x1 y1), or JSON; returns what draws them."""
+    detections = pipeline.detect(image, prompt, **options)
+    found = [
+        {"label": d.label, "score": round(d.score, 4), "box": [round(v, 2) for v in d.box]}
+        for d in detections
+    ]
+    if as_json:
+        print(json.dumps({"prompt": prompt, "detections": found}), flush=True)
+    for d in [] if as_json else detections:
+        print(f"{d.label}\t{d.score:.2f}\t{' '.join(f'{v:.0f}' for v in d.box)}", flush=True)
+    if not found:
+        print("nothing found", file=sys.stderr)
+
+    def draw() -> Image.Image:
+        from paligemma.plotting import draw_boxes
+
+        tags = [f"{d.label} {d.score:.2f}" for d in detections]
+        return draw_boxes(image, [d.box for d in detections], tags)
+
+    return draw
 
 
 def read_picture(name: str) -> Image.Image:

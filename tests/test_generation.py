@@ -291,6 +291,32 @@ def test_steps_are_the_columns(model, free):
     assert all(step.shape == (3,) and step.dtype == torch.int64 for step in steps)
 
 
+def test_log_probabilities_are_those_of_one_full_pass(model):
+    batch, logs = random_batch(), []
+    ids = torch.stack(list(generate_steps(model, **batch, max_new_tokens=6, log_probs=logs)), 1)
+    for row, tokens in enumerate(ids):
+        tokens = tokens[: (tokens == 1).nonzero()[0, 0] + 1] if (tokens == 1).any() else tokens
+        real = batch["attention_mask"][row].bool() if "attention_mask" in batch else slice(None)
+        whole = torch.cat([batch["input_ids"][row][real], tokens])[None]
+        with torch.no_grad():
+            prefix = len(whole[0]) - len(tokens)
+            for n, token in enumerate(tokens.tolist()):
+                cut = whole[:, : prefix + n]
+                types = (torch.arange(prefix + n) >= prefix).long()[None]
+                pixels = batch["pixel_values"][row : row + 1]
+                out = model(cut, pixels, token_type_ids=types)
+                expected = out.logits[0, -1].log_softmax(-1)[token]
+                assert torch.allclose(logs[n][row], expected, atol=1e-4)
+
+
+def test_log_probabilities_of_an_ended_row_are_zero(model, free):
+    eos, logs = int(free[0, 0]), []
+    options = {"max_new_tokens": 4, "eos_token_id": eos, "log_probs": logs}
+    tokens = torch.stack(list(generate_steps(model, **random_batch(), **options)), 1)
+    assert logs[0][0] < 0
+    assert all(log[0] == 0 for log in logs[1:]) and bool((tokens[0, 1:] == 0).all())
+
+
 def test_an_early_close_frees_the_cache(model, monkeypatch):
     seen, make = [], model.make_cache
 

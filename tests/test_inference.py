@@ -17,7 +17,16 @@ from PIL import Image
 
 import paligemma
 from paligemma.checkpoint import load_model, save_model
-from paligemma.inference import SMALL, TINY, Options, Pipeline, find_checkpoint, load, main
+from paligemma.inference import (
+    SMALL,
+    TINY,
+    Options,
+    Pipeline,
+    find_checkpoint,
+    load,
+    main,
+    task_prompt,
+)
 from paligemma.processor import Processor
 from paligemma.tokenizer import Tokenizer
 
@@ -214,6 +223,72 @@ def test_a_stopped_stream_leaves_the_model_as_it_was(pg):
     assert not torch.is_inference_mode_enabled()
 
 
+# ---------------------------------------------------------------- boxes
+
+BOXES = "<loc0514><loc0050><loc0788><loc0343> cat ; <loc0263><loc0406> dog"
+
+
+@pytest.fixture
+def writes_boxes(monkeypatch):
+    """Every model answers with one good box and one cut off, and finds each token 80 % likely."""
+
+    def steps(model, input_ids, log_probs=None, eos_token_id=1, **_):
+        for token in [*Tokenizer(TINY / "tokenizer.model").encode(BOXES), eos_token_id]:
+            log_probs.append(torch.tensor([0.8]).log())
+            yield torch.tensor([token])
+
+    monkeypatch.setattr("paligemma.inference.generate_steps", steps)
+
+
+def test_detect_gives_boxes_of_the_given_picture(pg, writes_boxes):
+    wide = Image.new("RGB", (1023, 200))
+    (detection,) = pg.detect(wide, "cat ; dog")
+    assert detection.label == "cat" and detection.score == pytest.approx(0.8)
+    assert detection.box == pytest.approx((50, 514 / 1023 * 200, 343, 788 / 1023 * 200))
+
+
+def test_detect_reads_whatever_the_shipped_model_says(pg):
+    for detection in pg.detect(SCENE, "cat ; dog"):
+        x0, y0, x1, y1 = detection.box
+        assert 0 <= x0 < x1 <= 448 and 0 <= y0 < y1 <= 448 and 0 <= detection.score <= 1
+
+
+@pytest.mark.parametrize(
+    ("what", "prompt"),
+    [
+        ("cat", "detect cat"),
+        ("cat;dog ;", "detect cat ; dog"),
+        (" detect cat ; dog", "detect cat ; dog"),
+    ],
+)
+def test_names_are_laid_out_as_in_training(what, prompt):
+    assert task_prompt("detect", what) == prompt
+
+
+@pytest.mark.parametrize("what", ["", " ; ", "detect", "detect ", None])
+def test_nothing_named_is_refused(pg, what):
+    with pytest.raises(ValueError, match="names nothing to detect"):
+        pg.detect(SCENE, what)
+
+
+def test_detect_on_the_command_line(capsys, tmp_path, writes_boxes):
+    file = tmp_path / "boxes.png"
+    task = ("--image_file_path", SCENE, "--task", "detect", "--prompt", "cat ; dog")
+    assert run(capsys, *task, "--output", file) == (0, "cat\t0.80\t22 225 150 345\n", "")
+    scene, drawn = (Image.open(f).convert("RGB") for f in (SCENE, file))
+    changed = (np.asarray(scene) != np.asarray(drawn)).any(axis=2)
+    assert drawn.size == scene.size and changed[226, 60] and not changed[300, 80]
+    code, out, err = run(capsys, *task, "--json")
+    assert (code, err) == (0, "")
+    box = {"label": "cat", "score": 0.8, "box": [21.9, 225.09, 150.21, 345.09]}
+    assert json.loads(out) == {"prompt": "detect cat ; dog", "detections": [box]}
+
+
+def test_detect_needs_names(capsys):
+    code, out, err = run(capsys, "--image_file_path", SCENE, "--task", "detect")
+    assert (code, out) == (2, "") and "names nothing to detect" in err and err.count("\n") == 1
+
+
 # ---------------------------------------------------------------- loading
 
 
@@ -396,7 +471,7 @@ MISTAKES = {
     "int8": (["--quantize", "int8"], "not in this version"),
     "int4": (["--quantize", "int4"], "not in this version"),
     "quantize": (["--quantize", "int2"], "invalid choice: 'int2'"),
-    "task": (["--task", "detect"], "invalid choice: 'detect'"),
+    "task": (["--task", "dance"], "invalid choice: 'dance'"),
     "unknown": (["--verbose"], "unrecognized arguments: --verbose"),
     "abbreviated": (["--temp", "1"], "unrecognized arguments: --temp"),
     "left over": (["photo.jpg"], "unrecognized arguments: photo.jpg"),

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb)
+# [← Detection](19_detection.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
 
 # %% [markdown]
 # # 22 · Inference: how does a folder of weights become a command that answers?
@@ -48,7 +48,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
@@ -57,6 +57,7 @@ import torch
 from PIL import Image
 
 from paligemma.checkpoint import load_model, weight_files
+from paligemma.detection import Detection, score_detections
 from paligemma.generation import check_options, generate, generate_steps, stream
 from paligemma.image_processor import open_image
 from paligemma.model import PaliGemma
@@ -257,6 +258,25 @@ class Options:
 
 
 # %% [markdown]
+# A task that returns objects needs their names in the layout of the training: `detect cat ; dog`.
+
+
+# %%
+#| export
+def task_prompt(task: str, what: str) -> str:
+    """`"detect", "cat;dog"` → `"detect cat ; dog"`; the task may stand there already.
+
+    Raises:
+        ValueError: nothing is named.
+    """
+    names = what.strip().removeprefix(f"{task} ").split(";") if isinstance(what, str) else []
+    names = [name.strip() for name in names if name.strip()]
+    if not names or names == [task]:
+        raise ValueError(f"{what!r} names nothing to {task}; expected such as 'cat' or 'cat ; dog'")
+    return f"{task} {' ; '.join(names)}"
+
+
+# %% [markdown]
 # Then the object. `stream` is the basic form; calling the object joins its pieces, so the two can
 # never disagree. Note what a user does *not* meet: tensors, pads, masks, devices, eos.
 
@@ -301,6 +321,22 @@ class Pipeline:
         ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
         return [self.processor.decode(row) for row in ids]
 
+    def detect(self, image, what: str, **options) -> list[Detection]:
+        """Find the things named in `what`, "cat" or "cat ; dog"; boxes in pixels of `image`.
+
+        Raises:
+            ValueError: as in `stream`, or nothing named.
+        """
+        picture, prompt = open_image(image), task_prompt("detect", what)
+        ids, log_probs = self._scored(picture, prompt, options)
+        return score_detections(ids, log_probs, self.processor.tokenizer, *picture.size)
+
+    def _scored(self, image, prompt: str, options: dict) -> tuple[list[int], list[float]]:
+        """The tokens of one answer, and the logarithm of each one's probability."""
+        arguments, log_probs = self._arguments([image], [prompt], options), []
+        steps = generate_steps(self.model, **arguments, log_probs=log_probs)
+        return [int(token) for token in steps], [float(value) for value in log_probs]
+
     def _arguments(self, images: list, prompts: list[str], options: dict) -> dict:
         """Keywords for `generate`."""
         arguments = Options(**options).arguments(self.model.device)
@@ -316,6 +352,16 @@ assert pg(picture, "caption en") == by_hand
 assert "".join(pg.stream(picture, "caption en")) == by_hand
 assert pg.batch(pictures, ["caption en"] * 3) == together
 print(list(pg.stream(picture, "caption en")))
+
+# %% [markdown]
+# `detect` is lesson 19 in three lines: the picture's own size, the answer with its log-probabilities,
+# the objects read from it. Whatever the model writes, this is a list; what is no object is not in it.
+
+# %%
+print(task_prompt("detect", "cat;dog"))
+for detection in pg.detect(picture, "cat ; dog"):
+    print(detection.label, f"{detection.score:.2f}", [round(value) for value in detection.box])
+print("the answer behind it:", pg(picture, "detect cat ; dog"))
 
 # %% [markdown]
 # ### Loading, and in which type to compute
@@ -416,6 +462,7 @@ EXAMPLES = """examples:
             --prompt "answer en what is on the table?"         a published checkpoint
   paligemma --image_file_path photo.jpg --do_sample --temperature 0.8 --top_p 0.9 --seed 1
   paligemma --image_file_path photo.jpg --output captioned.png write the picture with its answer
+  paligemma --image_file_path photo.jpg --task detect --prompt "cat ; dog" --output boxes.png
   curl -s https://example.org/photo.jpg | paligemma --image_file_path -
 """
 
@@ -465,7 +512,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--image_file_path", metavar="FILE", required=True, help="the picture; - is standard input")
-    add("--prompt", default="caption en", help="what to do with it (default: caption en)")
+    add("--prompt", help="what to do with it (default: caption en); for detect: the names")
     add("--model_path", metavar="DIR", help="checkpoint directory or hub name (default: shipped)")
     add("--max_tokens_to_generate", metavar="N", type=int, default=100, help="default: 100")
     flag = {"type": _boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
@@ -475,8 +522,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="makes --do_sample repeatable")
     add("--only_cpu", **flag, help="leave a GPU alone")
     add("--quantize", choices=["int8", "int4"], help="not in this version")
-    add("--task", choices=["answer"], default="answer", help="default: answer")
-    add("--output", metavar="FILE", help="write the picture with the answer below it")
+    add("--task", choices=["answer", "detect"], default="answer", help="default: answer")
+    add("--output", metavar="FILE", help="write the picture with the answer below, or the boxes")
     add("--json", action="store_true", help="print one JSON object instead of streaming")
     version = import_module("paligemma").__version__
     add("--version", action="version", version=f"%(prog)s {version}")
@@ -515,22 +562,69 @@ def run(args: argparse.Namespace) -> None:
     options = Options(args.max_tokens_to_generate, **draw)
     if not args.do_sample:
         options.temperature = 0.0
+    prompt = "caption en" if args.prompt is None else args.prompt
+    if args.task != "answer":
+        prompt = task_prompt(args.task, args.prompt or "")
     if args.output:
         check_output(args.output)
     image = read_picture(args.image_file_path)
     device = None if args.only_cpu else torch.accelerator.current_accelerator()
     progress = sys.stderr.isatty()  # a bar is for people, not for log files
     pipeline = load(args.model_path, device or "cpu", quantize=args.quantize, progress=progress)
-    answer = ""
-    for piece in pipeline.stream(image, args.prompt, **vars(options)):
-        answer += piece
-        if not args.json:
-            print(piece, end="", flush=True)
-    print(json.dumps({"prompt": args.prompt, "answer": answer}) if args.json else "", flush=True)
+    task = {"answer": run_answer, "detect": run_detect}[args.task]
+    make_picture = task(pipeline, image, prompt, vars(options), args.json)
     if args.output:
+        save_picture(make_picture(), args.output)
+
+
+# %% [markdown]
+# Each task prints its result and returns *how* to draw it: only `--output` pays for the drawing.
+
+
+# %%
+#| export
+def run_answer(
+    pipeline: Pipeline, image: Image.Image, prompt: str, options: dict, as_json: bool
+) -> Callable[[], Image.Image]:
+    """Print the answer as it comes, or as JSON; returns what draws it."""
+    answer = ""
+    for piece in pipeline.stream(image, prompt, **options):
+        answer += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    print(json.dumps({"prompt": prompt, "answer": answer}) if as_json else "", flush=True)
+
+    def draw() -> Image.Image:
         from paligemma.plotting import draw_caption  # matplotlib only where it is needed
 
-        save_picture(draw_caption(image, answer), args.output)
+        return draw_caption(image, answer)
+
+    return draw
+
+
+def run_detect(
+    pipeline: Pipeline, image: Image.Image, prompt: str, options: dict, as_json: bool
+) -> Callable[[], Image.Image]:
+    """Print a line for each object (label, score, x0 y0 x1 y1), or JSON; returns what draws them."""
+    detections = pipeline.detect(image, prompt, **options)
+    found = [
+        {"label": d.label, "score": round(d.score, 4), "box": [round(v, 2) for v in d.box]}
+        for d in detections
+    ]
+    if as_json:
+        print(json.dumps({"prompt": prompt, "detections": found}), flush=True)
+    for d in [] if as_json else detections:
+        print(f"{d.label}\t{d.score:.2f}\t{' '.join(f'{v:.0f}' for v in d.box)}", flush=True)
+    if not found:
+        print("nothing found", file=sys.stderr)
+
+    def draw() -> Image.Image:
+        from paligemma.plotting import draw_boxes
+
+        tags = [f"{d.label} {d.score:.2f}" for d in detections]
+        return draw_boxes(image, [d.box for d in detections], tags)
+
+    return draw
 
 
 # %% [markdown]
@@ -620,6 +714,7 @@ command("--image_file_path scene.png")
 command('--image-file-path scene.png --prompt "answer en how many dogs are there?" --json')
 command("--image_file_path scene.png --max_tokens_to_generate 2")
 command("--image_file_path scene.png --do_sample True --temperature 1.2 --seed 3")
+command('--image_file_path scene.png --task detect --prompt "cat ; dog" --output boxes.png --json')
 
 # %% [markdown]
 # And what goes wrong, each in one line. Look at the first words: whose mistake, and what to do.
@@ -633,6 +728,7 @@ command('--image_file_path scene.png --prompt "<image> caption en"')
 command("--image_file_path scene.png --output captioned.xyz")
 command("--image_file_path scene.png --quantize int4")
 command("--image_file_path scene.png --temp 0.5")
+command("--image_file_path scene.png --task detect")
 
 # %% [markdown]
 # And as a program of its own, in a pipe: `cat scene.png | paligemma --image_file_path -`. The picture
@@ -965,4 +1061,4 @@ check(test_3, arguments)
 # - transformers: `models/paligemma/processing_paligemma.py`, function `build_string_from_input`.
 
 # %% [markdown] tags=["navigation"]
-# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb)
+# [← Detection](19_detection.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
