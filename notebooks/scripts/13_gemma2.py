@@ -23,8 +23,7 @@
 # - name the five changes from Gemma to Gemma 2, and what each is for;
 # - cap scores in the right place: after the scale, before the mask;
 # - say what a sliding window hides, and why it does not cut the picture in two;
-# - find the query scale of a model (it is neither of the two obvious numbers);
-# - tell from names and counts which PaliGemma lies before you.
+# - find the query scale of a model.
 
 # %% tags=["map"]
 from paligemma.plotting import model_map
@@ -263,8 +262,7 @@ save_figure(fig, "13_cat_window")
 # %% [markdown]
 # A sliver at the top, and only in every second layer. The cat's ears are not lost either: all other
 # patches have looked at them before, in both directions.
-
-# %% [markdown]
+#
 # ## As a loop
 #
 # Attention of Gemma 2 with one head, one query and one key at a time. Read the order of the lines:
@@ -319,8 +317,7 @@ print("weight on hidden keys, by query:", [f"{x:.3f}" for x in leak.tolist()])
 # %% [markdown]
 # Nine queries are right to the last digit, and the tenth gives most of its weight to what it must not
 # see. Such a bug hides from tests. (Exercise 3 makes it appear at will.)
-
-# %% [markdown]
+#
 # ## The module
 #
 # The config gains four fields; the other defaults are the language model of PaliGemma 2 3B.
@@ -691,8 +688,7 @@ save_figure(fig, "13_undone")
 # Read the second row: positions 0 to 3 do not move, because a window of four cuts nothing there. The
 # scale moves little. And the first token sees only itself, so that nothing in attention can change
 # it. **A wrong window passes every test on short prompts.**
-
-# %% [markdown]
+#
 # ## At full size
 
 # %%

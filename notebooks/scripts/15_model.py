@@ -278,7 +278,7 @@ print(mask[1].int())
 # ## The module
 #
 # First the numbers: two configurations, and which ids are special. Their defaults *are* PaliGemma
-# 3B.
+# 3B. With a `Gemma2Config` ([13](13_gemma2.ipynb)) it becomes PaliGemma 2; nothing else changes.
 
 
 # %%

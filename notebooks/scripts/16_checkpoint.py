@@ -340,14 +340,6 @@ def _rope_theta(file: Path, text: dict):
     return rope.get("rope_theta") if text.get("rope_theta") is None else text["rope_theta"]
 
 
-# %% [markdown]
-# PaliGemma 2 (lesson [13](13_gemma2.ipynb)) is told by `text_config.model_type`. Two things could
-# silently change its code: a cap or window of `null`, which means "none", and windows in other
-# layers than every second.
-
-
-# %%
-#| export
 def _check_gemma2(file: Path, text: dict) -> None:
     """The parts of Gemma 2 that some configs may switch off or move are as PaliGemma 2 has them."""
     for name in sorted(CAPS | {"sliding_window"}):
@@ -365,6 +357,8 @@ def _check_gemma2(file: Path, text: dict) -> None:
 
 
 # %% [markdown]
+# PaliGemma 2 ([13](13_gemma2.ipynb)) has another text model.
+#
 # One trap waits in `vocab_size`. The tokenizer has 257,152 pieces, numbered from 0, so `<image>`, added later, has number 257152 and needs one row *more*; the rows were then padded to a multiple of 64. Some configs say 257152 at the top level and 257216 inside `text_config`. The inner one is the truth. Where it is absent, a number too small for `<image>` is padded.
 
 
@@ -556,6 +550,8 @@ print(
 #
 # Each stored tensor must have exactly one place, and each place exactly one tensor, of the right shape and of a type that holds plain numbers. (An int8 or float8 tensor needs a scale that we do not know.)
 #
+# First of all: is it PaliGemma 1 or 2? Only 2 has four norms.
+#
 # One exception: PaliGemma's head *is* its embedding (lesson 12: tied). Some files store it a second time. That is fine, if it is the same.
 
 # %%
@@ -595,14 +591,6 @@ def _check_complete(path, state: dict, shapes: dict) -> None:
         raise CheckpointError(f"{path}: {HEAD} differs from the embedding; PaliGemma ties the two")
 
 
-# %% [markdown]
-# Before any of it, the commonest mix-up of all: the `config.json` of one PaliGemma beside the
-# weights of the other. Complaints about single tensors would be right and no help, so one look at
-# the names comes first: only PaliGemma 2 has norms around its GeGLU.
-
-
-# %%
-#| export
 def _check_generation(path, names: list[str], shapes: dict) -> None:
     """The weights are of the PaliGemma that config.json describes, 1 or 2."""
     stored, expected = (
