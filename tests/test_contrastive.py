@@ -111,7 +111,7 @@ def test_by_hand():
     assert sigmoid_loss(images, texts, 10.0, -7.0).item() == pytest.approx(sum(cells) / 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     chunks=st.integers(1, 6),
     each=st.integers(1, 4),
@@ -236,7 +236,7 @@ def test_a_few_steps_learn_the_pairs():
     torch.manual_seed(0)
     model, (pictures, ids) = make(), inputs(6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         model.loss(pictures, ids).backward()
         optimizer.step()
