@@ -1022,7 +1022,7 @@ fig
 
 # %% [markdown]
 # A 0 gives a wrong pair no weight: 240 of 256 cells vanish from the loss, and *yes to everything*
-# becomes the best answer. All vectors fall together; no picture is told from another.
+# becomes the best answer. Nothing makes wrong pairs part, so most of them are called together.
 #
 # The check is one line: a model that says yes to all must be *expensive*. (A test of this lesson does
 # it.)
