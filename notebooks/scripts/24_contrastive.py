@@ -10,7 +10,8 @@
 #     name: python3
 # ---
 
-# %% tags=["navigation"] [markdown]
+# %% [markdown] tags=["navigation"]
+# [← Scenes](23_scenes.ipynb) | [contents](00_overview.ipynb) | [Training →](25_training.ipynb)
 
 # %% [markdown]
 # # 24 · Contrastive learning: how does a picture learn from its caption?
@@ -1217,4 +1218,5 @@ check(test_3, loss_with_doubles)
 # - Beyer et al. 2024, *PaliGemma: A versatile 3B VLM for transfer*, section 3.
 # - `SiglipModel` in transformers; `two_towers.py` and `siglip.py` in big_vision.
 
-# %% tags=["navigation"] [markdown]
+# %% [markdown] tags=["navigation"]
+# [← Scenes](23_scenes.ipynb) | [contents](00_overview.ipynb) | [Training →](25_training.ipynb)
