@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← KV cache](11_kv_cache.ipynb) | [contents](00_overview.ipynb) | [Processor →](14_processor.ipynb)
+# [← KV cache](11_kv_cache.ipynb) | [contents](00_overview.ipynb) | [Gemma 2 →](13_gemma2.ipynb)
 
 # %% [markdown]
 # # 12 · Gemma: how do the pieces become a language model?
@@ -1012,4 +1012,4 @@ _ = ax.set(ylabel="surprise, nats", title="where is the misprint?")
 #   `models/gemma/modeling_gemma.py`, class `GemmaForCausalLM`.
 
 # %% [markdown] tags=["navigation"]
-# [← KV cache](11_kv_cache.ipynb) | [contents](00_overview.ipynb) | [Processor →](14_processor.ipynb)
+# [← KV cache](11_kv_cache.ipynb) | [contents](00_overview.ipynb) | [Gemma 2 →](13_gemma2.ipynb)

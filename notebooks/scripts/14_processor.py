@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Gemma](12_gemma.ipynb) | [contents](00_overview.ipynb) | [PaliGemma →](15_model.ipynb)
+# [← Gemma 2](13_gemma2.ipynb) | [contents](00_overview.ipynb) | [PaliGemma →](15_model.ipynb)
 
 # %% [markdown]
 # # 14 · Processor: what exactly does the model read?
@@ -906,4 +906,4 @@ check(test_3, sound)
 # - big_vision: the README of `configs/proj/paligemma`, and the text steps of `pp/proj/paligemma`.
 
 # %% [markdown] tags=["navigation"]
-# [← Gemma](12_gemma.ipynb) | [contents](00_overview.ipynb) | [PaliGemma →](15_model.ipynb)
+# [← Gemma 2](13_gemma2.ipynb) | [contents](00_overview.ipynb) | [PaliGemma →](15_model.ipynb)
