@@ -1424,7 +1424,8 @@ print("broken", first_said(broken))
 
 # %% [markdown]
 # The symptom: **a loss that falls like any other, and answers with holes.** At the newline the model
-# has learnt to say the token after next, so the article is gone ("pig" for "a pig"). Loss curves cannot show it. Reading ten written answers does.
+# learns to say the token after next, so the article is gone (" frog" for "a frog"; after 15 steps it
+# mixes up the kinds as well). Loss curves cannot show it. Reading ten written answers does.
 #
 # The relative on the other side, no shift at all, is more visible: the model learns to copy its
 # input, and the loss is 0 within minutes.
