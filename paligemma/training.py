@@ -548,9 +548,8 @@ def train(
         validate_every: steps between two looks at the validation scenes.
         quiet: no progress bar.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Trainer(config, folder, rank)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    run = Trainer(config, Path(folder), rank)
     stop, recent = [], []
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     start, saved_at, spent = time.perf_counter(), time.perf_counter(), run.seconds

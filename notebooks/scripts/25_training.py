@@ -10,7 +10,8 @@
 #     name: python3
 # ---
 
-# %% tags=["navigation"] [markdown]
+# %% [markdown] tags=["navigation"]
+# [← Contrastive learning](24_contrastive.ipynb) | [contents](00_overview.ipynb)
 
 # %% [markdown]
 # # 25 · Training: how does a model learn to look before it speaks?
@@ -968,9 +969,8 @@ def train(
         validate_every: steps between two looks at the validation scenes.
         quiet: no progress bar.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Trainer(config, folder, rank)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    run = Trainer(config, Path(folder), rank)
     stop, recent = [], []
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     start, saved_at, spent = time.perf_counter(), time.perf_counter(), run.seconds
@@ -1377,8 +1377,8 @@ print(f"a 3B example alone, at that rate: {step / (flops / seconds) / 60:.1f} mi
 
 # %% [markdown]
 # PaliGemma's paper trains on about a billion examples, on hundreds of accelerators. What is left for
-# one machine: fewer weights that learn ([26](26_lora.ipynb)), or more machines
-# ([27](27_distributed.ipynb)).
+# one machine: fewer weights that learn (lesson 26), or more machines
+# (lesson 27).
 #
 # ## A bug people really make: labels shifted twice
 #
@@ -1427,8 +1427,7 @@ print("broken", first_said(broken))
 # learns to say the token after next, so the article is gone (" frog" for "a frog"; after 15 steps it
 # mixes up the kinds as well). Loss curves cannot show it. Reading ten written answers does.
 #
-# The relative on the other side, no shift at all, is more visible: the model learns to copy its
-# input, and the loss is 0 within minutes.
+# No shift at all is more visible: the model copies its input, and the loss is soon 0.
 
 # %% [markdown]
 # ## Exercises
@@ -1613,4 +1612,5 @@ check(test_3, parts)
 #   ([arXiv 1805.09767](https://arxiv.org/abs/1805.09767)).
 # - The training loop of big_vision, `trainers/proj/paligemma/train.py`.
 
-# %% tags=["navigation"] [markdown]
+# %% [markdown] tags=["navigation"]
+# [← Contrastive learning](24_contrastive.ipynb) | [contents](00_overview.ipynb)
