@@ -107,7 +107,10 @@ class TrainingConfig:
     @classmethod
     def read(cls, path: str | os.PathLike) -> "TrainingConfig":
         """Read a JSON file; a `ValueError` names a key that is unknown or of another type."""
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
         types = {field.name: type(field.default) for field in fields(cls)}
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}; expected an object")
