@@ -55,7 +55,8 @@ def sparse_config(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
     defaults = PaliGemmaConfig()
     for section, names in (("text_config", TEXT_OPTIONAL), ("vision_config", VISION_OPTIONAL)):
         for name in names:
-            if value[section][name] == getattr(getattr(defaults, section), name):
+            default = getattr(getattr(defaults, section), name, None)  # Gemma 2 has more fields
+            if name in value[section] and value[section][name] == default:
                 del value[section][name]
     return value
 

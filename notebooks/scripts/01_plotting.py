@@ -506,6 +506,8 @@ def _names_and_colours(labels, count):
     return names, [CYCLE[order.index(name) % len(CYCLE)] for name in names]
 
 
+# %%
+#| export
 def _write_label(picture, text, x, y, colour, taken=None):
     """Write text on a tag that stands on (x, y), moved or shortened to lie in the picture.
 

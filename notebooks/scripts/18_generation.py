@@ -319,12 +319,11 @@ def _steps(
 
 
 # %% [markdown]
-# `torch.inference_mode()` switches off all bookkeeping for gradients. It is entered for each call
-# and left before each `yield`: otherwise the *reader's* code would run in it too, and a training
-# loop that samples between two steps would silently stop learning.
+# `torch.inference_mode()` switches off all bookkeeping for gradients. It is left before each
+# `yield`: otherwise the *reader's* code would run in it too, and a training loop that samples
+# between two steps would silently stop learning.
 #
-# `log_probs` is a list that the caller may bring, to learn how sure the model was of each token:
-# lesson 19 makes a score of it.
+# `log_probs` is a list in which the caller learns how sure the model was: lesson 19 needs it.
 #
 # The public function checks the options at once. Inside a generator nothing runs before the first
 # token is asked for, and an error that late is hard to place.

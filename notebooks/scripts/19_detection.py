@@ -110,6 +110,9 @@ for name, box in zip(labels["scene"], boxes["scene"]):
 # Divide each edge by the picture's size: now it lies between 0 and 1, whatever the picture. Multiply
 # by 1023 and round: a whole number from 0 to 1023, one of the 1024 words `<loc0000>` … `<loc1023>`.
 # **The order is y0 x0 y1 x1**: down before right.
+#
+# The way back is exact to half a step, 0.22 pixels here. The figure shows the whole answer beside
+# what it says.
 
 # %%
 x0, y0, x1, y1 = boxes["scene"][0]
@@ -117,11 +120,6 @@ for edge, value in (("y0", y0), ("x0", x0), ("y1", y1), ("x1", x1)):
     number = round(value / 448 * 1023)
     print(f"{edge} = {value:3} → {value / 448:.4f} → {number:4} → back: {number / 1023 * 448:.2f}")
 
-# %% [markdown]
-# The way back is exact to half a step, 0.22 pixels here. The figure shows the whole answer beside
-# what it says.
-
-# %%
 scene = sample_picture("scene")
 
 
@@ -736,8 +734,7 @@ for threshold in (0.75, 0.9, 0.95):
 # %% [markdown]
 # The stricter the bound, the lower the number. "The" AP of papers is the mean over the ten bounds
 # 0.50, 0.55, … 0.95 and over all kinds. (Exercise 2.)
-
-# %% [markdown]
+#
 # ## Against the reference
 #
 # The reference of this field is pycocotools. A test ran it on 30 random pictures with boxes, misses,
@@ -811,20 +808,9 @@ ax.legend()
 save_figure(fig, "19_steps")
 
 # %% [markdown]
-# And what do boxes cost in the 3B model? Each word is a row of 2,048 numbers in the shared table, and
-# each object is five tokens or more, written one after the other.
-
-# %%
-print(f"1024 rows: {1024 * 2048:,} parameters, {1024 * 2048 / 2_923_466_480:.2%} of the model")
-for objects in (1, 5, 20):
-    tokens = 6 * objects  # four words, a name, a semicolon
-    print(f"{objects:2} objects: {tokens:3} tokens, at 4.5 tokens a second {tokens / 4.5:4.0f} s")
-
-# %% [markdown]
 # A detector with a head finds 100 objects in one pass. Here time grows with what is found. That is the
 # price for a detector that takes any word as its class.
-
-# %% [markdown]
+#
 # ## A bug people really make: right before down
 #
 # Everyone writes (x, y). A colleague reads the four words as x0 y0 x1 y1. No error, boxes inside the

@@ -315,8 +315,7 @@ class Pipeline:
     def batch(self, images: Sequence, prompts: Sequence[str], **options) -> list[str]:
         """Answer B prompts about B pictures together; greedy, the same as one by one.
 
-        Raises:
-            ValueError: as in `stream`, or not as many prompts as pictures.
+        Raises `ValueError` as `stream` does, or when prompts and pictures are not as many.
         """
         ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
         return [self.processor.decode(row) for row in ids]
@@ -605,7 +604,7 @@ def run_answer(
 def run_detect(
     pipeline: Pipeline, image: Image.Image, prompt: str, options: dict, as_json: bool
 ) -> Callable[[], Image.Image]:
-    """Print a line for each object (label, score, x0 y0 x1 y1), or JSON; returns what draws them."""
+    """Print a line for each object (label, score, x0 y0 x1 y1), or JSON; returns a painter."""
     detections = pipeline.detect(image, prompt, **options)
     found = [
         {"label": d.label, "score": round(d.score, 4), "box": [round(v, 2) for v in d.box]}

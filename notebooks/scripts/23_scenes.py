@@ -10,7 +10,8 @@
 #     name: python3
 # ---
 
-# %% tags=["navigation"] [markdown]
+# %% [markdown] tags=["navigation"]
+# [← Inference](22_inference.ipynb) | [contents](00_overview.ipynb) | [Contrastive learning →](24_contrastive.ipynb)
 
 # %% [markdown]
 # # 23 · Scenes: where do a million captioned pictures come from?
@@ -709,7 +710,7 @@ def task(rng: np.random.Generator, scene: Scene, name: str = "caption", language
 
 # %%
 rng = np.random.default_rng(5)
-for name in (*TASKS, "segment"):
+for name in TASKS:
     for language in LANGUAGES if name == "caption" else ("en",):
         print(*task(rng, scene, name, language), sep="  →  ")
 
@@ -796,10 +797,10 @@ print("largest difference:", difference, "of 255; boxes equal:", found == scene.
 
 # %%
 data = SceneDataset(400, "validation", tasks=(*TASKS, "ocr"), objects=(1, 2, 3))
-items, titles = [data[i] for i in range(12)], []
+items, titles = [data[i] for i in range(12, 24)], []
 for item in items:
     answer = item["answer"].replace("><", "> <")
-    titles.append(textwrap.fill(item["prompt"], 30) + "\n" + textwrap.fill("→ " + answer, 30))
+    titles.append(textwrap.fill(item["prompt"], 25) + "\n" + textwrap.fill("→ " + answer, 25))
 pictures = [Image.fromarray(item["image"]).resize((168, 168)) for item in items]
 save_figure(show_images(pictures, titles, columns=4, height=1.9), "23_contact_sheet.png")
 
@@ -1183,4 +1184,5 @@ check(test_3, disguise)
 # - Noto emoji (Google); Unicode CLDR, annotations; see NOTICE.
 # - PyTorch: `torch.utils.data`, section on multi-process loading.
 
-# %% tags=["navigation"] [markdown]
+# %% [markdown] tags=["navigation"]
+# [← Inference](22_inference.ipynb) | [contents](00_overview.ipynb) | [Contrastive learning →](24_contrastive.ipynb)

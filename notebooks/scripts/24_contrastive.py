@@ -631,7 +631,7 @@ class ContrastiveModel(nn.Module):
         init_weights(self)
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """`float[B, 3, H, W]` and `int64[C, T]` → logits `float[B, C]`, each text for each picture."""
+        """`float[B, 3, H, W]` and `int64[C, T]` → logits `float[B, C]`, texts by pictures."""
         images = F.normalize(self.vision_model(pixel_values), dim=-1)  # (B, D)
         texts = F.normalize(self.text_model(input_ids), dim=-1)  # (C, D)
         return self.logit_scale.exp() * images @ texts.T + self.logit_bias
