@@ -1050,16 +1050,14 @@ titles = [f"like {name}" for name in chosen]
 show_attention(square, weights[list(chosen.values())], titles)
 
 # %% [markdown]
-# **What to notice.** It works a little: the eye finds the other eye, which has the same
-# yellow-green. But "like the nose" finds orange fur as well, and "like background" lights up half
-# the cat. Equal colours are not equal things. The next four lessons build vectors in which what
-# patches *show* can be compared.
-
-# %% [markdown]
+# **What to notice.** It works a little: the eye finds the other eye. But "like the nose" finds
+# orange fur too, and "like background" half the cat. Equal colours are not equal things. The next
+# four lessons build vectors that compare what patches *show*.
+#
 # ## At full size
 #
-# A picture has no parameters, but it has bytes. The published models take pictures of three
-# sizes. The number of patches grows with the square of the side, and so does everything after it.
+# A picture has no parameters, but it has bytes. The published models take three sizes. The number
+# of patches grows with the square of the side, and so does everything after it.
 
 # %%
 print("side  patches   uint8 kB   float32 kB   batch of 32, MB")

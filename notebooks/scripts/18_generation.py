@@ -323,7 +323,7 @@ def _steps(
 # `yield`: otherwise the *reader's* code would run in it too, and a training loop that samples
 # between two steps would silently stop learning.
 #
-# `log_probs` is a list in which the caller learns how sure the model was: lesson 19 needs it.
+# `log_probs` is a list that tells the caller how sure the model was (lesson 19).
 #
 # The public function checks the options at once. Inside a generator nothing runs before the first
 # token is asked for, and an error that late is hard to place.

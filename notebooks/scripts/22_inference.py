@@ -115,8 +115,7 @@ save_figure(fig, "22_steps")
 #
 # And one idea runs through all of it: **what can be known to be wrong is said before the slow work
 # begins.**
-
-# %% [markdown]
+#
 # ## By hand
 #
 # A checkpoint is a folder. These four files are all that is needed:
@@ -761,8 +760,7 @@ for name in names:
 # %% [markdown]
 # The second number is wrong (there are no dogs in scene2), and it is wrong in both. Parity says that
 # we compute what the reference computes, not that the model is right. Two different questions.
-
-# %% [markdown]
+#
 # ## See it
 #
 # `--output` writes the picture with its answer below. Here for three scenes and a photograph of a
