@@ -401,7 +401,14 @@ def task(rng: np.random.Generator, scene: Scene, name: str = "caption", language
 
     Returns:
         (prompt, answer).
+
+    Raises:
+        ValueError: for a task or a language that is not there.
     """
+    if name not in (*TASKS, "segment", "ocr"):
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, segment, ocr; got {name!r}")
+    if language not in LANGUAGES:
+        raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}")
     present = list(dict.fromkeys(scene.kinds))
     kind = present[rng.integers(len(present))]
     if name == "caption":
@@ -468,6 +475,6 @@ class SceneDataset(torch.utils.data.Dataset):
             "image": scene.image,
             "prompt": prompt,
             "answer": answer,
-            "task": name,
+            "task": "count" if "how many" in prompt else name,  # "where" may have become it
             "scene": scene,
         }
