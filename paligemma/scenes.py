@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from paligemma.detection import encode_boxes
+
 ASSETS = Path(resources.files("paligemma") / "assets")
 SIZE = 112  # pixels
 PATCH = 14  # pixels
@@ -364,8 +366,7 @@ def clear_place(box, margin: int = 3) -> bool:
 
 def locations(box) -> str:
     """A box as the four location tokens of lesson 19: `<loc…>` for y0, x0, y1, x1."""
-    x0, y0, x1, y1 = (round(float(v) / SIZE * 1023) for v in box)
-    return "".join(f"<loc{v:04d}>" for v in (y0, x0, y1, x1))
+    return encode_boxes([box], SIZE, SIZE)[0]
 
 
 TASKS = ("caption", "count", "where", "is there", "detect")

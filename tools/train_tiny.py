@@ -28,6 +28,7 @@ import sentencepiece as spm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from make_tokenizer import PLAIN_TEXT
 
 from paligemma.checkpoint import load_model, save_model
 from paligemma.gemma import GemmaConfig
@@ -37,6 +38,7 @@ from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.processor import Processor, collate
 from paligemma.siglip import SiglipVisionConfig
 from paligemma.tokenizer import Tokenizer
+from paligemma.training import Muon
 
 TINY = scenes.ASSETS / "tiny"
 RECIPE = (
@@ -45,19 +47,6 @@ RECIPE = (
 ).split()
 
 ORDINARY = 640  # pieces before <loc0000>: control ids, "\n", 256 bytes, words and their parts
-
-PLAIN_TEXT = """A picture is a grid of numbers, and a sentence is a row of small pieces.
-The model looks at the picture first and reads the question after it.
-It then writes one word at a time until it has nothing more to say.
-What do you see in this picture? I see a small dog and a red ball on the grass.
-There is a house near the river, and the sun is high in the sky.
-Where is the cat? It is on the left, under the old tree, next to the car.
-The left side is dark, the right side is light, and the middle is green or blue.
-How many people are there? There are five, and all of them are walking home.
-Describe the image in a few words. Read the text in the image aloud.
-Numbers such as 0, 1, 2, 3, 4, 5, 6, 7, 8 and 9 are pieces of their own.
-She said that the train was late; he did not mind, because it was warm.
-We learn by doing, by making mistakes, and by asking why they were mistakes."""
 
 
 def make_tokenizer(path, seed=0):
@@ -215,45 +204,6 @@ class PatchHead(torch.nn.Module):
         loss = F.cross_entropy(logits, targets, self.weight)
         there = targets < self.classes - 1
         return loss, (logits.argmax(-1) == targets)[there].float().mean()
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix: for the weight matrices inside the blocks.
-
-    Matrices of one shape are handled as one stack. The step is scaled to the size that AdamW's
-    would have, so both share a learning rate. Source: Jordan et al. 2024; Liu et al. 2025.
-    """
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        """One update."""
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                grads = torch.stack([p.grad for p in params])
-                moments = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in params]
-                torch._foreach_lerp_(moments, list(grads), 1 - group["momentum"])
-                update = orthogonal(grads.lerp(torch.stack(moments), group["momentum"]))
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update), alpha=-rate)
-
-
-def orthogonal(g, steps=5):
-    """Newton-Schulz: push all singular values of float32[n, a, b] towards 1."""
-    tall = g.shape[1] > g.shape[2]
-    x = g.mT if tall else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
 
 
 def make_optimizers(model, head, options):
