@@ -1,0 +1,276 @@
+"""Train the mask codec that ships with the tiny model, on the alpha of real emoji.
+
+Masks come from two places, half and half: what is visible of objects in training scenes (lesson
+23), and every shape of Noto emoji (npm package `emoji-datasource-google`) turned, stretched and
+partly covered. Every eighth of the shapes that are no kind of the scenes is held out and never
+trained on; `paligemma/assets/mask_codec/held_out.png` shows some of them to lesson 20.
+
+    python tools/train_codec.py --work build/codec          # npm pack, then about ten minutes
+    python tools/train_codec.py --work build/codec --package DIR      # an unpacked package
+    python tools/train_codec.py --work build/codec --report           # measure what is shipped
+
+The state is saved every 200 steps; the same command goes on where it stopped.
+"""
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from make_assets import NPM_PACKAGE, unpack
+from PIL import Image
+from torch.nn import functional as F
+
+from paligemma.scenes import ASSETS, KINDS, NAMES, SIZE, make_scene
+from paligemma.segmentation import (
+    MaskCodec,
+    crop_masks,
+    encode_segments,
+    parse_segments,
+    restart_dead_codes,
+)
+
+SHIPPED = ASSETS / "tiny"
+HELD_OUT = ASSETS / "mask_codec" / "held_out.png"
+WIDTHS = {"codes": 128, "code_width": 32, "width": 48}
+SHOWN = 48  # held-out shapes in the picture, eight in a row
+
+
+def read_shapes(package):
+    """Alpha of every emoji, without variants of skin, flags and near doubles.
+
+    Returns:
+        kinds: uint8[48, 64, 64] in the order of KINDS; others: uint8[n, 64, 64].
+    """
+    kinds = {kind["codepoint"]: i for i, kind in enumerate(KINDS)}
+    ours, others, seen = [None] * len(kinds), [], np.zeros((0, 1024), np.float32)
+    entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
+    for entry in sorted(entries, key=lambda e: (e["unified"] not in kinds, e["sort_order"])):
+        file = package / "img" / "google" / "64" / entry["image"]
+        if entry["category"] in ("Flags", "Component") or not file.is_file():
+            continue
+        with Image.open(file) as picture:
+            alpha = np.asarray(picture.convert("RGBA").getchannel("A").resize((64, 64)))
+        if (alpha >= 128).sum() < 200:
+            continue
+        shape = crop_masks(*tight(alpha >= 128))[0, ::2, ::2].flatten().numpy()
+        both = seen @ shape
+        new = not (both > 0.93 * (seen.sum(1) + shape.sum() - both)).any()
+        if entry["unified"] in kinds:
+            ours[kinds[entry["unified"]]] = alpha
+        elif new:  # no near double of one before
+            others.append(alpha)
+        if new:
+            seen = np.concatenate([seen, shape[None]])
+    assert all(alpha is not None for alpha in ours)
+    return np.stack(ours), np.stack(others)
+
+
+def tight(mask):
+    """([box around what is set], [mask])."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return [(columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)], [mask]
+
+
+def varied(rng, alpha, other):
+    """One shape turned, resized, stretched, mirrored and, at times, covered by another.
+
+    Returns:
+        uint8[64, 64], the mask inside its box, 0 to 255; None when too little is left.
+    """
+    picture = Image.fromarray(alpha).rotate(
+        rng.uniform(-24, 24), Image.Resampling.BICUBIC, expand=True
+    )
+    side = 2 ** rng.uniform(math.log2(20), math.log2(90))
+    stretch = 2 ** rng.uniform(-0.25, 0.25)
+    factors = side / 64 * stretch, side / 64 / stretch
+    size = [max(8, round(f * length)) for f, length in zip(factors, picture.size)]
+    mask = np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) >= 128
+    mask = mask[:, :: 1 if rng.random() < 0.5 else -1].copy()
+    if rng.random() < 0.3:
+        cover = np.asarray(Image.fromarray(other).resize(size)) >= 128
+        shift = (rng.uniform(0.45, 0.95, 2) * rng.choice([-1, 1], 2) * mask.shape).astype(int)
+        moved = np.zeros_like(mask)
+        low, high = np.maximum(shift, 0), np.minimum(shift, 0) + mask.shape
+        moved[low[0] : high[0], low[1] : high[1]] = cover[
+            low[0] - shift[0] : high[0] - shift[0], low[1] - shift[1] : high[1] - shift[1]
+        ]
+        mask &= ~moved
+    if mask.sum() < 30:
+        return None
+    return (crop_masks(*tight(mask))[0] * 255).round().to(torch.uint8)
+
+
+def pool_of_shapes(shapes, count, seed):
+    """`count` varied masks of these shapes, uint8[count, 64, 64]."""
+    rng, masks = np.random.default_rng(seed), []
+    while len(masks) < count:
+        mask = varied(rng, *shapes[rng.integers(0, len(shapes), 2)])
+        if mask is not None:
+            masks.append(mask)
+    return torch.stack(masks)
+
+
+def scene_masks(split, scenes):
+    """Boxes and visible masks of the objects of scenes: (int[n, 4], bool[n, 112, 112])."""
+    made = [make_scene(index, split) for index in scenes]
+    return np.concatenate([s.boxes for s in made]), np.concatenate([s.masks for s in made])
+
+
+def pool_of_scenes(scenes):
+    """The same as the codec sees them, uint8[n, 64, 64]."""
+    parts = []
+    for start in range(0, scenes, 500):
+        boxes, masks = scene_masks("train", range(start, min(start + 500, scenes)))
+        parts.append((crop_masks(boxes, masks) * 255).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def iou(a, b):
+    """Of each pair of masks, float64[n]."""
+    a, b = np.asarray(a), np.asarray(b)
+    return (a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)
+
+
+def measure(codec, held):
+    """Mean IoU through the sixteen codes, on what training never saw.
+
+    Returns:
+        dict: "scenes" (test scenes, in pixels of the scene, box and mask written as text and read
+        again), "shapes" (held-out emoji, 64 × 64), "worst tenth" of those, and "one wrong": of
+        the sixteen codes a random one is replaced by its nearest neighbour in the codebook.
+    """
+    boxes, masks = scene_masks("test", range(400))
+    text = encode_segments(boxes, masks, codec, SIZE, SIZE)
+    read = [parse_segments(words + " x", SIZE, SIZE, codec)[0].mask for words in text]
+    target = held.float() / 255
+    codes = codec.encode(target)
+    shapes = iou(codec.decode(codes) > 0, target > 0.5)
+    e = codec._vq_vae._embedding.detach()
+    near = torch.cdist(e, e).fill_diagonal_(torch.inf).argmin(1)
+    wrong = codes.clone()
+    rows = torch.arange(len(codes))
+    columns = torch.randint(16, (len(codes),), generator=torch.Generator().manual_seed(0))
+    wrong[rows, columns] = near[wrong[rows, columns]]
+    counts = torch.bincount(codes.flatten(), minlength=codec.codes) / codes.numel()
+    result = {
+        "scenes": iou(read, masks).mean(),
+        "shapes": shapes.mean(),
+        "worst tenth": np.sort(shapes)[: len(shapes) // 10].mean(),
+        "one wrong": iou(codec.decode(wrong) > 0, target > 0.5).mean(),
+        "perplexity": float(torch.exp(-torch.special.xlogy(counts, counts).sum())),
+    }
+    return {name: round(float(value), 4) for name, value in result.items()}
+
+
+def save(path, state):
+    draft = path.with_name(path.name + ".tmp")
+    torch.save(state, draft)
+    os.replace(draft, path)
+
+
+def train(codec, pools, held, work, steps, batch=128, peak=2e-3):
+    """Train with AdamW, mirrored masks, dead codes restarted; resumes from `work`."""
+    optimizer = torch.optim.AdamW(codec.parameters(), peak, betas=(0.9, 0.98), weight_decay=1e-4)
+    counts, first, file = torch.zeros(codec.codes, dtype=torch.int64), 0, work / "state.pt"
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        codec.load_state_dict(state["codec"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, counts = state["step"], state["counts"]
+    start = time.time()
+    for step in range(first, steps):
+        torch.manual_seed(step)
+        for group in optimizer.param_groups:
+            share = step / steps
+            group["lr"] = peak * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
+        masks = torch.cat([p[torch.randint(len(p), (batch // len(pools),))] for p in pools])
+        masks = masks.float() / 255
+        masks = torch.where(torch.rand(len(masks), 1, 1) < 0.5, masks.flip(2), masks)
+        drawn, codes, apart = codec(masks)
+        # right beyond ±1 costs nothing: what counts is the side of 0
+        target = 2 * masks - 1
+        wrong = torch.where(drawn * target.sign() > 1, 0.0, drawn - target)
+        loss = wrong.square().mean() + 0.1 * F.softplus(-4 * drawn * target).mean() + 0.1 * apart
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+        optimizer.step()
+        counts += torch.bincount(codes.flatten(), minlength=codec.codes)
+        if (step + 1) % 50 == 0:
+            dead = restart_dead_codes(codec, masks, counts) if step < 0.7 * steps else 0
+            counts.zero_()
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            save(
+                file,
+                {
+                    "codec": codec.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "counts": counts,
+                },
+            )
+            seconds = (time.time() - start) / (step + 1 - first)
+            line = f"{step + 1:6} loss {loss.item():.4f} apart {apart.item():.4f} dead {dead}"
+            if (step + 1) % 500 == 0:
+                codec.eval()
+                line += f" {measure(codec, held)}"
+                codec.train()
+            print(f"{line} {seconds * 1000:.0f} ms a step", flush=True)
+
+
+def sort_codes(codec):
+    """Number the codes from empty to full: by what each draws alone all over the square."""
+    order = codec.decode(torch.arange(codec.codes)[:, None].expand(-1, 16)).mean((1, 2)).argsort()
+    with torch.no_grad():
+        codec._vq_vae._embedding.copy_(codec._vq_vae._embedding[order])
+
+
+def show_held_out(held):
+    """Write the picture of held-out shapes that lesson 20 reads."""
+    HELD_OUT.parent.mkdir(parents=True, exist_ok=True)
+    chosen = held[torch.linspace(0, len(held) - 1, SHOWN).round().long()]
+    sheet = chosen.unflatten(0, (-1, 8)).permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
+    Image.fromarray(sheet.numpy()).save(HELD_OUT, optimize=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="directory of pools and state")
+    parser.add_argument("--package", type=Path, help="an unpacked emoji-datasource-google")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--report", action="store_true", help="only measure what is shipped")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    pools = args.work / "pools.pt"
+    if not pools.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            kinds, others = read_shapes(args.package or unpack(NPM_PACKAGE, folder))
+        out = np.arange(len(others)) % 8 == 0
+        held = torch.cat([crop_masks(*tight(alpha >= 128)) for alpha in others[out]])
+        trained = np.concatenate([kinds, others[~out]])
+        print(f"{len(NAMES)} kinds, {len(others)} other shapes, {out.sum()} of them held out")
+        parts = [pool_of_scenes(5000), pool_of_shapes(trained, 16000, seed=0)]
+        save(pools, {"parts": parts, "held": (held * 255).round().to(torch.uint8)})
+    loaded = torch.load(pools, weights_only=True)
+    held = loaded["held"]
+    if not args.report:
+        torch.manual_seed(0)
+        codec = MaskCodec(**WIDTHS).to(memory_format=torch.channels_last)  # twice as fast
+        train(codec, loaded["parts"], held, args.work, args.steps)
+        codec.eval()
+        sort_codes(codec)
+        codec.save_pretrained(SHIPPED)
+        show_held_out(held)
+    print(measure(MaskCodec.from_pretrained(SHIPPED), held))
+
+
+if __name__ == "__main__":
+    main()
