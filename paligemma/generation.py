@@ -3,12 +3,119 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from paligemma.geglu import GeGLU
+from paligemma.gemma import GemmaDecoderLayer, GemmaModel
+from paligemma.grouped_query_attention import GroupedQueryAttention
+from paligemma.kv_cache import KVCache
 from paligemma.model import PaliGemma
+from paligemma.rms_norm import RMSNorm
+from paligemma.rope import RotaryEmbedding
 from paligemma.sampling import check_sampling, sample
 from paligemma.tokenizer import Tokenizer
+
+
+def quarter_turn(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The projection that gives each head as `apply_rope` turns it: (a, b) becomes (-b, a)."""
+    first, second = weight.unflatten(0, (-1, head_dim)).chunk(2, dim=1)
+    return torch.cat((-second, first), dim=1).flatten(0, 1)
+
+
+def fold(text: GemmaModel) -> list[tuple[torch.Tensor, ...]]:
+    """Each layer as four matrices `float32[D in, D out]`: into attention, out, into MLP, out."""
+    layers, head_dim = [], text.config.head_dim
+    for layer in text.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        queries = attention.q_proj.weight * head_dim**-0.5
+        qk = torch.cat((queries, attention.k_proj.weight))
+        into = torch.cat((qk, quarter_turn(qk, head_dim), attention.v_proj.weight))
+        into = into * (1 + layer.input_layernorm.weight)
+        wide = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
+        wide = wide * (1 + layer.post_attention_layernorm.weight)
+        out, down = attention.o_proj.weight, mlp.down_proj.weight
+        layers.append(tuple(w.detach().T for w in (into, out, wide, down)))
+    return layers
+
+
+FOLD_BELOW = 64 * 2**20  # bytes of weights in the blocks: copies of more would cost memory
+_PLAIN = (
+    *(GemmaModel, GemmaDecoderLayer, GroupedQueryAttention, GeGLU, RMSNorm, RotaryEmbedding),
+    *(nn.Linear, nn.Embedding, nn.ModuleList),
+)
+_folded = WeakKeyDictionary()
+
+
+def can_fold(model: PaliGemma) -> bool:
+    """Whether `FoldedDecoder` does what this model's decoder does: small, float32, unchanged."""
+    text = model.language_model
+    for part in (model, *text.modules()):
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            return False
+    if not all(type(part) in _PLAIN for part in text.modules()):
+        return False
+    weights = list(text.parameters())
+    if any(w.dtype != torch.float32 or w.is_inference() for w in weights):
+        return False
+    return sum(w.nbytes for w in text.layers.parameters()) <= FOLD_BELOW
+
+
+def folded(text: GemmaModel) -> list[tuple[torch.Tensor, ...]]:
+    """`fold(text)`, kept until a weight changes."""
+    version = [(w.data_ptr(), w._version) for w in text.parameters()]
+    if _folded.get(text, (None,))[0] != version:
+        _folded[text] = version, fold(text)
+    return _folded[text][1]
+
+
+class FoldedDecoder:
+    """One token a row through a small Gemma, with as few operations as possible.
+
+    Args:
+        text: the decoder, as `can_fold` wants it.
+        cache: holds S tokens a row; gains one a step.
+        attention_mask: `int64[B, S]`, 0 on padding; None: no padding.
+    """
+
+    def __init__(self, text: GemmaModel, cache: KVCache, attention_mask: torch.Tensor | None):
+        c, past, weight = text.config, len(cache), text.embed_tokens.weight
+        self.text, self.config, self.layers = text, c, folded(text)
+        self.memory, self.end = list(zip(cache.keys, cache.values)), past
+        both = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+        self.split = (both, both, c.num_key_value_heads * c.head_dim)
+        steps, rows = cache.max_length - past, len(cache.keys[0])
+        seen, self.hidden = torch.full((rows,), past, device=weight.device), None
+        if attention_mask is not None:
+            seen = attention_mask.sum(-1)
+            self.hidden = weight.new_zeros(rows, 1, 1, cache.max_length)
+            self.hidden[..., :past].masked_fill_(attention_mask[:, None, None] == 0, -torch.inf)
+        places = seen[:, None] + torch.arange(steps, device=weight.device)
+        turns = (t[:, 0].transpose(0, 1)[:, :, None] for t in text.rotary_emb(places))
+        self.turns = iter(list(zip(*turns)))  # cos and sin of each step, (B, 1, Dh)
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        """`int64[B]`, the newest token of each row, to `float32[B, V]`."""
+        c, (cos, sin), at = self.config, next(self.turns), self.end
+        self.end += 1
+        heads, norm = c.num_attention_heads, partial(F.rms_norm, eps=c.rms_norm_eps)
+        size, group = (c.hidden_size,), (len(token), c.num_key_value_heads, -1, c.head_dim)
+        x = self.text.embed_tokens(token) * c.hidden_size**0.5  # (B, D)
+        for (into, out, wide, down), (keys, values) in zip(self.layers, self.memory):
+            qk, turned, v = (norm(x, size) @ into).split(self.split, dim=-1)
+            qk = qk.view(len(x), -1, c.head_dim) * cos + turned.view(len(x), -1, c.head_dim) * sin
+            keys[:, :, at], values[:, :, at] = qk[:, heads:], v.view(group)[:, :, 0]
+            scores = qk[:, :heads].view(group) @ keys[:, :, : self.end].mT  # (B, K, G, S + 1)
+            if self.hidden is not None:
+                scores = scores + self.hidden[..., : self.end]
+            seen = scores.softmax(-1) @ values[:, :, : self.end]  # (B, K, G, Dh)
+            x = torch.addmm(x, seen.view(len(x), -1), out)
+            gate, up = (norm(x, size) @ wide).chunk(2, dim=-1)
+            x = torch.addmm(x, F.gelu(gate, approximate="tanh") * up, down)
+        return F.linear(self.text.norm(x), self.text.embed_tokens.weight)
 
 
 def _steps(
@@ -27,10 +134,16 @@ def _steps(
         attention_mask = None  # no padding: nothing to carry along
     cache = model.make_cache(batch, length + max_new_tokens - 1)  # the last token is never fed
     done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    fold, decoder = can_fold(model), None
     for _ in range(max_new_tokens):
         with torch.inference_mode():
-            out = model(input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1)
-            logits = out.logits[:, -1]  # (B, V)
+            if fold and len(cache) and decoder is None:
+                decoder = FoldedDecoder(model.language_model, cache, attention_mask)
+            if decoder is not None:
+                logits = decoder(input_ids[:, 0])  # (B, V)
+            else:
+                out = model(input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1)
+                logits = out.logits[:, -1]
             token = choose(logits).masked_fill(done, 0)  # (B,)
             if log_probs is not None:
                 log_prob = logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
@@ -40,7 +153,7 @@ def _steps(
         if bool(done.all()):
             return
         input_ids, pixel_values = token[:, None], None
-        if attention_mask is not None:
+        if attention_mask is not None and not fold:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
 
 

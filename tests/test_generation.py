@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.checkpoint import internal_name, load_model
 from paligemma.gemma import GemmaConfig
-from paligemma.generation import generate, generate_steps, stream
+from paligemma.generation import FoldedDecoder, can_fold, generate, generate_steps, stream
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.siglip import SiglipVisionConfig
 from paligemma.tokenizer import Tokenizer
@@ -270,6 +271,106 @@ def test_a_step_costs_the_same_early_and_late(model):
 
     one, two, nine = flop(1), flop(2), flop(9)
     assert (nine - two) / 7 < 1.2 * (two - one) < 0.2 * one
+
+
+# ---------------------------------------------------------------- the folded decoder
+
+
+@pytest.fixture(params=["MHA", "GQA", "MQA"])
+def any_model(request, checkpoints):
+    return load_model(checkpoints[request.param])
+
+
+def step_by_step(model, batch, tokens, folded):
+    """Scores of each decode step, the tokens given: `float32[steps, B, V]`."""
+    mask = batch["attention_mask"]
+    with torch.inference_mode():
+        cache = model.make_cache(len(tokens), mask.shape[1] + tokens.shape[1])
+        model(**batch, cache=cache)
+        if folded:
+            decoder = FoldedDecoder(model.language_model, cache, mask)
+            return torch.stack([decoder(token) for token in tokens.T])
+        rows = []
+        for token in tokens.T:
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            rows.append(model(token[:, None], attention_mask=mask, cache=cache).logits[:, 0])
+        return torch.stack(rows)
+
+
+def test_folded_scores_equal_the_models(any_model):
+    batch = random_batch()
+    assert (batch["attention_mask"] == 0).any(), "no padding: nothing would be proven about it"
+    rows = len(batch["input_ids"])
+    tokens = torch.randint(3, 400, (rows, 9), generator=torch.Generator().manual_seed(0))
+    assert can_fold(any_model)
+    fast, slow = (step_by_step(any_model, batch, tokens, folded) for folded in (True, False))
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+def test_a_changed_weight_is_folded_anew(checkpoints):
+    model, batch = load_model(checkpoints["GQA"]), random_batch()
+    generate(model, **batch, max_new_tokens=3, eos_token_id=-1)
+    with torch.no_grad():
+        model.language_model.layers[0].mlp.down_proj.weight.mul_(-3)
+        model.language_model.layers[1].input_layernorm.weight.add_(1)
+    tokens = torch.full((len(batch["input_ids"]), 2), 7)
+    fast, slow = (step_by_step(model, batch, tokens, folded) for folded in (True, False))
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_the_plain_model_is_not_folded(checkpoints):
+    def fresh():
+        return load_model(checkpoints["GQA"])
+
+    assert can_fold(fresh())
+    hooked = fresh()
+    hooked.language_model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    replaced = fresh()
+    layer = replaced.language_model.layers[0].self_attn
+    layer.q_proj = torch.nn.Sequential(layer.q_proj)
+    other_way = fresh()
+    other_way.language_model.norm.forward = lambda x: x
+    for model in (hooked, replaced, other_way, fresh().to(torch.bfloat16)):
+        assert not can_fold(model)
+
+
+class Work(TorchDispatchMode):
+    """Operations that PyTorch is asked for, and bytes of new memory they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        self.operations += 1
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.bytes += t.nbytes
+        return out
+
+
+def test_a_token_costs_few_operations_and_little_memory():
+    """Counted, not timed: operations and new bytes per decoded token of a model of 4 layers."""
+    text = GemmaConfig(512, 64, 128, 4, 4, 1, 16)
+    config = PaliGemmaConfig(
+        SiglipVisionConfig(32, 64, 1, 2, image_size=28, patch_size=7), text, IMAGE_ID
+    )
+    model = PaliGemma(config).eval()
+    ids = torch.full((1, 18), IMAGE_ID)
+    ids[:, 16:] = 5
+
+    def work(tokens):
+        with Work() as counted:
+            generate(model, ids, torch.rand(1, 3, 28, 28), None, tokens, eos_token_id=-1)
+        return counted
+
+    work(2)  # folds
+    few, many = work(3), work(13)
+    assert (many.operations - few.operations) / 10 <= 40 * 4 + 30
+    weights = sum(w.nbytes for w in model.language_model.parameters())
+    assert (many.bytes - few.bytes) / 10 < weights / 10, "a step copies weights or the cache"
 
 
 def test_stops_when_the_last_row_has_ended(model, free):

@@ -278,6 +278,7 @@ class TrainingConfig:
         meet_every: steps between two averages over the processes.
         vision_width … text_mlp: sizes of the model.
         softness: standard deviation of the soft location targets, in bins of 1/1023.
+        bfloat16: multiply matrices in bfloat16; weights, sums and all else stay float32.
     """
 
     tokenizer: str = str(scenes.ASSETS / "tiny")
@@ -300,6 +301,7 @@ class TrainingConfig:
     text_layers: int = 4
     text_mlp: int = 256
     softness: float = 6.0
+    bfloat16: bool = False
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "TrainingConfig":
@@ -315,7 +317,7 @@ class TrainingConfig:
             raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; see TrainingConfig")
         for key, value in values.items():
             fits = {float: (int, float), tuple: (list, tuple)}.get(types[key], types[key])
-            if not isinstance(value, fits) or isinstance(value, bool):
+            if not isinstance(value, fits) or isinstance(value, bool) != (types[key] is bool):
                 raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}")
         return cls(**values)
 
@@ -592,6 +594,60 @@ def training_loss(model, head, batch, soft):
 
 
 # %% [markdown]
+# ### Cheaper products
+#
+# Most of a step is matrix products. Many processors multiply bfloat16 numbers two to four times
+# faster than float32. So: round the two factors, multiply, and keep everything else — weights,
+# norms, softmax, sums of the optimiser — in float32. The backward pass has two products, and
+# they are rounded in the same way. `torch.autocast` does this too, but on a CPU it also puts the
+# GELU and attention into bfloat16, where they are slower.
+
+
+# %%
+#| export
+class Bfloat16Product(torch.autograd.Function):
+    """`F.linear` whose three products (forward, two gradients) are made of bfloat16 factors."""
+
+    @staticmethod
+    def forward(context, x, weight, bias):
+        """float32[..., D], float32[E, D], float32[E] or None to float32[..., E]."""
+        x, weight = x.bfloat16(), weight.bfloat16()
+        context.save_for_backward(x, weight)
+        context.has_bias = bias is not None
+        y = F.linear(x, weight).float()
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def backward(context, gradient):
+        """float32[..., E] to the gradients of x, weight, bias."""
+        x, weight = context.saved_tensors
+        rows = gradient.flatten(0, -2)
+        rounded = rows.bfloat16()
+        to_x = (rounded @ weight).float().view(x.shape)
+        to_weight = (rounded.T @ x.flatten(0, -2)).float()
+        return to_x, to_weight, rows.sum(0) if context.has_bias else None
+
+
+def use_bfloat16_products(module: nn.Module) -> None:
+    """Let every linear layer inside multiply in bfloat16; its weights stay float32."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.forward = lambda x, m=layer: Bfloat16Product.apply(x, m.weight, m.bias)
+
+
+# %%
+x = torch.randn(50, 64, requires_grad=True)
+layer, rounded = nn.Linear(64, 32), nn.Linear(64, 32)
+rounded.load_state_dict(layer.state_dict())
+use_bfloat16_products(rounded)
+results = []
+for it in (layer, rounded):
+    y = it(x)
+    results.append((y, *torch.autograd.grad(y.square().sum(), [x, it.weight, it.bias])))
+for name, exact, near in zip(("output", "to x", "to weight", "to bias"), *results):
+    print(f"{name:>10}: relative error {((near - exact).norm() / exact.norm()).item():.3f}")
+
+# %% [markdown]
 # ## The step
 #
 # Five decisions turn a gradient into a good step: **which rule**, **how far** (rates), **how much at
@@ -813,6 +869,8 @@ class Run:
         self.soft = soft_locations(config.softness)
         self.model = make_model(config, tokenizer.image_id)
         self.head = PatchHead(config.vision_width)
+        if config.bfloat16:
+            use_bfloat16_products(self.model)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
         self.optimizers = make_optimizers(self.model, self.head, config.lr)
         self.mean = {k: v.clone() for k, v in self.model.state_dict().items()}
