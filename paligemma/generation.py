@@ -127,6 +127,7 @@ def _steps(
     max_new_tokens: int,
     eos_token_id: int,
     log_probs: list[torch.Tensor] | None,
+    image_features: torch.Tensor | None,
 ) -> Iterator[torch.Tensor]:
     """The loop of `generate_steps`; `choose` makes `int64[B]` of `float32[B, V]`."""
     batch, length = input_ids.shape
@@ -142,8 +143,8 @@ def _steps(
             if decoder is not None:
                 logits = decoder(input_ids[:, 0])  # (B, V)
             else:
-                out = model(input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1)
-                logits = out.logits[:, -1]
+                how = {"cache": cache, "logits_to_keep": 1, "image_features": image_features}
+                logits = model(input_ids, pixel_values, attention_mask, **how).logits[:, -1]
             token = choose(logits).masked_fill(done, 0)  # (B,)
             if log_probs is not None:
                 log_prob = logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
@@ -152,7 +153,7 @@ def _steps(
         yield token.clone()  # outside: an ordinary tensor, which its reader may change
         if bool(done.all()):
             return
-        input_ids, pixel_values = token[:, None], None
+        input_ids, pixel_values, image_features = token[:, None], None, None
         if attention_mask is not None and not fold:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
 
@@ -173,7 +174,7 @@ def check_options(max_new_tokens: int, temperature: float, top_p: float, top_k: 
 def generate_steps(
     model: PaliGemma,
     input_ids: torch.Tensor,
-    pixel_values: torch.Tensor,
+    pixel_values: torch.Tensor | None,
     attention_mask: torch.Tensor | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
@@ -182,6 +183,7 @@ def generate_steps(
     generator: torch.Generator | None = None,
     eos_token_id: int = 1,
     log_probs: list[torch.Tensor] | None = None,
+    image_features: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield `int64[B]`, the next token of every row, until every row has ended.
 
@@ -203,13 +205,14 @@ def generate_steps(
         max_new_tokens,
         eos_token_id,
         log_probs,
+        image_features,
     )
 
 
 def generate(
     model: PaliGemma,
     input_ids: torch.Tensor,
-    pixel_values: torch.Tensor,
+    pixel_values: torch.Tensor | None,
     attention_mask: torch.Tensor | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
@@ -217,6 +220,7 @@ def generate(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
     eos_token_id: int = 1,
+    image_features: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Answer a batch of prompts.
 
@@ -230,6 +234,8 @@ def generate(
         top_p, top_k: see `sample`.
         generator: source of randomness for a temperature above 0.
         eos_token_id: ends a row.
+        image_features: `float[B, N, D]` from `model.encode_image`, with `pixel_values` None: a
+            picture that is asked about often is looked at once.
 
     Returns:
         `int64[B, ≤ max_new_tokens]`, the new tokens, eos included, 0 after it.
@@ -248,6 +254,7 @@ def generate(
         top_k,
         generator,
         eos_token_id,
+        image_features=image_features,
     )
     return torch.stack(list(steps), dim=1)
 

@@ -196,6 +196,7 @@ class PaliGemma(PaliGemmaParts):
         labels: torch.Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> PaliGemmaOutput:
         """Logits for the new tokens, and the loss when there are labels.
 
@@ -207,19 +208,26 @@ class PaliGemma(PaliGemmaParts):
             labels: `int64[B, L]`, -100 where nothing is to be learnt; not shifted.
             cache: from `make_cache`; gains the L tokens.
             logits_to_keep: only the last so many positions get logits (and a loss); None: all.
+            image_features: `float[B, N, D]` from `encode_image`, instead of `pixel_values`.
 
         Returns:
             `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
         """
         past, length = 0 if cache is None else len(cache), input_ids.shape[1]
+        restricted = attention_mask is not None or token_type_ids is not None
         attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
-        if past and pixel_values is None:  # the picture is cached; a generated <image> is a word
+        if pixel_values is not None:
+            image_features = self.encode_image(pixel_values)
+        if past and image_features is None:  # the picture is cached; a new <image> is a word
             x = self.language_model.embed(input_ids)
         else:
-            features = None if pixel_values is None else self.encode_image(pixel_values)
-            x = self.merge(input_ids, features)  # (B, L, D)
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # padding shifts nothing
-        mask = prefix_lm_mask(attention_mask, token_type_ids, length)
+            x = self.merge(input_ids, image_features)  # (B, L, D)
+        if restricted or (past and length > 1):
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # pads shift nothing
+            mask = prefix_lm_mask(attention_mask, token_type_ids, length)
+        else:  # a whole prefix, or the newest token: each sees all there is
+            positions = torch.arange(past, past + length, device=x.device)[None]
+            mask = None
         hidden = self.language_model(x, positions, mask, cache)
         keep = logits_to_keep or length
         logits = self.language_model.logits(hidden[:, -keep:])

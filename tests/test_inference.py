@@ -23,11 +23,13 @@ from paligemma.inference import (
     Options,
     Pipeline,
     find_checkpoint,
+    find_codec,
     load,
     main,
     task_prompt,
 )
 from paligemma.processor import Processor
+from paligemma.segmentation import MaskCodec
 from paligemma.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,6 +289,100 @@ def test_detect_on_the_command_line(capsys, tmp_path, writes_boxes):
 def test_detect_needs_names(capsys):
     code, out, err = run(capsys, "--image_file_path", SCENE, "--task", "detect")
     assert (code, out) == (2, "") and "names nothing to detect" in err and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- masks
+
+MASKS = (
+    "<loc0000><loc0000><loc1023><loc0511>" + "".join(f"<seg{i:03d}>" for i in range(16)) + " cat"
+    " ; <loc0000><loc0000><loc1023><loc0511><seg001> dog"
+)
+
+
+class HalfCodec(MaskCodec):
+    """Draws the left half of every box."""
+
+    def decode(self, codes):
+        drawn = torch.full((len(codes), 64, 64), -1.0)
+        drawn[..., :32] = 1
+        return drawn
+
+
+@pytest.fixture
+def writes_masks(monkeypatch):
+    def steps(model, input_ids, log_probs=None, eos_token_id=1, **_):
+        for token in [*Tokenizer(TINY / "tokenizer.model").encode(MASKS), eos_token_id]:
+            log_probs.append(torch.tensor([0.8]).log())
+            yield torch.tensor([token])
+
+    monkeypatch.setattr("paligemma.inference.generate_steps", steps)
+
+
+@pytest.fixture
+def halves(pg):
+    return Pipeline(pg.model, pg.processor, HalfCodec(width=8, code_width=8))
+
+
+def test_segment_gives_masks_of_the_given_picture(halves, writes_masks):
+    (segment,) = halves.segment(Image.new("RGB", (1023, 200)), "cat")
+    assert segment.label == "cat" and segment.score == pytest.approx(0.8)
+    assert segment.box == pytest.approx((0, 0, 511, 200))
+    assert segment.mask.shape == (200, 1023)
+    assert segment.mask[:, :255].all() and not segment.mask[:, 257:].any()
+
+
+def test_segment_needs_a_codec(pg):
+    with pytest.raises(ValueError, match=r"no mask codec; put vae-oid\.npz"):
+        Pipeline(pg.model, pg.processor).segment(SCENE, "cat")
+
+
+def test_a_codec_beside_the_weights_is_found(tmp_path):
+    assert find_codec(tmp_path) is None
+    MaskCodec(width=8, code_width=8).save_pretrained(tmp_path)
+    assert isinstance(find_codec(tmp_path), MaskCodec)
+
+
+def test_segment_on_the_command_line(capsys, tmp_path, writes_masks, halves, monkeypatch):
+    from pycocotools.mask import decode, frPyObjects
+
+    monkeypatch.setattr("paligemma.inference.load", lambda *_, **__: halves)
+    picture = tmp_path / "masks.png"
+    task = ("--image_file_path", SCENE, "--task", "segment", "--prompt", "cat")
+    code, out, _ = run(capsys, *task, "--output", picture)
+    label, score, box, pixels = out.split("\t")
+    assert (code, label, score) == (0, "cat", "0.80") and len(box.split()) == 4
+    _, out, _ = run(capsys, *task, "--json")
+    (found,) = json.loads(out)["segments"]
+    mask = decode(frPyObjects(found["mask"], *found["mask"]["size"]))
+    assert mask.sum() == int(pixels) == (mask[:, : mask.shape[1] // 2]).sum() > 0
+    with Image.open(picture) as drawn, Image.open(SCENE) as plain:
+        assert drawn.size == plain.size and drawn.tobytes() != plain.convert("RGB").tobytes()
+
+
+# ---------------------------------------------------------------- a picture looked at once
+
+
+def test_an_encoded_picture_gives_the_same_answers(pg, monkeypatch):
+    once, prompts = pg.encode(SCENE), list(PROMPTS.values())
+    looked = []
+    tower = type(pg.model.vision_tower)
+    monkeypatch.setattr(tower, "forward", lambda *_: looked.append(1))
+    answers = [pg(once, prompt) for prompt in prompts]
+    together = pg.batch([once, once], prompts)
+    found = pg.detect(once, "cat")
+    monkeypatch.undo()
+    assert not looked
+    assert answers == [pg(SCENE, prompt) for prompt in prompts] == together
+    assert [d.box for d in found] == [d.box for d in pg.detect(SCENE, "cat")]
+    mixed = pg.batch([once, SCENE.with_name("scene2.png")], prompts)
+    assert mixed == [pg(SCENE, prompts[0]), pg(SCENE.with_name("scene2.png"), prompts[1])]
+
+
+def test_encoded_pictures_and_prompts_must_be_as_many(pg):
+    once = pg.encode(SCENE)
+    with pytest.raises(ValueError, match="2 pictures, 1 prompts"):
+        pg.batch([once, once], ["caption en"])
+    assert pg.encode(once) is once
 
 
 # ---------------------------------------------------------------- loading

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from paligemma import scenes, training
 from paligemma.image_processor import ImageProcessor
 from paligemma.processor import Processor
+from paligemma.segmentation import parse_segments
 from paligemma.tokenizer import Tokenizer
 from paligemma.training import (
     Batches,
@@ -64,8 +65,8 @@ def test_a_batch_depends_on_its_number_only(batches):
     assert torch.equal(first["pixels"], again["pixels"])
     assert not torch.equal(first["pixels"], other["pixels"])
     for a, b in zip(first["groups"], again["groups"], strict=True):
-        assert a["keep"] == b["keep"]
-        assert all(torch.equal(a[k], b[k]) for k in a if k != "keep")
+        assert (a["keep"], a["name"]) == (b["keep"], b["name"])
+        assert all(torch.equal(a[k], b[k]) for k in a if k not in ("keep", "name"))
 
 
 def test_parts_cover_a_batch(batches):
@@ -76,6 +77,50 @@ def test_parts_cover_a_batch(batches):
     for group in range(2):
         rows = [p["groups"][group]["picture"] * 2 + i for i, p in enumerate(parts)]
         assert sorted(torch.cat(rows).tolist()) == whole["groups"][group]["picture"].tolist()
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """Batches in which half of the pictures are asked for masks."""
+    config = TrainingConfig(batch=16, segments=0.5)
+    return Batches(Processor.from_pretrained(TINY), config)
+
+
+def test_a_share_of_the_pictures_is_asked_for_masks(masked):
+    groups = {g["name"]: g for g in masked.train(2, (1, 2), False)["groups"]}
+    pictures = [groups[name]["picture"].tolist() for name in ("detect", "segment")]
+    assert sorted(pictures[0] + pictures[1]) == list(range(16)) and min(map(len, pictures)) >= 3
+    labels, first = groups["segment"]["labels"], masked.first_location
+    codes = ((labels >= first + 1024) & (labels < first + 1152)).sum(1)
+    boxes = ((labels >= first) & (labels < first + 1024)).sum(1)
+    assert (codes == 4 * boxes).all() and (boxes >= 4).all()
+
+
+def test_mask_words_say_what_is_seen(masked):
+    made = [scenes.make_scene(i, "test") for i in range(12)]
+    overlaps = []
+    for scene, words in zip(made, training.mask_words(made, masked.codec), strict=True):
+        text = " ; ".join(f"{w} {scenes.NAMES[k]}" for w, k in zip(words, scene.kinds))
+        found = parse_segments(text, scenes.SIZE, scenes.SIZE, masked.codec)
+        assert [f.label for f in found] == [scenes.NAMES[k] for k in scene.kinds]
+        overlaps += [(f.mask & m).sum() / (f.mask | m).sum() for f, m in zip(found, scene.masks)]
+    assert np.mean(overlaps) > 0.85
+
+
+def test_mask_figures_count_what_was_not_found(masked):
+    made = [scenes.make_scene(i, "test", objects=(2, 3)) for i in range(6)]
+    prompts, right, nothing, other = [], [], [], []
+    for scene, words in zip(made, training.mask_words(made, masked.codec)):
+        asked = list(dict.fromkeys(scene.kinds))
+        prompts.append("segment " + " ; ".join(scenes.NAMES[k] for k in asked))
+        right.append(" ; ".join(f"{w} {scenes.NAMES[k]}" for w, k in zip(words, scene.kinds)))
+        nothing.append("")
+        other.append(right[-1].replace(scenes.NAMES[asked[0]], "nobody"))
+    figures = [
+        training.mask_figures(said, prompts, made, masked.codec)["iou"]
+        for said in (right, other, nothing)
+    ]
+    assert figures[0] > 85 and 0 < figures[1] < figures[0] and figures[2] == 0
 
 
 def test_looking_needs_no_texts(batches):
@@ -312,8 +357,8 @@ def test_evaluate_runs_with_its_control():
 
 def test_shuffled_control_asks_about_the_next_picture(monkeypatch):
     """A model that reads the truth off the picture is right, and wrong on others' pictures."""
-    images, _, truths = training.row_questions("caption en", 8)
-    by_picture = {image.tobytes(): truth for image, truth in zip(images, truths)}
+    made, _, truths = training.row_questions("caption en", 8)
+    by_picture = {scene.image.tobytes(): truth for scene, truth in zip(made, truths)}
     monkeypatch.setattr(
         training, "answers", lambda m, p, shown, prompts: [by_picture[i.tobytes()] for i in shown]
     )

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Detection](19_detection.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
+# [← Segmentation](20_segmentation.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
 
 # %% [markdown]
 # # 22 · Inference: how does a folder of weights become a command that answers?
@@ -53,6 +53,7 @@ from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -61,7 +62,8 @@ from paligemma.detection import Detection, score_detections
 from paligemma.generation import check_options, generate, generate_steps, stream
 from paligemma.image_processor import open_image
 from paligemma.model import PaliGemma
-from paligemma.processor import Processor
+from paligemma.processor import Processor, as_lists, collate
+from paligemma.segmentation import MaskCodec, Segment, score_segments
 
 TINY = Path(resources.files("paligemma") / "assets" / "tiny")  # the checkpoint that ships with it
 SMALL = 1_000_000_000  # bytes of weights up to which load() computes in float32
@@ -276,26 +278,43 @@ def task_prompt(task: str, what: str) -> str:
 
 
 # %% [markdown]
-# Then the object. `stream` is the basic form; calling the object joins its pieces, so the two can
+# Then the object. A picture that is asked about often need be looked at only once: `EncodedImage`
+# keeps what the vision tower saw. `stream` is the basic form; calling the object joins its pieces, so the two can
 # never disagree. Note what a user does *not* meet: tensors, pads, masks, devices, eos.
 
 
 # %%
 #| export
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture that the vision tower has read, from `Pipeline.encode`.
+
+    Args:
+        features: `float[1, N, D]`, of one model.
+        size: width and height of the picture, pixels.
+    """
+
+    features: torch.Tensor
+    size: tuple[int, int]
+
+
 class Pipeline:
     """A model with its processor: pictures and prompts in, text out.
 
-    Pictures are a path, a `PIL.Image` or `uint8[H, W, 3]` in RGB order; a prompt is such as
-    "caption en", "answer en how many cats are there?". Options: the fields of `Options`.
+    Pictures are a path, a `PIL.Image` or `uint8[H, W, 3]` in RGB order, or what `encode` made of
+    one; a prompt is such as "caption en", "answer en how many cats are there?". Options: the
+    fields of `Options`.
 
     Args:
         model: in evaluation mode, on any device.
         processor: from the same checkpoint.
+        codec: draws the masks of `segment`; None: this model has none.
     """
 
-    def __init__(self, model: PaliGemma, processor: Processor):
+    def __init__(self, model: PaliGemma, processor: Processor, codec: MaskCodec | None = None):
         self.model = model
         self.processor = processor
+        self.codec = codec
 
     def __call__(self, image, prompt: str, **options) -> str:
         """Answer one prompt about one picture: the pieces of `stream`, joined."""
@@ -319,28 +338,64 @@ class Pipeline:
         ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
         return [self.processor.decode(row) for row in ids]
 
+    def encode(self, image) -> EncodedImage:
+        """Look at a picture once, to ask many things about it; use the result as a picture.
+
+        The answers are the same; each saves the vision tower's work.
+        """
+        if isinstance(image, EncodedImage):
+            return image
+        picture = open_image(image)
+        pixels = self.processor.image_processor([picture]).to(self.model.device)
+        with torch.inference_mode():
+            return EncodedImage(self.model.encode_image(pixels), picture.size)
+
     def detect(self, image, what: str, **options) -> list[Detection]:
         """Find the things named in `what`, "cat" or "cat ; dog"; boxes in pixels of `image`.
 
         Raises:
             ValueError: as in `stream`, or nothing named.
         """
-        picture, prompt = open_image(image), task_prompt("detect", what)
-        ids, log_probs = self._scored(picture, prompt, options)
-        return score_detections(ids, log_probs, self.processor.tokenizer, *picture.size)
+        return score_detections(*self._scored("detect", image, what, options))
 
-    def _scored(self, image, prompt: str, options: dict) -> tuple[list[int], list[float]]:
-        """The tokens of one answer, and the logarithm of each one's probability."""
+    def segment(self, image, what: str, **options) -> list[Segment]:
+        """Find the things named in `what` with their shapes; masks as large as `image`.
+
+        Raises:
+            ValueError: as in `detect`, or the model came without a mask codec.
+        """
+        if self.codec is None:
+            raise ValueError(
+                "this model has no mask codec; put vae-oid.npz or mask_codec.safetensors into its "
+                "directory, or set pipeline.codec"
+            )
+        return score_segments(*self._scored("segment", image, what, options), self.codec)
+
+    def _scored(self, task: str, image, what: str, options: dict) -> tuple:
+        """An answer's tokens, the logarithms of their probabilities, who spells them, the size."""
+        prompt = task_prompt(task, what)
+        if not isinstance(image, EncodedImage):
+            image = open_image(image)
         arguments, log_probs = self._arguments([image], [prompt], options), []
         steps = generate_steps(self.model, **arguments, log_probs=log_probs)
-        return [int(token) for token in steps], [float(value) for value in log_probs]
+        ids = [int(token) for token in steps]
+        return ids, [float(value) for value in log_probs], self.processor.tokenizer, *image.size
 
     def _arguments(self, images: list, prompts: list[str], options: dict) -> dict:
         """Keywords for `generate`."""
-        arguments = Options(**options).arguments(self.model.device)
-        batch = self.processor(images, prompts)
+        device = self.model.device
+        arguments = Options(**options).arguments(device)
+        if any(isinstance(image, EncodedImage) for image in images):
+            images, prompts, _ = as_lists(images, prompts, None)
+            prefixes = [self.processor.encode_prefix(prompt) for prompt in prompts]
+            batch = collate(prefixes, [], self.processor.tokenizer.pad_id)
+            batch["pixel_values"] = None
+            features = [self.encode(image).features for image in images]
+            arguments["image_features"] = torch.cat(features)
+        else:
+            batch = self.processor(images, prompts)
         for name in ("input_ids", "pixel_values", "attention_mask"):
-            arguments[name] = batch[name].to(self.model.device)
+            arguments[name] = None if batch[name] is None else batch[name].to(device)
         return arguments | {"eos_token_id": self.processor.tokenizer.eos_id}
 
 
@@ -387,7 +442,7 @@ def load(
             None: the tiny model that ships with this package.
         device: "cpu", "cuda", "mps".
         dtype: to compute in; None: float32 for a small checkpoint, else the type it is stored in.
-        quantize: None; no quantised weights in this version.
+        quantize: None, "int8" or "int4": round the language model's weights (lesson 21).
         progress: show a bar on standard error while loading.
 
     Raises:
@@ -401,7 +456,16 @@ def load(
     if dtype is None and sum(file.stat().st_size for file in weight_files(path)) <= SMALL:
         dtype = torch.float32
     processor = Processor.from_pretrained(path)
-    return Pipeline(load_model(path, device, dtype, progress), processor)
+    return Pipeline(load_model(path, device, dtype, progress), processor, find_codec(path))
+
+
+def find_codec(path: Path) -> MaskCodec | None:
+    """The mask codec that lies beside a model's weights: ours, or the published `vae-oid.npz`."""
+    if (path / "mask_codec.safetensors").is_file():
+        return MaskCodec.from_pretrained(path)
+    if (path / "vae-oid.npz").is_file():
+        return MaskCodec.from_npz(path / "vae-oid.npz")
+    return None
 
 
 # %% [markdown]
@@ -424,7 +488,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
             f"no directory {path}; to fetch it from the hub: pip install huggingface_hub"
         ) from None
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+        patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.npz"]
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:  # the hub's many errors share no base class
         reason = str(error).strip().splitlines()[0]
@@ -461,6 +525,7 @@ EXAMPLES = """examples:
   paligemma --image_file_path photo.jpg --do_sample --temperature 0.8 --top_p 0.9 --seed 1
   paligemma --image_file_path photo.jpg --output captioned.png write the picture with its answer
   paligemma --image_file_path photo.jpg --task detect --prompt "cat ; dog" --output boxes.png
+  paligemma --image_file_path photo.jpg --task segment --prompt cat --output masks.png --json
   curl -s https://example.org/photo.jpg | paligemma --image_file_path -
 """
 
@@ -510,7 +575,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--image_file_path", metavar="FILE", required=True, help="the picture; - is standard input")
-    add("--prompt", help="what to do with it (default: caption en); for detect: the names")
+    add(
+        "--prompt",
+        help="what to do with it (default: caption en); for detect and segment: the names",
+    )
     add("--model_path", metavar="DIR", help="checkpoint directory or hub name (default: shipped)")
     add("--max_tokens_to_generate", metavar="N", type=int, default=100, help="default: 100")
     flag = {"type": _boolean, "nargs": "?", "const": True, "default": False, "metavar": "BOOL"}
@@ -520,8 +588,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="makes --do_sample repeatable")
     add("--only_cpu", **flag, help="leave a GPU alone")
     add("--quantize", choices=["int8", "int4"], help="not in this version")
-    add("--task", choices=["answer", "detect"], default="answer", help="default: answer")
-    add("--output", metavar="FILE", help="write the picture with the answer below, or the boxes")
+    add("--task", choices=["answer", "detect", "segment"], default="answer", help="default: answer")
+    add("--output", metavar="FILE", help="write the picture with its answer, boxes or masks")
     add("--json", action="store_true", help="print one JSON object instead of streaming")
     version = import_module("paligemma").__version__
     add("--version", action="version", version=f"%(prog)s {version}")
@@ -569,8 +637,10 @@ def run(args: argparse.Namespace) -> None:
     device = None if args.only_cpu else torch.accelerator.current_accelerator()
     progress = sys.stderr.isatty()  # a bar is for people, not for log files
     pipeline = load(args.model_path, device or "cpu", quantize=args.quantize, progress=progress)
-    task = {"answer": run_answer, "detect": run_detect}[args.task]
-    make_picture = task(pipeline, image, prompt, vars(options), args.json)
+    if args.task == "answer":
+        make_picture = run_answer(pipeline, image, prompt, vars(options), args.json)
+    else:
+        make_picture = run_find(pipeline, args.task, image, prompt, vars(options), args.json)
     if args.output:
         save_picture(make_picture(), args.output)
 
@@ -600,29 +670,45 @@ def run_answer(
     return draw
 
 
-def run_detect(
-    pipeline: Pipeline, image: Image.Image, prompt: str, options: dict, as_json: bool
+def run_find(
+    pipeline: Pipeline, task: str, image: Image.Image, prompt: str, options: dict, as_json: bool
 ) -> Callable[[], Image.Image]:
-    """Print a line for each object (label, score, x0 y0 x1 y1), or JSON; returns a painter."""
-    detections = pipeline.detect(image, prompt, **options)
-    found = [
-        {"label": d.label, "score": round(d.score, 4), "box": [round(v, 2) for v in d.box]}
-        for d in detections
-    ]
+    """Print a line for each object (label, score, x0 y0 x1 y1, with a mask its pixels), or JSON.
+
+    Returns what draws them.
+    """
+    found = (pipeline.detect if task == "detect" else pipeline.segment)(image, prompt, **options)
     if as_json:
-        print(json.dumps({"prompt": prompt, "detections": found}), flush=True)
-    for d in [] if as_json else detections:
-        print(f"{d.label}\t{d.score:.2f}\t{' '.join(f'{v:.0f}' for v in d.box)}", flush=True)
+        name = {"detect": "detections", "segment": "segments"}[task]
+        print(json.dumps({"prompt": prompt, name: [as_dict(one) for one in found]}), flush=True)
+    for one in [] if as_json else found:
+        pixels = f"\t{one.mask.sum()}" if task == "segment" else ""
+        box = " ".join(f"{v:.0f}" for v in one.box)
+        print(f"{one.label}\t{one.score:.2f}\t{box}{pixels}", flush=True)
     if not found:
         print("nothing found", file=sys.stderr)
 
     def draw() -> Image.Image:
-        from paligemma.plotting import draw_boxes
+        from paligemma.plotting import draw_boxes, draw_masks
 
-        tags = [f"{d.label} {d.score:.2f}" for d in detections]
-        return draw_boxes(image, [d.box for d in detections], tags)
+        tags = [f"{one.label} {one.score:.2f}" for one in found]
+        masks = [one.mask for one in found] if task == "segment" else []
+        picture = draw_masks(image, masks, tags) if masks else image
+        return draw_boxes(picture, [one.box for one in found], tags)
 
     return draw
+
+
+def as_dict(one: Detection | Segment) -> dict:
+    """An object for JSON; its mask as run lengths down the columns, zeros first, as COCO has it."""
+    box = [round(value, 2) for value in one.box]
+    result = {"label": one.label, "score": round(one.score, 4), "box": box}
+    if isinstance(one, Segment):
+        flat = np.concatenate(([False], one.mask.ravel(order="F")))
+        ends = np.flatnonzero(np.diff(flat)).tolist()
+        counts = np.diff([0, *ends, one.mask.size]).tolist()
+        result["mask"] = {"size": list(one.mask.shape), "counts": counts}
+    return result
 
 
 # %% [markdown]
@@ -1058,4 +1144,4 @@ check(test_3, arguments)
 # - transformers: `models/paligemma/processing_paligemma.py`, function `build_string_from_input`.
 
 # %% [markdown] tags=["navigation"]
-# [← Detection](19_detection.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
+# [← Segmentation](20_segmentation.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)

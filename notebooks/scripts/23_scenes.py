@@ -666,25 +666,34 @@ def _where(rng, scene, present):
         return f"answer en where is the {NAMES[kind]}?", place_name(box)
 
 
-def _detect(name, scene, asked):
-    """Ask for the boxes of kinds: kind by kind as asked, each from left to right."""
-    found = [(k, box) for k, box in zip(scene.kinds, scene.boxes) if k in asked]
+def _detect(name, scene, asked, words):
+    """Ask for the objects of kinds: kind by kind as asked, each from left to right."""
+    words = [locations(box) for box in scene.boxes] if words is None else words
+    found = [(k, word) for k, word in zip(scene.kinds, words) if k in asked]
     found.sort(key=lambda pair: asked.index(pair[0]))
-    answer = " ; ".join(f"{locations(box)} {NAMES[k]}" for k, box in found)
+    answer = " ; ".join(f"{word} {NAMES[k]}" for k, word in found)
     return f"{name} {' ; '.join(NAMES[k] for k in asked)}", answer
 
 
 # %%
 #| export
-def task(rng: np.random.Generator, scene: Scene, name: str = "caption", language: str = "en"):
+def task(
+    rng: np.random.Generator,
+    scene: Scene,
+    name: str = "caption",
+    language: str = "en",
+    words: list[str] | None = None,
+) -> tuple[str, str]:
     """Ask one thing about a scene, with its true answer.
 
     Args:
         rng: draws what is asked about.
         scene: the scene.
-        name: one of TASKS, or "segment" (answer without the mask's codes) or "ocr". A scene in
-            which no object has a clear place is asked "count" instead of "where".
+        name: one of TASKS, or "segment" or "ocr". A scene in which no object has a clear place
+            is asked "count" instead of "where".
         language: of a caption: one of LANGUAGES.
+        words: how to write each object for "detect" and "segment", such as `encode_segments`
+            gives; None: its box, without a mask.
 
     Returns:
         (prompt, answer).
@@ -709,8 +718,9 @@ def task(rng: np.random.Generator, scene: Scene, name: str = "caption", language
             kind = int(rng.choice([k for k in range(len(NAMES)) if k not in present]))
         truth = "yes" if kind in present else "no"
         return f"answer en is there {phrase(kind, 1)}?", truth
-    if name in ("detect", "segment"):
-        return _detect(name, scene, present if rng.random() < 0.5 else [kind])
+    if name in ("detect", "segment"):  # 20 tokens an object: masks of one kind, as a rule
+        several = rng.random() < (0.5 if name == "detect" else 0.2)
+        return _detect(name, scene, present if several else [kind], words)
     if rng.random() < 0.1:
         kind = int(rng.integers(len(NAMES)))
     return f"answer en how many {PLURALS[kind]} are there?", str(scene.kinds.count(kind))

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Contrastive learning](24_contrastive.ipynb) | [contents](00_overview.ipynb)
+# [← Contrastive learning](24_contrastive.ipynb) | [contents](00_overview.ipynb) | [LoRA →](26_lora.ipynb)
 
 # %% [markdown]
 # # 25 · Training: how does a model learn to look before it speaks?
@@ -46,6 +46,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -68,6 +69,7 @@ from paligemma.generation import generate
 from paligemma.image_processor import ImageProcessor
 from paligemma.model import PaliGemma, PaliGemmaConfig, prefix_lm_mask
 from paligemma.processor import Processor, collate
+from paligemma.segmentation import MaskCodec, crop_masks, encode_segments, parse_segments
 from paligemma.siglip import SiglipVisionConfig
 from paligemma.tokenizer import Tokenizer
 
@@ -278,6 +280,7 @@ class TrainingConfig:
         meet_every: steps between two averages over the processes.
         vision_width … text_mlp: sizes of the model.
         softness: standard deviation of the soft location targets, in bins of 1/1023.
+        segments: share of the pictures that are asked for masks instead of boxes.
         bfloat16: multiply matrices in bfloat16; weights, sums and all else stay float32.
     """
 
@@ -301,6 +304,7 @@ class TrainingConfig:
     text_layers: int = 4
     text_mlp: int = 256
     softness: float = 6.0
+    segments: float = 0.0
     bfloat16: bool = False
 
     @classmethod
@@ -449,22 +453,45 @@ save_figure(fig, "25_patches.png")
 # Batch number 1234 depends on the seed and on 1234, and on nothing else. This makes resuming trivial.
 #
 # Each scene is asked short questions and one for boxes. The vision tower, the costly part, runs
-# **once** for all. Texts come in two groups: together, each "yes" would be padded to the length of
-# five boxes.
+# **once** for all. Texts come in groups: together, each "yes" would be padded to the length of five
+# boxes, or of sixteen codes.
 
 # %%
 #| export
 SHORT = ("caption", "caption", "count", "where", "is there")
 
 
-def questions(rng: np.random.Generator, scene: scenes.Scene, count: int) -> tuple[list, list]:
-    """Draw `count` short questions about a scene, and one for boxes: lists of (prompt, answer)."""
+GROUPS = ("short", "detect", "segment")
+
+
+def questions(rng, scene: scenes.Scene, count: int, words: list | None = None) -> tuple:
+    """Draw `count` short questions about a scene, and one for its objects.
+
+    Args:
+        rng: where the randomness comes from.
+        scene: what is asked about.
+        count: how many short ones.
+        words: each object's box and mask as text; None: boxes are asked for.
+
+    Returns:
+        A list of (prompt, answer) for each of GROUPS.
+    """
     short = []
     for _ in range(count):
         name = SHORT[rng.integers(len(SHORT))]
         language = scenes.LANGUAGES[max(0, int(rng.integers(-2, 3)))]  # English 3 of 5
         short.append(scenes.task(rng, scene, name, language))
-    return short, [scenes.task(rng, scene, "detect")]
+    if words is None:
+        return short, [scenes.task(rng, scene, "detect")], []
+    return short, [], [scenes.task(rng, scene, "segment", words=words)]
+
+
+def mask_words(made: list[scenes.Scene], codec: MaskCodec) -> list[list[str]]:
+    """Box and mask of every object of these scenes as `<loc>`×4`<seg>`×16, all in one batch."""
+    boxes = np.concatenate([scene.boxes for scene in made])
+    masks = np.concatenate([scene.masks for scene in made])
+    words = iter(encode_segments(boxes, masks, codec, scenes.SIZE, scenes.SIZE))
+    return [[next(words) for _ in scene.kinds] for scene in made]
 
 
 # %%
@@ -484,6 +511,7 @@ class Batches:
         self.first_location = processor.tokenizer.encode("<loc0000>")[0]
         self.prefix = lru_cache(maxsize=None)(processor.encode_prefix)
         self.suffix = lru_cache(maxsize=100_000)(processor.encode_suffix)
+        self.codec = MaskCodec.from_pretrained(scenes.ASSETS / "tiny") if config.segments else None
 
     def pixels(self, made: list[scenes.Scene]) -> torch.Tensor:
         """Pictures of the model's own size to float32[B, 3, 112, 112] in [-1, 1]."""
@@ -501,13 +529,21 @@ class Batches:
         """Scene number `index` of the training split."""
         return scenes.make_scene(index, "train", self.config.seed, objects)
 
-    def ask(self, index: int, scene: scenes.Scene) -> tuple[list, list]:
-        """Short questions about a scene, and those whose answers are boxes."""
+    def ask(self, index: int, scene: scenes.Scene, words: list | None = None) -> tuple:
+        """What is asked about scene `index`, as `questions` gives it."""
         rng = np.random.default_rng((self.config.seed, 0, index, 9))
-        return questions(rng, scene, self.config.questions)
+        return questions(rng, scene, self.config.questions, words)
+
+    def ask_all(self, indices: list[int], made: list[scenes.Scene]) -> list[tuple]:
+        """`ask` for each scene; a share of them, `segments`, is asked for masks."""
+        share = [np.random.default_rng((self.config.seed, 1, i)).random() for i in indices]
+        chosen = [n for n, value in enumerate(share) if value < self.config.segments]
+        words = mask_words([made[n] for n in chosen], self.codec) if chosen else []
+        words = dict(zip(chosen, words))
+        return [self.ask(i, s, words.get(n)) for n, (i, s) in enumerate(zip(indices, made))]
 
     def train(self, step: int, objects: tuple, look: bool, part=(0, 1)) -> dict:
-        """Batch number `step`; short answers and boxes are two groups of texts, padded apart.
+        """Batch number `step`; short answers, boxes and masks are groups padded apart.
 
         Args:
             step: which.
@@ -518,12 +554,12 @@ class Batches:
         first, last = step * self.config.batch, (step + 1) * self.config.batch
         indices = range(first + part[0], last, part[1])
         made = [self.scene(index, objects) for index in indices]
-        asked = [([], []) if look else self.ask(index, s) for index, s in zip(indices, made)]
+        asked = [] if look else self.ask_all(list(indices), made)
         groups = []
-        for kind in (0, 1):
-            pairs = [(pair, i) for i, both in enumerate(asked) for pair in both[kind]]
+        for kind, name in enumerate(GROUPS):
+            pairs = [(pair, i) for i, lists in enumerate(asked) for pair in lists[kind]]
             if pairs:
-                groups.append(self.texts(*map(list, zip(*pairs))))
+                groups.append(self.texts(*map(list, zip(*pairs))) | {"name": name})
         targets = torch.from_numpy(np.stack([scenes.patch_targets(s) for s in made]))
         boxes = torch.from_numpy(np.stack([patch_boxes(s) for s in made]))
         batch = {"pixels": self.pixels(made), "targets": targets, "boxes": boxes}
@@ -543,8 +579,8 @@ batch = batches.train(step=7, objects=(2, 3), look=False)
 again = batches.train(step=7, objects=(2, 3), look=False)
 assert torch.equal(batch["pixels"], again["pixels"])
 print("pixels", list(batch["pixels"].shape))
-for name, group in zip(("short", "detect"), batch["groups"]):
-    print(name, "texts about pictures", group["picture"].tolist())
+for group in batch["groups"]:
+    print(group["name"], "texts about pictures", group["picture"].tolist())
 
 # %% [markdown]
 # ### The whole loss
@@ -584,12 +620,12 @@ def training_loss(model, head, batch, soft):
         return patch, figures
     features = model.multi_modal_projector(seen)
     loss = 0.5 * patch
-    for name, group in zip(("short", "detect"), batch["groups"]):
+    for group in batch["groups"]:
         logits = answer_logits(model, features, group)
         labels = group["labels"][:, -group["keep"] :]
         part = answer_loss(logits, labels, batch["first_location"], soft)
-        figures[f"{name} loss"] = part.item()
-        loss = loss + part
+        figures[f"{group['name']} loss"] = part.item()
+        loss = loss + (0.5 if group["name"] == "segment" else 1.0) * part
     return loss, figures
 
 
@@ -965,12 +1001,31 @@ class Trainer(Run):
 
 # %%
 #| export
+def mask_overlap(model: PaliGemma, batches: Batches, made: list, features) -> float:
+    """Percent that masks of first-choice codes and true ones have in common (IoU), on average."""
+    pairs, cut = [], []
+    for i, (scene, words) in enumerate(zip(made, mask_words(made, batches.codec))):
+        words = [f"{word}@{n}" for n, word in enumerate(words)]  # remember whose mask it is
+        prompt, answer = scenes.task(np.random.default_rng(i), scene, "segment", words=words)
+        own = [int(part[0]) for part in answer.split("@")[1:]]
+        cut.append(crop_masks(scene.boxes[own], scene.masks[own]) > 0.5)
+        pairs.append((prompt, re.sub("@.", "", answer)))
+    group = batches.texts(pairs, list(range(len(made))))
+    labels = group["labels"][:, -group["keep"] :][:, 1:]
+    first = batches.first_location + 1024  # <seg000>
+    codes = answer_logits(model, features, group)[:, :-1, first : first + 128].argmax(-1)
+    codes = codes[(labels >= first) & (labels < first + 128)].view(-1, 16)
+    drawn, true = batches.codec.decode(codes) > 0, torch.cat(cut)
+    overlap = (drawn & true).sum((1, 2)) / (drawn | true).sum((1, 2)).clamp(min=1)
+    return 100 * float(overlap.mean())
+
+
 @torch.inference_mode()
 def validate(model: PaliGemma, batches: Batches, count: int = 192) -> dict:
     """Percent of answers all of whose tokens are the first choice, by task, on validation scenes.
 
     With the true answer fed in, all tokens right is the same as greedy decoding being right.
-    `box error` is the mean distance of a corner's coordinate, in pixels.
+    `box error` is the mean distance of a corner's coordinate, in pixels; `mask overlap` see there.
     """
     made = [scenes.make_scene(i, "validation") for i in range(count)]
     features = model.encode_image(batches.pixels(made))
@@ -993,6 +1048,8 @@ def validate(model: PaliGemma, batches: Batches, count: int = 192) -> dict:
         else:
             right = (choice == labels) | (labels == -100)
         result[name] = 100 * float(right.all(1).float().mean())
+    if batches.codec is not None:
+        result["mask overlap"] = mask_overlap(model, batches, made[: count // 2], features)
     return result
 
 
@@ -1258,6 +1315,29 @@ def box_figures(said: list[str], truths: list[str], threshold: float = 0.5) -> d
     return {"f1": f1, "iou": 100 * float(np.mean(overlaps)) if overlaps else 0.0}
 
 
+def mask_figures(said: list[str], asked: list[str], made: list[scenes.Scene], codec) -> dict:
+    """Masks as the model spells them against the visible pixels of the objects asked for.
+
+    Returns:
+        percent: `iou`, the mean over all these objects; one that was not found counts 0.
+    """
+    overlaps = []
+    for answer, prompt, scene in zip(said, asked, made):
+        guesses = parse_segments(answer, scenes.SIZE, scenes.SIZE, codec)
+        for kind in {scenes.NAMES.index(name) for name in prompt[8:].split(" ; ")}:
+            truths = [m for m, k in zip(scene.masks, scene.kinds) if k == kind]
+            drawn = [g.mask for g in guesses if g.label == scenes.NAMES[kind]]
+            pairs = [[(a & b).sum() / (a | b).sum() for a in drawn] for b in truths]
+            overlap = np.array(pairs).reshape(len(truths), len(drawn))
+            best = np.zeros(len(truths))
+            while overlap.size and overlap.max() > 0:
+                i, j = np.unravel_index(overlap.argmax(), overlap.shape)
+                best[i] = overlap[i, j]
+                overlap[i, :] = overlap[:, j] = 0.0
+            overlaps += best.tolist()
+    return {"iou": 100 * float(np.mean(overlaps))}
+
+
 def answers(model, processor, images: list, prompts: list[str], size: int = 64) -> list[str]:
     """What the model says, greedily, through the package's own path."""
     said = []
@@ -1265,7 +1345,7 @@ def answers(model, processor, images: list, prompts: list[str], size: int = 64) 
         part = slice(first, first + size)
         batch = processor(images[part], prompts[part])
         inputs = {k: batch[k] for k in ("input_ids", "pixel_values", "attention_mask")}
-        said += map(processor.decode, generate(model, **inputs, max_new_tokens=64))
+        said += map(processor.decode, generate(model, **inputs, max_new_tokens=128))
     return said
 
 
@@ -1278,13 +1358,14 @@ ROWS = {  # row of the table: (task, language, how the scenes are made)
     "where": ("where", "en", {}),
     "is there": ("is there", "en", {}),
     "detect": ("detect", "en", {}),
+    "segment": ("segment", "en", {}),
 }
 
 
 # %%
 #| export
 def row_questions(row: str, count: int) -> tuple[list, list[str], list[str]]:
-    """The first `count` test scenes that this row's question fits: (images, prompts, answers)."""
+    """The first `count` test scenes that this row's question fits: (scenes, prompts, answers)."""
     name, language, how = ROWS[row]
     found, index = [], 0
     while len(found) < count:
@@ -1292,7 +1373,7 @@ def row_questions(row: str, count: int) -> tuple[list, list[str], list[str]]:
         rng = np.random.default_rng((11, index))
         prompt, answer = scenes.task(rng, scene, name, language)
         if name != "where" or "where" in prompt:  # no clear place: it was asked "how many"
-            found.append((scene.image, prompt, answer))
+            found.append((scene, prompt, answer))
         index += 1
     return tuple(map(list, zip(*found)))
 
@@ -1308,22 +1389,25 @@ def evaluate(path: str | os.PathLike, count: int = 1000, rows=tuple(ROWS), progr
 
     Returns:
         `{row: {"scenes", "exact", "shuffled"}}` in percent; "detect" has "f1", "iou" and
-        "shuffled" (f1) instead. "shuffled" is the control: each question is asked about the next
-        scene's picture, so what remains above chance did not come from looking.
+        "shuffled" (f1) instead, "segment" "iou" and "shuffled" (iou). "shuffled" is the control:
+        each question is asked about the next scene's picture, so what remains above chance did
+        not come from looking.
     """
     model, processor = load_model(path), Processor.from_pretrained(path)
     result = {}
     for row in rows:
-        images, prompts, truths = row_questions(row, count)
-        figures = {"scenes": count}
-        for which, shown in (("exact", images), ("shuffled", images[1:] + images[:1])):
+        made, prompts, truths = row_questions(row, count)
+        images, figures = [scene.image for scene in made], {"scenes": count}
+        for shuffled, shown in ((False, images), (True, images[1:] + images[:1])):
             said = answers(model, processor, shown, prompts)
-            if row != "detect":
-                figures[which] = 100 * float(np.mean([a == b for a, b in zip(said, truths)]))
-            elif which == "exact":
-                figures |= box_figures(said, truths)
+            if row == "detect":
+                found = box_figures(said, truths)
+            elif row == "segment":
+                found = mask_figures(said, prompts, made, MaskCodec.from_pretrained(path))
             else:
-                figures[which] = box_figures(said, truths)["f1"]
+                right = [a == b for a, b in zip(said, truths)]
+                found = {"exact": 100 * float(np.mean(right))}
+            figures |= {"shuffled": next(iter(found.values()))} if shuffled else found
         result[row] = figures
         if progress:
             progress(row, figures)
@@ -1678,4 +1762,4 @@ check(test_3, parts)
 # - The training loop of big_vision, `trainers/proj/paligemma/train.py`.
 
 # %% [markdown] tags=["navigation"]
-# [← Contrastive learning](24_contrastive.ipynb) | [contents](00_overview.ipynb)
+# [← Contrastive learning](24_contrastive.ipynb) | [contents](00_overview.ipynb) | [LoRA →](26_lora.ipynb)
