@@ -23,7 +23,6 @@ from paligemma.quantization import (
     Int4Linear,
     Int8Linear,
     QuantizedLinear,
-    kernel_block,
     load_quantized,
     pack_int4,
     quantize_int4,
