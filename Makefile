@@ -45,7 +45,7 @@ lab: $(DEV) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir=.
 
 bench: $(DEV) ## time the shipped model beside transformers
-	@$(BIN)/python tools/bench.py
+	@$(BIN)/python tools/bench.py --dtype float32 --quantize
 
 train: $(DEV) ## train the shipped model again
 	@$(BIN)/python tools/train_tiny.py

@@ -132,6 +132,15 @@ def test_transformers_gives_the_same_tokens(tmp_path, monkeypatch):
     assert answers[0] == answers[1] and len(answers[0]) == 12
 
 
+def test_quantized_weights_are_measured_like_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 0.01)
+    path = write(tmp_path / "original")
+    assert bench.quantize(path, "int8", tmp_path / "int8") > 0
+    found = bench.measure("int8", tmp_path / "int8", None, "dynamic", 0, tokens=4)
+    assert len(found["ids"]) == 5 and found["prompt"] == 16 + 8
+    assert bench.count_weights(path) > 0
+
+
 def fake_result():
     ours = {"import": 1, "load": 0.2, "first": 2.0, "prefill": 1.0, "decode": 8.0, "memory": 5.0}
     theirs = {"import": 3, "load": 0.1, "first": 3, "prefill": 2.0, "decode": 4.0, "memory": 6.0}
@@ -146,8 +155,8 @@ def fake_result():
         "machine": "a machine",
         "versions": {"python": "3", "torch": "2", "transformers": "5"},
         "cache": "dynamic",
-        "rounds": {"ours": [ours] * 3, "transformers": [theirs] * 3},
-        "median": {"ours": ours, "transformers": theirs},
+        "rounds": {"ours": [ours] * 3, "int4": [ours] * 3, "transformers": [theirs] * 3},
+        "median": {"ours": ours, "int4": ours | {"decode": 16.0}, "transformers": theirs},
         "agreement": bench.agreement([5, 6, 7, 8], [5, 6, 9, 8]),
     }
 
@@ -158,7 +167,9 @@ def test_ratios_say_how_much_better_ours_is():
     assert bench.ratio(result, "decode") == 2  # twice the tokens a second
     assert bench.ratio(result, "load") == 0.5  # twice the seconds: worse
     table = bench.markdown(result)
-    assert "| decode | 8.0 tokens/s | 4.0 tokens/s | 2.00 × |" in table
+    assert bench.ratio(result, "decode", "int4") == 4
+    cells = "4.0 tokens/s | 8.0 tokens/s (2.00 ×) | 16.0 tokens/s (4.00 ×)"
+    assert f"| decode | {cells} |" in table
     assert "first 2 of 4 greedy tokens are equal" in table  # a difference is told, not hidden
     result["agreement"] = bench.agreement([1, 2], [1, 2])
     assert "all 2 greedy tokens are equal" in bench.markdown(result)

@@ -1,7 +1,8 @@
 """Time this package beside transformers: load, prefill, decode and peak memory, in one run.
 
-Every measurement happens in a process of its own, ours and theirs in turn, on the same weights,
-picture, prompt, dtype and threads; the medians are printed as a Markdown table.
+Every measurement happens in a process of its own, all contenders in turn, on the same weights,
+picture, prompt and threads; the medians are printed as a Markdown table. "ours" and "transformers"
+compute in the same type; "int8" and "int4" are ours with quantised weights, quantised once before.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "paligemma" / "assets" / "tiny"
-CONTENDERS = ("ours", "transformers")
+CONTENDERS = ("ours", "int8", "int4", "transformers")
 TEXT_TOKENS = 8  # <bos>, six pieces, "\n"
 LEAST_SECONDS = 0.5  # a short measurement is repeated until it has taken this long
 ROWS = {  # key: (label, unit, digits, more is better)
@@ -79,9 +80,13 @@ def make_ours(model_path: Path, dtype: str | None):
 
     from paligemma.checkpoint import load_model
     from paligemma.generation import generate
+    from paligemma.quantization import load_quantized, read_quantization
 
     def load():
-        model = load_model(model_path, dtype=dtype and getattr(torch, dtype))
+        if read_quantization(model_path):
+            model = load_quantized(model_path)
+        else:
+            model = load_model(model_path, dtype=dtype and getattr(torch, dtype))
 
         def answer(inputs: dict, tokens: int) -> list[int]:
             return generate(model, **inputs, max_new_tokens=tokens, eos_token_id=-1)[0].tolist()
@@ -143,10 +148,10 @@ def measure(
 
     if threads:
         torch.set_num_threads(threads)
-    if contender == "ours":
-        load = make_ours(model_path, dtype)
-    else:
+    if contender == "transformers":
         load = make_transformers(model_path, dtype, cache)
+    else:
+        load = make_ours(model_path, dtype)
     imported = time.perf_counter() - start
     inputs = make_inputs(model_path)
     libraries = peak_memory()
@@ -173,10 +178,20 @@ def measure(
     }
 
 
+def quantize(model_path: Path, mode: str, folder: Path) -> float:
+    """Write the quantised weights to a folder; seconds that it took."""
+    from paligemma.quantization import load_quantized, save_quantized
+
+    start = time.perf_counter()
+    save_quantized(load_quantized(model_path, mode), folder)
+    return time.perf_counter() - start
+
+
 def start(contender: str, cache: str, args: argparse.Namespace) -> dict:
     """Run `measure` in a new process and read its answer."""
     command = [sys.executable, __file__, "--worker", contender, "--cache", cache]
-    command += ["--model_path", str(args.model_path), "--tokens", str(args.tokens)]
+    path = args.quantized.get(contender, args.model_path)
+    command += ["--model_path", str(path), "--tokens", str(args.tokens)]
     command += ["--threads", str(args.threads)] + (["--dtype", args.dtype] if args.dtype else [])
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -191,13 +206,18 @@ def bench(args: argparse.Namespace) -> dict:
     def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    seconds = {}
+    for mode, folder in args.quantized.items():
+        seconds[mode] = quantize(args.model_path, mode, folder)
+        note(f"{mode}: quantised and saved in {seconds[mode]:.0f} s")
     note("warming up (not counted): ours, transformers with each of its caches")
     start("ours", "dynamic", args)
     caches = {name: start("transformers", name, args)["decode"] for name in ("dynamic", "static")}
     cache = max(caches, key=caches.get)
-    rounds = {name: [] for name in CONTENDERS}
+    contenders = ["ours", *args.quantized, "transformers"]
+    rounds = {name: [] for name in contenders}
     for i in range(args.rounds):
-        order = CONTENDERS if i % 2 == 0 else CONTENDERS[::-1]  # A B, B A, A B, …
+        order = contenders if i % 2 == 0 else contenders[::-1]  # A B, B A, A B, …
         for name in order:
             rounds[name].append(start(name, cache, args))
             note(f"round {i + 1} of {args.rounds}: {name} {describe(rounds[name][-1])}")
@@ -219,6 +239,7 @@ def bench(args: argparse.Namespace) -> dict:
         },
         "cache": cache,
         "cache_tokens_per_second": caches,
+        "quantize_seconds": seconds,
         "rounds": rounds,
         "median": {
             name: {key: statistics.median(run[key] for run in runs) for key in ROWS}
@@ -234,8 +255,10 @@ def describe(run: dict) -> str:
 
 def count_weights(path: Path) -> int:
     """Numbers stored in the checkpoint, from the files' headers."""
+    from paligemma.checkpoint import weight_files
+
     total = 0
-    for file in path.glob("*.safetensors"):
+    for file in weight_files(path):
         with open(file, "rb") as stored:
             header = json.loads(stored.read(int.from_bytes(stored.read(8), "little")))
         for name, entry in header.items():
@@ -265,18 +288,26 @@ def agreement(ours: list[int], theirs: list[int]) -> dict:
     return {"leading": same, "of": len(theirs), "distinct": len(set(theirs))}
 
 
-def ratio(result: dict, key: str) -> float:
-    """How many times better ours is than transformers: above 1 ours is faster or smaller."""
-    ours, theirs = (result["median"][name][key] for name in CONTENDERS)
+def ratio(result: dict, key: str, name: str = "ours") -> float:
+    """How many times better a contender is than transformers: above 1 it is faster or smaller."""
+    ours, theirs = (result["median"][n][key] for n in (name, "transformers"))
     return ours / theirs if ROWS[key][3] else theirs / ours
 
 
 def markdown(result: dict) -> str:
     """The table, and below it everything needed to read and repeat it."""
-    lines = ["| | ours | transformers | ours is better by |", "|---|---:|---:|---:|"]
+    others = [name for name in result["median"] if name != "transformers"]
+    titles = [name if name == "ours" else f"ours, {name}" for name in others]
+    lines = [
+        f"| | transformers | {' | '.join(titles)} |",
+        "|---|---:" + "|---:" * len(others) + "|",
+    ]
     for key, (label, unit, digits, _) in ROWS.items():
-        ours, theirs = (f"{result['median'][n][key]:.{digits}f} {unit}" for n in CONTENDERS)
-        lines.append(f"| {label} | {ours} | {theirs} | {ratio(result, key):.2f} × |")
+        cells = [f"{result['median']['transformers'][key]:.{digits}f} {unit}"]
+        for name in others:
+            value = f"{result['median'][name][key]:.{digits}f} {unit}"
+            cells.append(f"{value} ({ratio(result, key, name):.2f} ×)")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     same = result["agreement"]
     equal = f"all {same['of']} greedy tokens are equal"
@@ -288,6 +319,7 @@ def markdown(result: dict) -> str:
         [
             *lines,
             "",
+            "In brackets: how many times better than transformers. "
             f"{result['model']}: {result['weights']:,} weights in {result['dtype']}; "
             f"{result['prompt']} tokens in ({result['prompt'] - TEXT_TOKENS} of them the "
             f"picture), {result['tokens']} decoded one by one; "
@@ -310,12 +342,14 @@ def draw(result: dict, file: Path) -> None:
 
     from paligemma.plotting import COLOURS
 
-    figure, panels = plt.subplots(1, len(ROWS), figsize=(11.4, 1.9), layout="constrained")
-    colours = [COLOURS["together"], COLOURS["muted"]]
+    names = list(result["median"])
+    size = (11.4, 1.1 + 0.4 * len(names))
+    figure, panels = plt.subplots(1, len(ROWS), figsize=size, layout="constrained")
+    colours = [COLOURS["muted" if name == "transformers" else "together"] for name in names]
     for ax, (key, (label, unit, digits, more)) in zip(panels, ROWS.items()):
-        medians = [result["median"][name][key] for name in CONTENDERS]
-        ax.barh(CONTENDERS, medians, color=colours, height=0.62)
-        for y, name in enumerate(CONTENDERS):
+        medians = [result["median"][name][key] for name in names]
+        ax.barh(names, medians, color=colours, height=0.62)
+        for y, name in enumerate(names):
             values = [run[key] for run in result["rounds"][name]]
             ax.plot(values, [y] * len(values), ".", color=COLOURS["ink"], markersize=3.5)
             ax.annotate(
@@ -366,6 +400,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=whole_number, default=5, help="default: %(default)s")
     parser.add_argument("--tokens", type=whole_number, default=32, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's own choice")
+    modes = {"nargs": "*", "choices": ("int8", "int4"), "default": ["int8", "int4"]}
+    parser.add_argument("--quantize", **modes, help="besides; default: both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw here, .svg or .png")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -387,6 +423,7 @@ def main(arguments: list[str] | None = None) -> None:
                 write_checkpoint(args.model_path, SIZES["tiny"])
         elif not (args.model_path / "config.json").is_file():
             parser.error(f"no config.json in {args.model_path}; give a checkpoint's directory")
+        args.quantized = {mode: Path(folder) / mode for mode in args.quantize}
         result = bench(args)
     print(markdown(result))
     if args.json:
