@@ -272,6 +272,7 @@ class TrainingConfig:
         batch: pictures a step.
         accumulate: parts that a batch is worked through in, to save memory.
         questions: short questions a picture, besides one `detect`; its features serve all.
+        short: tasks that they are drawn from; a name that stands twice is asked twice as often.
         lr: peak learning rate of Muon; AdamW takes half of it.
         look_steps: steps in which the vision tower alone learns what each patch shows.
         curriculum: (steps since the tower learnt, numbers of objects to draw from, from then on).
@@ -289,6 +290,7 @@ class TrainingConfig:
     batch: int = 64
     accumulate: int = 1
     questions: int = 2
+    short: tuple = ("caption", "caption", "count", "where", "is there")
     lr: float = 6e-3
     look_steps: int = 2000
     curriculum: tuple = ((0, (1,)), (300, (1, 2)), (900, (1, 2, 3, 4, 5)))
@@ -458,27 +460,24 @@ save_figure(fig, "25_patches.png")
 
 # %%
 #| export
-SHORT = ("caption", "caption", "count", "where", "is there")
-
-
 GROUPS = ("short", "detect", "segment")
 
 
-def questions(rng, scene: scenes.Scene, count: int, words: list | None = None) -> tuple:
-    """Draw `count` short questions about a scene, and one for its objects.
+def questions(rng, scene: scenes.Scene, config, words: list | None = None) -> tuple:
+    """Draw short questions about a scene, and one for its objects.
 
     Args:
         rng: where the randomness comes from.
         scene: what is asked about.
-        count: how many short ones.
+        config: how many short ones, and which.
         words: each object's box and mask as text; None: boxes are asked for.
 
     Returns:
         A list of (prompt, answer) for each of GROUPS.
     """
     short = []
-    for _ in range(count):
-        name = SHORT[rng.integers(len(SHORT))]
+    for _ in range(config.questions):
+        name = config.short[rng.integers(len(config.short))]
         language = scenes.LANGUAGES[max(0, int(rng.integers(-2, 3)))]  # English 3 of 5
         short.append(scenes.task(rng, scene, name, language))
     if words is None:
@@ -532,7 +531,7 @@ class Batches:
     def ask(self, index: int, scene: scenes.Scene, words: list | None = None) -> tuple:
         """What is asked about scene `index`, as `questions` gives it."""
         rng = np.random.default_rng((self.config.seed, 0, index, 9))
-        return questions(rng, scene, self.config.questions, words)
+        return questions(rng, scene, self.config, words)
 
     def ask_all(self, indices: list[int], made: list[scenes.Scene]) -> list[tuple]:
         """`ask` for each scene; a share of them, `segments`, is asked for masks."""
