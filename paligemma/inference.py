@@ -22,6 +22,7 @@ from paligemma.generation import check_options, generate, generate_steps, stream
 from paligemma.image_processor import open_image
 from paligemma.model import PaliGemma
 from paligemma.processor import Processor, as_lists, collate
+from paligemma.quantization import load_quantized, read_quantization
 from paligemma.segmentation import MaskCodec, Segment, score_segments
 
 TINY = Path(resources.files("paligemma") / "assets" / "tiny")  # the checkpoint that ships with it
@@ -208,22 +209,26 @@ def load(
             "google/paligemma-3b-mix-224" (needs the package `huggingface_hub` and the network);
             None: the tiny model that ships with this package.
         device: "cpu", "cuda", "mps".
-        dtype: to compute in; None: float32 for a small checkpoint, else the type it is stored in.
-        quantize: None, "int8" or "int4": round the language model's weights (lesson 21).
+        dtype: to compute in; None: float32 for a small checkpoint, else the type it is stored in
+            (quantised weights: always that).
+        quantize: "int8" or "int4": fewer bits a weight in the language model (lesson 21); None: as
+            the checkpoint is. What `save_quantized` wrote is recognised.
         progress: show a bar on standard error while loading.
 
     Raises:
         ValueError: nothing usable at `path`, or an option that this version does not know.
     """
-    if quantize is not None:
-        raise ValueError(f"quantize is {quantize!r}: not in this version; leave it out")
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"quantize is {quantize!r}; expected None, 'int8' or 'int4'")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; expected such as torch.float32 or torch.bfloat16")
     path = TINY if path is None else find_checkpoint(path)
+    processor, codec = Processor.from_pretrained(path), find_codec(path)
+    if quantize or read_quantization(path):
+        return Pipeline(load_quantized(path, quantize, None, device, dtype), processor, codec)
     if dtype is None and sum(file.stat().st_size for file in weight_files(path)) <= SMALL:
         dtype = torch.float32
-    processor = Processor.from_pretrained(path)
-    return Pipeline(load_model(path, device, dtype, progress), processor, find_codec(path))
+    return Pipeline(load_model(path, device, dtype, progress), processor, codec)
 
 
 def find_codec(path: Path) -> MaskCodec | None:
@@ -316,7 +321,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=0.9, help="with --do_sample (default: 0.9)")
     add("--seed", type=int, help="makes --do_sample repeatable")
     add("--only_cpu", **flag, help="leave a GPU alone")
-    add("--quantize", choices=["int8", "int4"], help="not in this version")
+    add("--quantize", choices=["int8", "int4"], help="fewer bits a weight")
     add("--task", choices=["answer", "detect", "segment"], default="answer", help="default: answer")
     add("--output", metavar="FILE", help="write the picture with its answer, boxes or masks")
     add("--json", action="store_true", help="print one JSON object instead of streaming")

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Segmentation](20_segmentation.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
+# [← Quantization](21_quantization.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
 
 # %% [markdown]
 # # 22 · Inference: how does a folder of weights become a command that answers?
@@ -63,6 +63,7 @@ from paligemma.generation import check_options, generate, generate_steps, stream
 from paligemma.image_processor import open_image
 from paligemma.model import PaliGemma
 from paligemma.processor import Processor, as_lists, collate
+from paligemma.quantization import load_quantized, read_quantization
 from paligemma.segmentation import MaskCodec, Segment, score_segments
 
 TINY = Path(resources.files("paligemma") / "assets" / "tiny")  # the checkpoint that ships with it
@@ -400,7 +401,7 @@ class Pipeline:
 
 
 # %%
-pg = Pipeline(model, processor)
+pg = Pipeline(model, processor, MaskCodec.from_pretrained(TINY))
 assert pg(picture, "caption en") == by_hand
 assert "".join(pg.stream(picture, "caption en")) == by_hand
 assert pg.batch(pictures, ["caption en"] * 3) == together
@@ -409,12 +410,16 @@ print(list(pg.stream(picture, "caption en")))
 # %% [markdown]
 # `detect` is lesson 19 in three lines: the picture's own size, the answer with its log-probabilities,
 # the objects read from it. Whatever the model writes, this is a list; what is no object is not in it.
+# `segment` is lesson 20 in the same way. And `encode` looks at the picture once for all.
 
 # %%
+once = pg.encode(picture)
 print(task_prompt("detect", "cat;dog"))
-for detection in pg.detect(picture, "cat ; dog"):
-    print(detection.label, f"{detection.score:.2f}", [round(value) for value in detection.box])
-print("the answer behind it:", pg(picture, "detect cat ; dog"))
+for found in pg.detect(once, "cat ; dog"):
+    print(found.label, f"{found.score:.2f}", [round(value) for value in found.box])
+print("the answer behind it:", pg(once, "detect cat ; dog"))
+for found in pg.segment(once, "dog"):
+    print(found.label, f"{found.score:.2f}", found.mask.shape, int(found.mask.sum()), "pixels")
 
 # %% [markdown]
 # ### Loading, and in which type to compute
@@ -441,22 +446,26 @@ def load(
             "google/paligemma-3b-mix-224" (needs the package `huggingface_hub` and the network);
             None: the tiny model that ships with this package.
         device: "cpu", "cuda", "mps".
-        dtype: to compute in; None: float32 for a small checkpoint, else the type it is stored in.
-        quantize: None, "int8" or "int4": round the language model's weights (lesson 21).
+        dtype: to compute in; None: float32 for a small checkpoint, else the type it is stored in
+            (quantised weights: always that).
+        quantize: "int8" or "int4": fewer bits a weight in the language model (lesson 21); None: as
+            the checkpoint is. What `save_quantized` wrote is recognised.
         progress: show a bar on standard error while loading.
 
     Raises:
         ValueError: nothing usable at `path`, or an option that this version does not know.
     """
-    if quantize is not None:
-        raise ValueError(f"quantize is {quantize!r}: not in this version; leave it out")
+    if quantize not in (None, "int8", "int4"):
+        raise ValueError(f"quantize is {quantize!r}; expected None, 'int8' or 'int4'")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; expected such as torch.float32 or torch.bfloat16")
     path = TINY if path is None else find_checkpoint(path)
+    processor, codec = Processor.from_pretrained(path), find_codec(path)
+    if quantize or read_quantization(path):
+        return Pipeline(load_quantized(path, quantize, None, device, dtype), processor, codec)
     if dtype is None and sum(file.stat().st_size for file in weight_files(path)) <= SMALL:
         dtype = torch.float32
-    processor = Processor.from_pretrained(path)
-    return Pipeline(load_model(path, device, dtype, progress), processor, find_codec(path))
+    return Pipeline(load_model(path, device, dtype, progress), processor, codec)
 
 
 def find_codec(path: Path) -> MaskCodec | None:
@@ -496,11 +505,11 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
 
 
 # %%
-for dtype in (None, torch.bfloat16):
-    pg = load(dtype=dtype)
-    print(f"load(dtype={dtype}) computes in {pg.model.dtype}:", pg(picture, "caption en"))
+for how in ({}, {"dtype": torch.bfloat16}, {"quantize": "int8"}):
+    pg = load(**how)
+    print(f"load({how}) computes in {pg.model.dtype}:", pg(picture, "caption en"))
 pg = load()
-for wrong in ({"path": "weights.bin"}, {"quantize": "int8"}, {"dtype": "float16"}):
+for wrong in ({"path": "weights.bin"}, {"quantize": "int2"}, {"dtype": "float16"}):
     try:
         load(**wrong)
     except ValueError as error:
@@ -587,7 +596,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=0.9, help="with --do_sample (default: 0.9)")
     add("--seed", type=int, help="makes --do_sample repeatable")
     add("--only_cpu", **flag, help="leave a GPU alone")
-    add("--quantize", choices=["int8", "int4"], help="not in this version")
+    add("--quantize", choices=["int8", "int4"], help="fewer bits a weight")
     add("--task", choices=["answer", "detect", "segment"], default="answer", help="default: answer")
     add("--output", metavar="FILE", help="write the picture with its answer, boxes or masks")
     add("--json", action="store_true", help="print one JSON object instead of streaming")
@@ -810,7 +819,7 @@ command("--image_file_path scene.png --model_path weights")
 command("--image_file_path scene.png --do_sample --top_p 90")
 command('--image_file_path scene.png --prompt "<image> caption en"')
 command("--image_file_path scene.png --output captioned.xyz")
-command("--image_file_path scene.png --quantize int4")
+command("--image_file_path scene.png --quantize int2")
 command("--image_file_path scene.png --temp 0.5")
 command("--image_file_path scene.png --task detect")
 
@@ -1144,4 +1153,4 @@ check(test_3, arguments)
 # - transformers: `models/paligemma/processing_paligemma.py`, function `build_string_from_input`.
 
 # %% [markdown] tags=["navigation"]
-# [← Segmentation](20_segmentation.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
+# [← Quantization](21_quantization.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
