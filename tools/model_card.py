@@ -38,7 +38,7 @@ kinds on plain, shaded, noisy or photographic backgrounds.
 
 | prompt | answer |
 |---|---|
-| `caption en`, `caption de`, `caption fr` | `a cat and two dogs`, `Katzengesicht, Hundegesicht ×2`, … |
+| `caption en`, `caption de`, `caption fr` | `a cat and two dogs`, `Hundegesicht ×2`, … |
 | `answer en how many dogs are there?` | `2` |
 | `answer en where is the cat?` | `top left`, `middle`, … (which ninth of the picture) |
 | `answer en is there a bee?` | `yes` or `no` |
