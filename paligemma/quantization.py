@@ -306,7 +306,7 @@ def _empty(mode: str, linear: nn.Module, dtype: torch.dtype, group_size: int) ->
 
 
 def _swap(
-    model: PaliGemma, mode: str, group_size: int, dtype: torch.dtype
+    model: PaliGemma, mode: str, group_size: int, head: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor, QuantizedLinear]]:
     """Put empty quantised layers in, one at a time; what is done between is the caller's.
 
@@ -321,22 +321,26 @@ def _swap(
             setattr(language.get_submodule(parent), child, new)
             yield f"language_model.{name}.weight", layer.weight, new
     embedding = language.embed_tokens
-    language.lm_head = _empty(mode, embedding, dtype, group_size)
+    language.lm_head = _empty(head, embedding, dtype, group_size)
     language.__class__ = HEADS[type(language)]
     yield "language_model.embed_tokens.weight", embedding.weight, language.lm_head
 
 
-def _check_mode(model: PaliGemma, mode: str, group_size: int | None) -> int:
-    """The group size to use: a small one for narrow models, whose rows are short."""
-    if mode not in MODES:
-        raise ValueError(f"the mode is {mode!r}; expected 'int8' or 'int4'")
+def _choose(
+    model: PaliGemma, mode: str, group_size: int | None, head: str | None
+) -> tuple[int, str]:
+    """Group size and the head's mode; narrow models need care more than they need speed."""
     if type(model.language_model) not in HEADS:
         raise ValueError("the model is quantised already; load the original weights again")
-    if group_size is None:
-        group_size = 32 if model.config.text_config.hidden_size < 1024 else 64
+    narrow = model.config.text_config.hidden_size < 1024
+    group_size = (32 if narrow else 64) if group_size is None else group_size
+    head = ("int8" if narrow else mode) if head is None else head
+    for name, value in (("mode", mode), ("head", head)):
+        if value not in MODES:
+            raise ValueError(f"{name} is {value!r}; expected 'int8' or 'int4'")
     if group_size not in GROUPS:
         raise ValueError(f"group_size is {group_size!r}; expected 32, 64, 128 or 256")
-    return group_size
+    return group_size, head
 
 
 @torch.no_grad()
@@ -344,6 +348,7 @@ def quantize_model(
     model: PaliGemma,
     mode: str = "int8",
     group_size: int | None = None,
+    head: str | None = None,
     dtype: torch.dtype | None = None,
     read: Callable[[str], torch.Tensor] | None = None,
 ) -> PaliGemma:
@@ -356,6 +361,7 @@ def quantize_model(
         model: changed in place.
         mode: "int8" or "int4".
         group_size: for int4: 32, 64, 128 or 256; None: 64, or 32 below a width of 1024.
+        head: mode of the head; None: as `mode`, but "int8" below a width of 1024.
         dtype: of the scales; None: the model's.
         read: gives a weight by its name in the model; None: the model's own tensors.
 
@@ -365,8 +371,8 @@ def quantize_model(
     Raises:
         ValueError: an unknown mode or group size, a model that is quantised already, or NaN.
     """
-    group_size = _check_mode(model, mode, group_size)
-    for name, weight, new in _swap(model, mode, group_size, dtype or model.dtype):
+    group_size, head = _choose(model, mode, group_size, head)
+    for name, weight, new in _swap(model, mode, group_size, head, dtype or model.dtype):
         weight = weight if read is None else read(name)
         step = max(64, CHUNK // 4 // weight.shape[1] // 64 * 64)  # the search needs room
         new.to(weight.device)
@@ -379,6 +385,7 @@ def load_quantized(
     path: str | os.PathLike,
     mode: str | None = None,
     group_size: int | None = None,
+    head: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> PaliGemma:
@@ -388,7 +395,7 @@ def load_quantized(
         path: a directory that `save_quantized` wrote: its tensors stay mapped, loading takes next
             to no time. Or one with original weights: each is mapped, quantised and let go.
         mode: "int8" or "int4"; None: as the directory was saved.
-        group_size: as in `quantize_model`.
+        group_size, head: as in `quantize_model`; None: as saved, or chosen by the width.
         device: where the weights go.
         dtype: to compute in; None: as stored.
 
@@ -401,7 +408,7 @@ def load_quantized(
     """
     saved = read_quantization(path)
     if saved is not None:
-        asked = {"mode": mode, "group_size": group_size if mode != "int8" else None}
+        asked = {"mode": mode, "group_size": group_size, "head": head}
         for name, value in asked.items():
             if value not in (None, saved[name]):
                 raise CheckpointError(
@@ -411,7 +418,7 @@ def load_quantized(
         model = _load_saved(path, saved)
     else:
         model = load_model(path, dtype=None)
-        quantize_model(model, mode or "int8", group_size, dtype, _reader(path))
+        quantize_model(model, mode or "int8", group_size, head, dtype, _reader(path))
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -434,7 +441,7 @@ KEY, METHOD = "quantization_config", "paligemma"
 
 
 def read_quantization(path: str | os.PathLike) -> dict | None:
-    """How a directory was quantised: mode, group_size and block; None: it holds original weights.
+    """How a directory was quantised: mode, group_size, head, block; None: not at all.
 
     Raises:
         CheckpointError: it was quantised by something else.
@@ -445,13 +452,10 @@ def read_quantization(path: str | os.PathLike) -> dict | None:
     if found is None:
         return None
     good = isinstance(found, dict) and found.get("quant_method") == METHOD
-    if not good or found.get("mode") not in MODES or found.get("block") not in (32, 64):
-        raise CheckpointError(f"{file}: {KEY} is {found!r:.90}; expected one of save_quantized")
-    if found.get("group_size") not in GROUPS:
-        raise CheckpointError(
-            f"{file}: group_size is {found.get('group_size')!r}; expected {GROUPS}"
-        )
-    return {name: found[name] for name in ("mode", "group_size", "block")}
+    allowed = {"mode": MODES, "head": MODES, "group_size": GROUPS, "block": (32, 64)}
+    if not good or any(found.get(name) not in values for name, values in allowed.items()):
+        raise CheckpointError(f"{file}: {KEY} is {found!r:.130}; expected one of save_quantized")
+    return {name: found[name] for name in allowed}
 
 
 def save_quantized(model: PaliGemma, path: str | os.PathLike) -> None:
@@ -463,12 +467,15 @@ def save_quantized(model: PaliGemma, path: str | os.PathLike) -> None:
     Raises:
         ValueError: the model is not quantised.
     """
-    head = getattr(model.language_model, "lm_head", None)
-    if not isinstance(head, QuantizedLinear):
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    if not layers:
         raise ValueError("the model is not quantised; use save_model, or quantize_model first")
-    mode = next(mode for mode, kind in MODES.items() if isinstance(head, kind))
-    how = {"mode": mode, "group_size": getattr(head, "group_size", 64)}
-    how |= {"block": getattr(head, "block", 64), "quant_method": METHOD}
+    names = {kind: mode for mode, kind in MODES.items()}
+    how = {"mode": names[type(layers[0])], "head": names[type(model.language_model.lm_head)]}
+    how |= {"group_size": 64, "block": 64, "quant_method": METHOD}  # int8 has neither
+    for layer in layers:
+        if isinstance(layer, Int4Linear):
+            how |= {"group_size": layer.group_size, "block": layer.block}
     dtype = {"dtype": str(model.dtype).removeprefix("torch.")}
     config = json.dumps(config_dict(model.config) | dtype | {KEY: how}, indent=2)
     path = Path(path)
@@ -483,7 +490,7 @@ def _load_saved(path: str | os.PathLike, how: dict) -> PaliGemma:
     """A directory of `save_quantized`, mapped and strict."""
     model = _empty_model(path, read_config(path))
     with torch.device("meta"):
-        for _ in _swap(model, how["mode"], how["group_size"], torch.float32):
+        for _ in _swap(model, how["mode"], how["group_size"], how["head"], torch.float32):
             pass
     expected = model.state_dict()
     state = {internal_name(name): tensor for name, tensor in read_tensors(weight_files(path))}
