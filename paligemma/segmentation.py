@@ -22,6 +22,89 @@ GRID = 4  # codes along a side
 SIDE = 64  # pixels along a side of the square that the codes draw
 
 
+def resize_weights(
+    points: torch.Tensor, spacing: torch.Tensor, low, high, size: int
+) -> torch.Tensor:
+    """How much each of `size` pixels counts at points on a line: bilinear, smoothed if spread.
+
+    Args:
+        points: `float64[n, m]`, in pixels.
+        spacing: `float64[n, 1]`, from one to the next.
+        low, high: `float64[n, 1]`: only pixels that touch this stretch count.
+        size: of the line.
+
+    Returns:
+        `float32[n, m, size]`; each row sums to 1.
+    """
+    pixels = torch.arange(size, dtype=torch.float64)
+    reach = spacing.clamp(min=1)[..., None]
+    weights = (1 - (points[..., None] - pixels - 0.5).abs() / reach).clamp(min=0)
+    weights = weights * ((pixels + 1 > low) & (pixels < high))[:, None]
+    return (weights / weights.sum(-1, keepdim=True)).float()
+
+
+def crop_masks(boxes: Sequence, masks: Sequence) -> torch.Tensor:
+    """Cut each mask out along its box and resize it to the square that codes draw.
+
+    Args:
+        boxes: n boxes (x0, y0, x1, y1) in pixels; the part inside the picture counts.
+        masks: bool[n, H, W], each as large as the picture (of one or of several pictures).
+
+    Returns:
+        `float32[n, 64, 64]` in [0, 1].
+
+    Raises:
+        ValueError: not one mask for each box, or a box without inside.
+    """
+    boxes = torch.from_numpy(np.array(boxes, dtype=np.float64).reshape(-1, 4))
+    masks = torch.from_numpy(np.ascontiguousarray(masks, dtype=bool))
+    if masks.ndim != 3 or len(masks) != len(boxes):
+        if len(boxes) or masks.numel():
+            raise ValueError(
+                f"{len(boxes)} boxes and masks {list(masks.shape)}; "
+                "expected a mask [height, width] for each box"
+            )
+        return torch.zeros(0, SIDE, SIDE)
+    sizes = torch.tensor(masks.shape[:0:-1], dtype=torch.float64)  # width, height
+    low = torch.minimum(boxes[:, :2].clamp(min=0), sizes)
+    high = torch.minimum(boxes[:, 2:].clamp(min=0), sizes)
+    if not (high > low).all():
+        bad = boxes[~(high > low).all(1)][0].tolist()
+        raise ValueError(f"box {bad} has no inside in the picture; expected x0 < x1 and y0 < y1")
+    steps = (torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE
+    points = low[..., None] + (high - low)[..., None] * steps  # (n, 2, 64)
+    spacing = (high - low) / SIDE
+    across, down = (
+        resize_weights(points[:, i], spacing[:, [i]], low[:, [i]], high[:, [i]], masks.shape[2 - i])
+        for i in (0, 1)
+    )
+    return (down @ masks.float() @ across.transpose(1, 2)).clamp(0, 1)  # (n, 64, 64)
+
+
+def paste_mask(drawn: torch.Tensor, box: Sequence[float], width: int, height: int) -> np.ndarray:
+    """Resize what codes draw to its box (bilinear) and put it into the picture.
+
+    Args:
+        drawn: `float32[64, 64]`, inside where above 0.
+        box: (x0, y0, x1, y1), pixels; parts beyond the picture are cut off.
+        width, height: of the picture, pixels.
+
+    Returns:
+        bool[height, width].
+    """
+    mask = np.zeros((height, width), dtype=bool)
+    places, weights = [], []
+    for low, high, size in ((box[1], box[3], height), (box[0], box[2], width)):
+        first, last = (min(max(int(np.ceil(v - 0.5)), 0), size) for v in (low, high))
+        points = (torch.arange(first, last, dtype=torch.float64) + 0.5 - low) / (high - low) * SIDE
+        spacing = torch.tensor([[SIDE / (high - low)]], dtype=torch.float64)
+        ends = torch.tensor([[0.0]]), torch.tensor([[float(SIDE)]])
+        weights.append(resize_weights(points[None].clamp(0.5, SIDE - 0.5), spacing, *ends, SIDE)[0])
+        places.append(slice(first, last))
+    mask[tuple(places)] = (weights[0] @ drawn.float().cpu() @ weights[1].T > 0).numpy()
+    return mask
+
+
 class ResidualBlock(nn.Module):
     """Two 3 × 3 convolutions and a 1 × 1, added to what came in."""
 
@@ -81,14 +164,14 @@ class Codebook(nn.Module):
         return F.embedding(codes, self._embedding)
 
 
-class MaskCodec(nn.Module):
-    """A VQ-VAE for masks: 64 × 64 pixels ↔ sixteen codes, four rows of four.
+class MaskVQVAE(nn.Module):
+    """The network of a mask codec: 64 × 64 pixels → sixteen vectors → codes → 64 × 64 pixels.
 
     Args:
         codes: size of the codebook.
         code_width: of its vectors.
         width: channels of the inner layers, a multiple of 8.
-        encoder: False: without one, as the published file; then `encode` searches.
+        encoder: False: without one, as the published file.
 
     Source: Ning et al., *All in Tokens*, 2023; the defaults are those of `vae-oid.npz`.
     """
@@ -105,7 +188,8 @@ class MaskCodec(nn.Module):
     def look(self, masks: torch.Tensor) -> torch.Tensor:
         """What the encoder says: `float32[B, 64, 64]` in [0, 1] → `float32[B, 16, code_width]`."""
         z = self.encoder(2 * masks[:, None] - 1)  # (B, code_width, 4, 4)
-        return z.flatten(2).transpose(1, 2)  # (B, 16, code_width)
+        z = z.flatten(2).transpose(1, 2)  # (B, 16, code_width)
+        return F.rms_norm(z, z.shape[2:])  # of fixed length: it cannot run away from its codes
 
     def draw(self, vectors: torch.Tensor) -> torch.Tensor:
         """What the decoder paints: `float32[B, 16, code_width]` → `float32[B, 64, 64]`."""
@@ -125,55 +209,66 @@ class MaskCodec(nn.Module):
         apart = F.mse_loss(e, z.detach()) + 0.25 * F.mse_loss(z, e.detach())
         return self.draw(z + (e - z).detach()), codes, apart
 
-    @torch.no_grad()
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Draw codes.
 
-        Args:
-            codes: `int64[B, 16]`, row by row, each 0 to `self.codes` - 1.
+@torch.no_grad()
+def restart_dead_codes(net: MaskVQVAE, masks: torch.Tensor, counts: torch.Tensor) -> int:
+    """Give codes that nobody chooses a new place: on top of what the encoder says now.
 
-        Returns:
-            `float32[B, 64, 64]` in [-1, 1]; inside the object where above 0.
+    Args:
+        net: in training.
+        masks: `float32[B, 64, 64]`, a batch to take places from.
+        counts: `int64[codes]`, how often each code was chosen lately.
 
-        Raises:
-            ValueError: another shape or type, or a code that is not in the codebook.
-        """
-        codes = torch.as_tensor(codes)
-        if codes.ndim != 2 or codes.shape[1] != GRID**2 or codes.is_floating_point():
-            raise ValueError(
-                f"codes are {codes.dtype} {list(codes.shape)}; expected whole numbers [B, 16]"
-            )
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codes:
-            raise ValueError(
-                f"codes go from {int(codes.min())} to {int(codes.max())}; "
-                f"expected 0 to {self.codes - 1}"
-            )
-        codes = codes.to(self._vq_vae._embedding.device, torch.int64)
-        return self.draw(self._vq_vae(codes)).clamp(-1, 1)
+    Returns:
+        How many were dead.
+    """
+    dead = (counts == 0).nonzero()[:, 0]
+    z = net.look(masks).flatten(0, 1)  # (16 B, code_width)
+    net._vq_vae._embedding[dead] = z[torch.randint(len(z), (len(dead),), device=z.device)]
+    return len(dead)
 
-    @torch.no_grad()
-    def encode(self, masks: torch.Tensor) -> torch.Tensor:
-        """Write masks as codes; without an encoder by search, which is far slower.
 
-        Args:
-            masks: `float32[B, 64, 64]` in [0, 1] (or bool).
+@torch.no_grad()
+def search_codes(
+    codec: "MaskCodec", masks: torch.Tensor, tries: int = 8, sweeps: int = 2
+) -> torch.Tensor:
+    """Encode with a decoder only: try codes, keep those whose drawing is nearest.
 
-        Returns:
-            `int64[B, 16]`.
+    Each cell starts with the code that, drawn alone all over, fits its part of the mask best;
+    then cell after cell the best `tries` of them are drawn in their places.
 
-        Raises:
-            ValueError: another shape, or values outside 0 to 1.
-        """
-        masks = torch.as_tensor(masks)
-        if masks.ndim != 3 or masks.shape[1:] != (SIDE, SIDE):
-            raise ValueError(f"masks are {list(masks.shape)}; expected [B, 64, 64]: crop_masks")
-        masks = masks.to(self._vq_vae._embedding)
-        if not ((masks >= 0) & (masks <= 1)).all():
-            raise ValueError("masks have values outside 0 to 1; expected 1 inside, 0 outside")
-        if self.encoder is not None:
-            return self._vq_vae.nearest(self.look(masks))
-        found = [search_codes(self, part) for part in masks.split(16)]
-        return torch.cat(found) if found else masks.new_zeros(0, GRID**2, dtype=torch.int64)
+    Args:
+        codec: whose `decode` is used.
+        masks: `float32[B, 64, 64]` in [0, 1].
+        tries: candidates of each cell.
+        sweeps: times through the cells.
+
+    Returns:
+        `int64[B, 16]`.
+    """
+    target = 2 * masks - 1
+    everywhere = torch.arange(codec.codes, device=masks.device)[:, None].expand(-1, GRID**2)
+    cost = torch.cdist(_cells(target), _cells(codec.decode(everywhere)))  # (16, B, codes)
+    best = cost.topk(min(tries, codec.codes), largest=False).indices  # (16, B, tries)
+    codes = best[..., 0].T.clone()  # (B, 16)
+    for cell in list(range(GRID**2)) * sweeps:
+        trial = codes[:, None].repeat(1, best.shape[2], 1)  # (B, tries, 16)
+        trial[:, :, cell] = best[cell]
+        drawn = codec.decode(trial.flatten(0, 1)).unflatten(0, trial.shape[:2])
+        error = (drawn - target[:, None]).square().mean((2, 3))  # (B, tries)
+        codes[:, cell] = best[cell].gather(1, error.argmin(1, keepdim=True))[:, 0]
+    return codes
+
+
+def _cells(pictures: torch.Tensor) -> torch.Tensor:
+    """Cut into the squares that single codes stand for: (B, 64, 64) → (16, B, 256)."""
+    step = SIDE // GRID
+    squares = pictures.unflatten(2, (GRID, step)).unflatten(1, (GRID, step))
+    return squares.permute(1, 3, 0, 2, 4).reshape(GRID**2, -1, step * step)
+
+
+class CodecFiles:
+    """Reading and writing of a mask codec."""
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike) -> "MaskCodec":
@@ -223,24 +318,32 @@ class MaskCodec(nn.Module):
             path: the file (`….safetensors`), or a directory, made when absent.
             dtype: of the stored weights.
         """
-        path = _codec_file(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        state = {n: t.detach().cpu().to(dtype).contiguous() for n, t in self.state_dict().items()}
-        try:
-            save_file(state, draft, metadata={"format": "pt"})
-            draft.chmod(0o644)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        _write_whole(_codec_file(path), {n: t.to(dtype) for n, t in self.state_dict().items()})
 
 
 def _codec_file(path: str | os.PathLike) -> Path:
+    """The file itself, or the one of that name in a directory."""
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / "mask_codec.safetensors"
 
 
-def _from_state(cls, path, state: dict[str, torch.Tensor]) -> MaskCodec:
+def _write_whole(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write under another name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.touch()
+    mode = draft.stat().st_mode
+    try:
+        save_file(
+            {n: t.cpu().contiguous() for n, t in state.items()}, draft, metadata={"format": "pt"}
+        )
+        draft.chmod(mode)  # safetensors makes its files private to their owner
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _from_state(cls: type, path, state: dict[str, torch.Tensor]) -> "MaskCodec":
     """Build the codec whose widths a file's tensors show, and load them, strictly."""
     try:
         codes, code_width = state["_vq_vae._embedding"].shape
@@ -266,142 +369,59 @@ def _from_state(cls, path, state: dict[str, torch.Tensor]) -> MaskCodec:
     return codec.eval()
 
 
-@torch.no_grad()
-def search_codes(
-    codec: MaskCodec, masks: torch.Tensor, tries: int = 8, sweeps: int = 2
-) -> torch.Tensor:
-    """Encode with a decoder only: try codes, keep those whose drawing is nearest.
+class MaskCodec(CodecFiles, MaskVQVAE):
+    """Masks to codes and back: 64 × 64 pixels ↔ sixteen codes, four rows of four.
 
-    Each cell starts with the code that, drawn alone all over, fits its part of the mask best;
-    then cell after cell the best `tries` of them are drawn in their places.
-
-    Args:
-        codec: whose `decode` is used.
-        masks: `float32[B, 64, 64]` in [0, 1].
-        tries: candidates of each cell.
-        sweeps: times through the cells.
-
-    Returns:
-        `int64[B, 16]`.
+    Args: as in `MaskVQVAE`; without an encoder, `encode` searches.
     """
-    target = 2 * masks - 1
-    everywhere = torch.arange(codec.codes, device=masks.device)[:, None].expand(-1, GRID**2)
-    cost = torch.cdist(_cells(target), _cells(codec.decode(everywhere)))  # (16, B, codes)
-    best = cost.topk(min(tries, codec.codes), largest=False).indices  # (16, B, tries)
-    codes = best[..., 0].T.clone()  # (B, 16)
-    for cell in list(range(GRID**2)) * sweeps:
-        trial = codes[:, None].repeat(1, best.shape[2], 1)  # (B, tries, 16)
-        trial[:, :, cell] = best[cell]
-        drawn = codec.decode(trial.flatten(0, 1)).unflatten(0, trial.shape[:2])
-        error = (drawn - target[:, None]).square().mean((2, 3))  # (B, tries)
-        codes[:, cell] = best[cell].gather(1, error.argmin(1, keepdim=True))[:, 0]
-    return codes
 
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Draw codes.
 
-def _cells(pictures: torch.Tensor) -> torch.Tensor:
-    """Cut into the squares that single codes stand for: (B, 64, 64) → (16, B, 256)."""
-    step = SIDE // GRID
-    squares = pictures.unflatten(2, (GRID, step)).unflatten(1, (GRID, step))
-    return squares.permute(1, 3, 0, 2, 4).reshape(GRID**2, -1, step * step)
+        Args:
+            codes: `int64[B, 16]`, row by row, each 0 to `self.codes` - 1.
 
+        Returns:
+            `float32[B, 64, 64]` in [-1, 1]; inside the object where above 0.
 
-@torch.no_grad()
-def restart_dead_codes(codec: MaskCodec, masks: torch.Tensor, counts: torch.Tensor) -> int:
-    """Give codes that nobody chooses a new place: on top of what the encoder says now.
-
-    Args:
-        codec: in training.
-        masks: `float32[B, 64, 64]`, a batch to take places from.
-        counts: `int64[codes]`, how often each code was chosen lately.
-
-    Returns:
-        How many were dead.
-    """
-    dead = (counts == 0).nonzero()[:, 0]
-    z = codec.look(masks).flatten(0, 1)  # (16 B, code_width)
-    codec._vq_vae._embedding[dead] = z[torch.randint(len(z), (len(dead),), device=z.device)]
-    return len(dead)
-
-
-def _weights(points: torch.Tensor, spacing: torch.Tensor, low, high, size: int) -> torch.Tensor:
-    """How much each of `size` pixels counts at points on a line: bilinear, smoothed if spread.
-
-    Args:
-        points: `float64[n, m]`, in pixels.
-        spacing: `float64[n, 1]`, from one to the next.
-        low, high: `float64[n, 1]`: only pixels that touch this stretch count.
-        size: of the line.
-
-    Returns:
-        `float32[n, m, size]`; each row sums to 1.
-    """
-    pixels = torch.arange(size, dtype=torch.float64)
-    reach = spacing.clamp(min=1)[..., None]
-    weights = (1 - (points[..., None] - pixels - 0.5).abs() / reach).clamp(min=0)
-    weights = weights * ((pixels + 1 > low) & (pixels < high))[:, None]
-    return (weights / weights.sum(-1, keepdim=True)).float()
-
-
-def crop_masks(boxes: Sequence, masks: Sequence) -> torch.Tensor:
-    """Cut each mask out along its box and resize it to the square that codes draw.
-
-    Args:
-        boxes: n boxes (x0, y0, x1, y1) in pixels; the part inside the picture counts.
-        masks: bool[n, H, W], each as large as the picture (of one or of several pictures).
-
-    Returns:
-        `float32[n, 64, 64]` in [0, 1].
-
-    Raises:
-        ValueError: not one mask for each box, or a box without inside.
-    """
-    boxes = torch.as_tensor(np.asarray(boxes), dtype=torch.float64).reshape(-1, 4)
-    masks = torch.as_tensor(np.asarray(masks, dtype=bool))
-    if masks.ndim != 3 or len(masks) != len(boxes):
-        if len(boxes) or masks.numel():
+        Raises:
+            ValueError: another shape or type, or a code that is not in the codebook.
+        """
+        codes = torch.as_tensor(codes)
+        if codes.ndim != 2 or codes.shape[1] != GRID**2 or codes.is_floating_point():
             raise ValueError(
-                f"{len(boxes)} boxes and masks {list(masks.shape)}; "
-                "expected a mask [height, width] for each box"
+                f"codes are {codes.dtype} {list(codes.shape)}; expected whole numbers [B, 16]"
             )
-        return torch.zeros(0, SIDE, SIDE)
-    sizes = torch.tensor(masks.shape[:0:-1], dtype=torch.float64)  # width, height
-    low = torch.minimum(boxes[:, :2].clamp(min=0), sizes)
-    high = torch.minimum(boxes[:, 2:].clamp(min=0), sizes)
-    if not (high > low).all():
-        bad = boxes[~(high > low).all(1)][0].tolist()
-        raise ValueError(f"box {bad} has no inside in the picture; expected x0 < x1 and y0 < y1")
-    steps = (torch.arange(SIDE, dtype=torch.float64) + 0.5) / SIDE
-    points = low[..., None] + (high - low)[..., None] * steps  # (n, 2, 64)
-    spacing = (high - low) / SIDE
-    across, down = (
-        _weights(points[:, i], spacing[:, [i]], low[:, [i]], high[:, [i]], masks.shape[2 - i])
-        for i in (0, 1)
-    )
-    return (down @ masks.float() @ across.transpose(1, 2)).clamp(0, 1)  # (n, 64, 64)
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.codes:
+            low, high = int(codes.min()), int(codes.max())
+            raise ValueError(f"codes go from {low} to {high}; expected 0 to {self.codes - 1}")
+        codes = codes.to(self._vq_vae._embedding.device, torch.int64)
+        return self.draw(self._vq_vae(codes)).clamp(-1, 1)
 
+    @torch.no_grad()
+    def encode(self, masks: torch.Tensor) -> torch.Tensor:
+        """Write masks as codes; without an encoder by search, which is far slower.
 
-def paste_mask(drawn: torch.Tensor, box: Sequence[float], width: int, height: int) -> np.ndarray:
-    """Resize what codes draw to its box (bilinear) and put it into the picture.
+        Args:
+            masks: `float32[B, 64, 64]` in [0, 1] (or bool).
 
-    Args:
-        drawn: `float32[64, 64]`, inside where above 0.
-        box: (x0, y0, x1, y1), pixels; parts beyond the picture are cut off.
-        width, height: of the picture, pixels.
+        Returns:
+            `int64[B, 16]`.
 
-    Returns:
-        bool[height, width].
-    """
-    mask = np.zeros((height, width), dtype=bool)
-    places, weights = [], []
-    for low, high, size in ((box[1], box[3], height), (box[0], box[2], width)):
-        first, last = (min(max(int(np.ceil(v - 0.5)), 0), size) for v in (low, high))
-        points = (torch.arange(first, last, dtype=torch.float64) + 0.5 - low) / (high - low) * SIDE
-        spacing = torch.tensor([[SIDE / (high - low)]], dtype=torch.float64)
-        ends = torch.tensor([[0.0]]), torch.tensor([[float(SIDE)]])
-        weights.append(_weights(points[None].clamp(0.5, SIDE - 0.5), spacing, *ends, SIDE)[0])
-        places.append(slice(first, last))
-    mask[tuple(places)] = (weights[0] @ drawn.float().cpu() @ weights[1].T > 0).numpy()
-    return mask
+        Raises:
+            ValueError: another shape, or values outside 0 to 1.
+        """
+        masks = torch.as_tensor(masks)
+        if masks.ndim != 3 or masks.shape[1:] != (SIDE, SIDE):
+            raise ValueError(f"masks are {list(masks.shape)}; expected [B, 64, 64]: crop_masks")
+        masks = masks.to(self._vq_vae._embedding)
+        if not ((masks >= 0) & (masks <= 1)).all():
+            raise ValueError("masks have values outside 0 to 1; expected 1 inside, 0 outside")
+        if self.encoder is not None:
+            return self._vq_vae.nearest(self.look(masks))
+        found = [search_codes(self, part) for part in masks.split(16)]
+        return torch.cat(found) if found else masks.new_zeros(0, GRID**2, dtype=torch.int64)
 
 
 def encode_segments(
@@ -485,9 +505,8 @@ def score_segments(
     Returns:
         The well-formed objects, in order.
     """
-    found = _with_masks(text := tokenizer.decode(ids), codec, dropped)
+    found = _with_masks(tokenizer.decode(ids), codec, dropped)
     spans = [(f.start, f.end) for f in found]
-    assert all(0 <= start < end <= len(text) for start, end in spans)
     scores = score_spans(spans, ids, log_probs, tokenizer)
     return _segments(found, scores, width, height, codec)
 
