@@ -314,16 +314,16 @@ def _swap(
         the name of a weight in the model, the tensor, and the layer that has to take it.
     """
     language = model.language_model
+    language.lm_head = _empty(head, language.embed_tokens, dtype, group_size)
+    language.__class__ = HEADS[type(language)]
+    # The largest weight first, while nothing else is in memory yet.
+    yield "language_model.embed_tokens.weight", language.embed_tokens.weight, language.lm_head
     for name, layer in list(language.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, child = name.rpartition(".")
             new = _empty(mode, layer, dtype, group_size)
             setattr(language.get_submodule(parent), child, new)
             yield f"language_model.{name}.weight", layer.weight, new
-    embedding = language.embed_tokens
-    language.lm_head = _empty(head, embedding, dtype, group_size)
-    language.__class__ = HEADS[type(language)]
-    yield "language_model.embed_tokens.weight", embedding.weight, language.lm_head
 
 
 def _choose(

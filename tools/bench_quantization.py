@@ -10,16 +10,18 @@ are word for word those of bfloat16. `speed` measures each precision in a proces
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from bench import make_inputs, peak_memory
 
 from paligemma.checkpoint import load_model
-from paligemma.generation import generate
+from paligemma.generation import generate_steps
 from paligemma.processor import Processor
 from paligemma.quantization import load_quantized, read_quantization, save_quantized
 
@@ -72,27 +74,23 @@ def worker(args: argparse.Namespace) -> None:
     loaded, after_load = time.perf_counter() - start, peak_memory()
     inputs = make_inputs(args.path)
 
-    def seconds(tokens: int) -> float:
-        start = time.perf_counter()
-        generate(model, **inputs, max_new_tokens=tokens, eos_token_id=-1)
-        return time.perf_counter() - start
-
-    seconds(2)
-    prefill = min(seconds(1) for _ in range(3))
-    decode = args.tokens / (min(seconds(1 + args.tokens) for _ in range(2)) - prefill)
+    ticks = [(time.perf_counter(), time.process_time())]
+    for _ in generate_steps(model, **inputs, max_new_tokens=args.tokens + 2, eos_token_id=-1):
+        ticks.append((time.perf_counter(), time.process_time()))
+    spent = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ticks)]
+    decode, processor = map(statistics.median, zip(*spent[2:]))  # the first step warms up
     peak = peak_memory()
     if args.save and read_quantization(args.path) is None:
         save_quantized(model, args.save)
-    found = {"load": loaded, "prefill": prefill, "decode": decode, "load peak": after_load / 1e9}
+    found = {"load": loaded, "prefill": spent[0][0], "decode": 1 / decode, "processor": processor}
+    found |= {"load peak": after_load / 1e9}
     print(json.dumps(found | {"peak": peak / 1e9, "libraries": libraries / 1e9}))
 
 
 def speed(args: argparse.Namespace) -> None:
     """A table: load, prefill, decode and peak memory at each precision."""
-    print(
-        "| | load s | prefill s | decode tokens/s | peak GB after load | peak GB | of libraries |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    columns = "load s | prefill s | decode tokens/s | processor s a token | peak GB after load"
+    print(f"| | {columns} | peak GB | of libraries |\n|---|" + "---:|" * 7, flush=True)
     for precision in PRECISIONS:
         starts = [(precision, args.path, args.save and args.save / precision)]
         if args.save and precision != "bfloat16":
@@ -109,7 +107,12 @@ def speed(args: argparse.Namespace) -> None:
             if run.returncode:
                 raise SystemExit(f"{label} failed:\n{run.stderr}")
             f = json.loads(run.stdout.splitlines()[-1])
-            cells = [f"{f['load']:.2f}", f"{f['prefill']:.2f}", f"{f['decode']:.1f}"]
+            cells = [
+                f"{f['load']:.2f}",
+                f"{f['prefill']:.2f}",
+                f"{f['decode']:.1f}",
+                f"{f['processor']:.3f}",
+            ]
             cells += [f"{f[name]:.2f}" for name in ("load peak", "peak", "libraries")]
             print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
 
