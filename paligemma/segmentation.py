@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 import torch
@@ -267,6 +268,9 @@ def _cells(pictures: torch.Tensor) -> torch.Tensor:
     return squares.permute(1, 3, 0, 2, 4).reshape(GRID**2, -1, step * step)
 
 
+BROKEN_ZIP = (BadZipFile, ZlibError)
+
+
 class CodecFiles:
     """Reading and writing of a mask codec."""
 
@@ -287,7 +291,7 @@ class CodecFiles:
             with np.load(path, allow_pickle=False) as arrays:
                 names = [n for n in arrays.files if n.startswith(("decoder.", "_vq_vae._emb"))]
                 state = {name: torch.from_numpy(arrays[name]) for name in names}
-        except (OSError, ValueError, AttributeError, TypeError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, AttributeError, TypeError, EOFError, *BROKEN_ZIP) as error:
             raise ValueError(f"{path} is not an npz file of arrays ({error})") from None
         return _from_state(cls, path, state)
 

@@ -136,7 +136,9 @@ def test_without_an_encoder_it_searches(tmp_path, shipped):
     assert searched >= encoded - 0.02
 
 
-@pytest.mark.parametrize("wrong", ["missing", "shape", "text", "no file", "array", "no codebook"])
+@pytest.mark.parametrize(
+    "wrong", ["missing", "shape", "text", "no file", "array", "no codebook", "damaged"]
+)
 def test_files_that_are_no_codec(tmp_path, wrong):
     file, arrays = tmp_path / "x.npz", published()
     if wrong == "missing":
@@ -149,6 +151,10 @@ def test_files_that_are_no_codec(tmp_path, wrong):
         np.savez(file, **arrays)
     elif wrong == "text":
         file.write_text("not found")
+    elif wrong == "damaged":
+        np.savez_compressed(file, **arrays)
+        whole = file.read_bytes()
+        file.write_bytes(whole[:5000] + bytes(1000) + whole[6000:])
     elif wrong == "array":
         with file.open("wb") as stream:
             np.save(stream, np.zeros(3))

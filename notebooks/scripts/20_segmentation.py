@@ -48,6 +48,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 import torch
@@ -414,8 +415,8 @@ save_figure(fig, "20_straight")
 # neighbouring cells talk, and four transposed convolutions that double the side: 4 → 8 → 16 → 32 → 64.
 #
 # That file holds no encoder. Ours is the mirror image, with one line of its own in `look`: vectors get
-# a fixed length (lesson 07, without a weight). Otherwise the encoder makes them larger and larger, and
-# the codebook runs after them for ever.
+# a fixed length (lesson 07, without a weight). Otherwise they grow and grow, and the codebook
+# runs after them.
 
 
 # %%
@@ -712,6 +713,9 @@ def _cells(pictures: torch.Tensor) -> torch.Tensor:
 
 # %%
 #| export
+BROKEN_ZIP = (BadZipFile, ZlibError)
+
+
 class CodecFiles:
     """Reading and writing of a mask codec."""
 
@@ -732,7 +736,7 @@ class CodecFiles:
             with np.load(path, allow_pickle=False) as arrays:
                 names = [n for n in arrays.files if n.startswith(("decoder.", "_vq_vae._emb"))]
                 state = {name: torch.from_numpy(arrays[name]) for name in names}
-        except (OSError, ValueError, AttributeError, TypeError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, AttributeError, TypeError, EOFError, *BROKEN_ZIP) as error:
             raise ValueError(f"{path} is not an npz file of arrays ({error})") from None
         return _from_state(cls, path, state)
 
