@@ -858,22 +858,30 @@ for name in names:
 #
 # ## See it
 #
-# `--output` writes the picture with its answer below. Here for three scenes and a photograph of a
-# real cat.
+# `--output` writes the picture with its answer below, with boxes or with masks. One scene, three
+# tasks; and a photograph of a real cat.
 
 # %%
 shown = []
-for name in (*names, "cat"):
+for name, task in (
+    ("scene", "answer"),
+    ("cat", "answer"),
+    ("scene", "detect"),
+    ("scene", "segment"),
+):
     sample_picture(name).resize((448, 448)).save(Path(FOLDER.name, "in.png"))
-    run_command(["--image_file_path", "in.png", "--output", "out.png"])
+    prompt = "caption en" if task == "answer" else "cat ; dog"
+    line = f'--image_file_path in.png --task {task} --prompt "{prompt}" --output out.png'
+    code, _, _ = run_command(shlex.split(line))
+    assert code == 0
     shown.append(open_image(Path(FOLDER.name, "out.png")))
 fig = show_images(shown, columns=2, height=2.7)
-save_figure(fig, "22_captioned.png")
+save_figure(fig, "22_tasks.png")
 
 # %% [markdown]
-# What to notice: three right answers, each with its number and its order, and one that is nonsense.
-# The tiny model knows 48 emoji and has never seen fur. It does not say "I do not know"; it was never
-# taught to. A confident tone is no evidence, in small models and in large ones.
+# What to notice: the answers to the scene say the same in words, in boxes and in shapes, and about
+# the cat of fur the model talks nonsense. It knows 48 emoji. It does not say "I do not know"; it was
+# never taught to. A confident tone is no evidence, in small models and in large ones.
 
 # %% [markdown]
 # ## At full size
