@@ -47,8 +47,8 @@ lab: $(DEV) ## open the notebooks in JupyterLab
 bench: $(DEV) ## time the shipped model beside transformers
 	@$(BIN)/python tools/bench.py --dtype float32 --quantize
 
-train: $(DEV) ## train the shipped model again
-	@$(BIN)/python tools/train_tiny.py
+train: $(DEV) ## train the shipped model again; Ctrl-C and the same command go on
+	@$(BIN)/python -m paligemma.training --config paligemma/assets/tiny/recipe.json --work runs/tiny
 
 clean: ## remove what these commands wrote, but not .venv
 	@rm -rf demo.png build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -334,7 +334,7 @@ def test_decode_undoes_the_suffix(tiny):
 def test_reads_a_checkpoint(folder):
     processor = Processor.from_pretrained(folder)
     assert processor.num_image_tokens == 64 and processor.image_processor.size == 112
-    assert processor.tokenizer.image_id == 1792
+    assert processor.tokenizer.image_id == 2176
     (folder / "preprocessor_config.json").unlink()  # then the size is config.json's
     assert Processor.from_pretrained(str(folder)).image_processor.size == 112
 
@@ -353,11 +353,11 @@ def edit(folder, **changes):
 def test_published_defaults(tmp_path, folder):
     """The published config.json leaves out what is usual."""
     (folder / "preprocessor_config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({"image_token_index": 1792}))
+    (folder / "config.json").write_text(json.dumps({"image_token_index": 2176}))
     processor = Processor.from_pretrained(folder)
     assert processor.num_image_tokens == 256 and processor.image_processor.size == 224
     (folder / "config.json").write_text(
-        json.dumps({"image_token_id": 1792, "vision_config": {"image_size": 448}})
+        json.dumps({"image_token_id": 2176, "vision_config": {"image_size": 448}})
     )
     assert Processor.from_pretrained(folder).num_image_tokens == 1024
 
@@ -398,9 +398,9 @@ def test_patches_have_to_fit(folder):
 
 def test_files_of_different_checkpoints(folder):
     edit(folder, image_token_index=257152)
-    with pytest.raises(ValueError, match=r"token 257152, tokenizer\.model makes it 1792"):
+    with pytest.raises(ValueError, match=r"token 257152, tokenizer\.model makes it 2176"):
         Processor.from_pretrained(folder)
-    edit(folder, image_token_index=1792, image_size=224)
+    edit(folder, image_token_index=2176, image_size=224)
     with pytest.raises(ValueError, match=r"resizes to 112 pixels, config\.json expects 224"):
         Processor.from_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""Fetch the pictures that the course ships: Noto emoji sprites and sample photographs.
+"""Make the pictures that the course ships: Noto emoji sprites, demo scenes, photographs.
 
 The emoji come from the npm package `emoji-datasource-google`, their names in other languages from
 `cldr-annotations-full`, the photographs from the wheel of scikit-image. All are copied once into
@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 ASSETS = Path(__file__).resolve().parent.parent / "paligemma" / "assets"
@@ -143,6 +144,55 @@ def make_pictures():
     return len(PICTURES)
 
 
+def compose_demo(kinds, places, first, second, size=448):
+    """A large scene for people to look at, made by hand.
+
+    Args:
+        kinds: names, left to right.
+        places: (x, y, side, degrees) of each, the centre and the side in pixels.
+        first, second: colours (r, g, b) of the sky and of the ground.
+        size: side of the picture, pixels.
+    """
+    ramp = np.linspace(0, 1, size)[:, None, None] ** 1.5
+    field = np.asarray(first) * (1 - ramp) + np.asarray(second) * ramp
+    picture = Image.fromarray(np.broadcast_to(field, (size, size, 3)).round().astype(np.uint8))
+    for name, (x, y, side, degrees) in zip(kinds, places):
+        with Image.open(ASSETS / "emoji" / f"{name}.png") as opened:
+            sprite = opened.convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
+        sprite = sprite.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+        picture.paste(sprite, (x - sprite.width // 2, y - sprite.height // 2), sprite)
+    return picture
+
+
+DEMOS = {
+    "scene": (
+        ("cat", "dog", "dog"),
+        ((86, 290, 132, 6), (236, 160, 124, -5), (360, 310, 128, 4)),
+        (196, 224, 246),
+        (176, 214, 150),
+    ),
+    "scene2": (
+        ("bee", "tulip"),
+        ((130, 130, 140, -8), (310, 290, 168, 3)),
+        (252, 236, 200),
+        (150, 200, 140),
+    ),
+    "scene3": (
+        ("rocket", "balloon", "balloon"),
+        ((96, 300, 140, 0), (230, 130, 120, 4), (364, 250, 132, -6)),
+        (60, 80, 150),
+        (240, 190, 170),
+    ),
+}
+
+
+def make_scenes():
+    """Write the pictures of DEMOS."""
+    for name, demo in DEMOS.items():
+        compose_demo(*demo).save(ASSETS / "pictures" / f"{name}.png", optimize=True)
+    return len(DEMOS)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,7 +203,7 @@ def main():
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         package = options.package or unpack(NPM_PACKAGE, first)
         kinds = make_emoji(package, options.names or unpack(NPM_NAMES, second))
-    print(f"{kinds} kinds and {make_pictures()} photographs written under paligemma/assets")
+    print(f"{kinds} kinds, {make_scenes()} scenes and {make_pictures()} photographs written")
 
 
 if __name__ == "__main__":

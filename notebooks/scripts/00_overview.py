@@ -62,7 +62,7 @@ from PIL import Image
 
 from paligemma.inference import TINY
 from paligemma.model import PaliGemma, PaliGemmaConfig, prefix_lm_mask
-from paligemma.plotting import COLOURS, check, show_heatmap
+from paligemma.plotting import COLOURS, check, draw_boxes, draw_masks, show_heatmap
 
 model, processor = pg.model, pg.processor
 scene = sample_picture("scene")
@@ -234,6 +234,31 @@ show_images(controls, titles, height=2.8)
 # %% [markdown]
 # Mirrored, the caption follows the picture. Of the grey square it makes something up: a language
 # model always says *something*. There is no "I do not know" unless it was trained to say so.
+
+# %% [markdown]
+# ### One picture, many questions
+#
+# The prompt decides the task; the weights stay the same. The last answers are a box and a mask: four
+# location words for the box's edges, sixteen for the shape, then the name.
+
+# %%
+for prompt in [
+    "caption de",
+    "answer en how many dogs are there?",
+    "answer en where is the cat?",
+    "answer en is there a bee?",
+    "detect cat",
+    "segment cat",
+]:
+    print(f"{prompt:36} → {pg(scene, prompt)}")
+
+# %%
+found = pg.detect(scene, "cat ; dog")
+boxes = draw_boxes(scene, [f.box for f in found], [f"{f.label} {f.score:.2f}" for f in found])
+shapes = [f for name in ("cat", "dog") for f in pg.segment(scene, name)]
+masks = draw_masks(scene, [f.mask for f in shapes], [f.label for f in shapes])
+figure = show_images([boxes, masks], ["detect cat ; dog", "segment cat, segment dog"], height=2.8)
+save_figure(figure, "00_found.png")
 
 # %% [markdown]
 # ### How sure was it?

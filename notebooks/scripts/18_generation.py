@@ -81,7 +81,7 @@ _ = torch.set_grad_enabled(False)  # we only answer here; nothing is trained
 
 # %% [markdown]
 # The model is the tiny PaliGemma that ships with this course: 112-pixel pictures, 64 image tokens,
-# three decoder layers, trained on scenes of emoji. Everything below is what the 3B model does,
+# four decoder layers, trained on scenes of emoji. Everything below is what the 3B model does,
 # only faster.
 
 # %%
