@@ -225,7 +225,9 @@ def load(
     path = TINY if path is None else find_checkpoint(path)
     processor, codec = Processor.from_pretrained(path), find_codec(path)
     if quantize or read_quantization(path):
-        return Pipeline(load_quantized(path, quantize, None, device, dtype), processor, codec)
+        return Pipeline(
+            load_quantized(path, quantize, device=device, dtype=dtype), processor, codec
+        )
     if dtype is None and sum(file.stat().st_size for file in weight_files(path)) <= SMALL:
         dtype = torch.float32
     return Pipeline(load_model(path, device, dtype, progress), processor, codec)

@@ -84,6 +84,7 @@ class TrainingConfig:
         meet_every: steps between two averages over the processes.
         vision_width … text_mlp: sizes of the model.
         softness: standard deviation of the soft location targets, in bins of 1/1023.
+        jitter: standard deviation of the noise on location tokens as inputs, in the same bins.
         segments: share of the pictures that are asked for masks instead of boxes.
         bfloat16: multiply matrices in bfloat16; weights, sums and all else stay float32.
     """
@@ -109,26 +110,32 @@ class TrainingConfig:
     text_layers: int = 4
     text_mlp: int = 256
     softness: float = 6.0
+    jitter: float = 6.0
     segments: float = 0.0
     bfloat16: bool = False
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "TrainingConfig":
         """Read a JSON file; a `ValueError` names a key that is unknown or of another type."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
         types = {field.name: type(field.default) for field in fields(cls)}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; expected an object")
-        if unknown := sorted(set(values) - set(types)):
-            raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; see TrainingConfig")
-        for key, value in values.items():
-            fits = {float: (int, float), tuple: (list, tuple)}.get(types[key], types[key])
-            if not isinstance(value, fits) or isinstance(value, bool) != (types[key] is bool):
-                raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}")
-        return cls(**values)
+        return cls(**_read_values(path, types))
+
+
+def _read_values(path: str | os.PathLike, types: dict) -> dict:
+    """A JSON object's values, each of the type that its key must have."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object")
+    if unknown := sorted(set(values) - set(types)):
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; see TrainingConfig")
+    for key, value in values.items():
+        fits = {float: (int, float), tuple: (list, tuple)}.get(types[key], types[key])
+        if not isinstance(value, fits) or isinstance(value, bool) != (types[key] is bool):
+            raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}")
+    return values
 
 
 def make_model(config: TrainingConfig, image_id: int) -> PaliGemma:
@@ -236,14 +243,12 @@ def mask_words(made: list[scenes.Scene], codec: MaskCodec) -> list[list[str]]:
     return [[next(words) for _ in scene.kinds] for scene in made]
 
 
-class Batches:
-    """Batches of scenes as tensors; batch `step` depends on its number and on nothing else.
+class Layout:
+    """Pictures and texts of a batch as tensors.
 
     Args:
         processor: lays out the text.
         config: seed, sizes, number of questions.
-
-    `scene` and `ask` say what is seen and asked; override them for another world.
     """
 
     def __init__(self, processor: Processor, config: TrainingConfig):
@@ -258,12 +263,29 @@ class Batches:
         pixels = torch.from_numpy(np.stack([scene.image for scene in made])).permute(0, 3, 1, 2)
         return (pixels.float() / 255 - 0.5) / 0.5
 
-    def texts(self, pairs: list, pictures: list[int]) -> dict:
-        """(prompt, answer) pairs, and which picture each is about, to what the model takes."""
+    def texts(self, pairs: list, pictures: list[int], rng=None) -> dict:
+        """(prompt, answer) pairs, and which picture each is about, to what the model takes.
+
+        With `rng` the location tokens that the model reads are a little off, as its own will be;
+        what it has to say (labels) stays true.
+        """
         suffixes = [self.suffix(answer) for _, answer in pairs]
         batch = collate([self.prefix(prompt) for prompt, _ in pairs], suffixes, self.pad_id)
+        if rng is not None and self.config.jitter:
+            places = batch["input_ids"] - self.first_location
+            noise = rng.normal(0, self.config.jitter, places.shape).round().astype(np.int64)
+            moved = (places + torch.from_numpy(noise)).clamp(0, 1023) + self.first_location
+            located = (places >= 0) & (places < 1024)
+            batch["input_ids"] = torch.where(located, moved, batch["input_ids"])
         keep = max(map(len, suffixes)) + 1
         return batch | {"picture": torch.tensor(pictures), "keep": keep}
+
+
+class Batches(Layout):
+    """Batches of scenes as tensors; batch `step` depends on its number and on nothing else.
+
+    `scene` and `ask` say what is seen and asked; override them for another world.
+    """
 
     def scene(self, index: int, objects: tuple) -> scenes.Scene:
         """Scene number `index` of the training split."""
@@ -299,7 +321,8 @@ class Batches:
         for kind, name in enumerate(GROUPS):
             pairs = [(pair, i) for i, lists in enumerate(asked) for pair in lists[kind]]
             if pairs:
-                groups.append(self.texts(*map(list, zip(*pairs))) | {"name": name})
+                rng = np.random.default_rng((self.config.seed, 2, step, part[0], kind))
+                groups.append(self.texts(*map(list, zip(*pairs)), rng) | {"name": name})
         targets = torch.from_numpy(np.stack([scenes.patch_targets(s) for s in made]))
         boxes = torch.from_numpy(np.stack([patch_boxes(s) for s in made]))
         batch = {"pixels": self.pixels(made), "targets": targets, "boxes": boxes}
@@ -582,7 +605,8 @@ def mask_overlap(model: PaliGemma, batches: Batches, made: list, features) -> fl
 def validate(model: PaliGemma, batches: Batches, count: int = 192) -> dict:
     """Percent of answers all of whose tokens are the first choice, by task, on validation scenes.
 
-    With the true answer fed in, all tokens right is the same as greedy decoding being right.
+    With the true answer fed in, all tokens right is the same as greedy decoding being right. For
+    boxes only names are compared: how a model does with its own locations `evaluate` tells.
     `box error` is the mean distance of a corner's coordinate, in pixels; `mask overlap` see there.
     """
     made = [scenes.make_scene(i, "validation") for i in range(count)]

@@ -175,6 +175,34 @@ def test_a_near_miss_costs_less_than_a_far_one():
     assert cost(500) < cost(503) < cost(510) < cost(600) == pytest.approx(cost(900), abs=1e-4)
 
 
+def test_products_in_bfloat16_are_near():
+    """Output and gradients of a layer with rounded factors: other numbers, but close ones."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 64, requires_grad=True)
+    layer, rounded = torch.nn.Linear(64, 32), torch.nn.Linear(64, 32)
+    rounded.load_state_dict(layer.state_dict())
+    training.use_bfloat16_products(rounded)
+    results = []
+    for it in (layer, rounded):
+        y = it(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, it.weight, it.bias])))
+    for exact, near in zip(*results):
+        assert near.dtype == torch.float32 and not torch.equal(exact, near)
+        assert (near - exact).norm() < 0.01 * exact.norm()
+
+
+def test_read_locations_are_moved_and_labels_are_true(batches):
+    """What the model reads is near the label; nothing but locations moves."""
+    group = next(g for g in batches.train(4, (2, 3), False)["groups"] if g["name"] == "detect")
+    learnt = group["labels"] != -100
+    read, true = group["input_ids"][learnt], group["labels"][learnt]
+    first = batches.first_location
+    located = (true >= first) & (true < first + 1024)
+    assert torch.equal(read[~located], true[~located])
+    off = (read - true)[located].float()
+    assert 2 < off.std() < 10 and off.abs().max() < 60 and (off != 0).float().mean() > 0.7
+
+
 def test_schedule():
     config = TrainingConfig(
         lr=1.0,

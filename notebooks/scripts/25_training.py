@@ -121,16 +121,11 @@ save_figure(fig, "25_labels")
 
 # %% [markdown]
 # Blue: image tokens (61 more to the left). Orange: the prompt, from bos (▸) to newline (↵). Purple:
-# the answer and eos (■), the only labels. An arrow goes from the place that **guesses** to the label
-# it is compared with: one step to the right. The newline guesses the answer's first piece.
-
-# %% [markdown]
+# the answer and eos (■), the only labels. An arrow goes from the place that **guesses** to its label.
+#
 # ## By hand, and as a loop
 #
-# A guess is a probability for each token of the vocabulary. The loss of a place is $-\ln p$ of the
-# right token: 0 when it was sure, large when it was surprised. The loss of a batch is the mean over
-# all labelled tokens.
-#
+# The loss of a place is $-\ln p$ of the right token; that of a batch is the mean over all labels.
 # Two labels, and the model gave them ½ and ¼: $(\ln 2 + \ln 4)/2 = 1.5 \ln 2$.
 
 # %%
@@ -281,6 +276,7 @@ class TrainingConfig:
         meet_every: steps between two averages over the processes.
         vision_width … text_mlp: sizes of the model.
         softness: standard deviation of the soft location targets, in bins of 1/1023.
+        jitter: standard deviation of the noise on location tokens as inputs, in the same bins.
         segments: share of the pictures that are asked for masks instead of boxes.
         bfloat16: multiply matrices in bfloat16; weights, sums and all else stay float32.
     """
@@ -306,30 +302,36 @@ class TrainingConfig:
     text_layers: int = 4
     text_mlp: int = 256
     softness: float = 6.0
+    jitter: float = 6.0
     segments: float = 0.0
     bfloat16: bool = False
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "TrainingConfig":
         """Read a JSON file; a `ValueError` names a key that is unknown or of another type."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
         types = {field.name: type(field.default) for field in fields(cls)}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; expected an object")
-        if unknown := sorted(set(values) - set(types)):
-            raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; see TrainingConfig")
-        for key, value in values.items():
-            fits = {float: (int, float), tuple: (list, tuple)}.get(types[key], types[key])
-            if not isinstance(value, fits) or isinstance(value, bool) != (types[key] is bool):
-                raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}")
-        return cls(**values)
+        return cls(**_read_values(path, types))
 
 
 # %%
 #| export
+def _read_values(path: str | os.PathLike, types: dict) -> dict:
+    """A JSON object's values, each of the type that its key must have."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object")
+    if unknown := sorted(set(values) - set(types)):
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; see TrainingConfig")
+    for key, value in values.items():
+        fits = {float: (int, float), tuple: (list, tuple)}.get(types[key], types[key])
+        if not isinstance(value, fits) or isinstance(value, bool) != (types[key] is bool):
+            raise ValueError(f"{path}: {key} is {value!r}; expected {types[key].__name__}")
+    return values
+
+
 def make_model(config: TrainingConfig, image_id: int) -> PaliGemma:
     """A PaliGemma of the size asked for, with weights drawn at a scale that small models like."""
     sizes = PaliGemmaConfig(
@@ -361,17 +363,12 @@ def make_model(config: TrainingConfig, image_id: int) -> PaliGemma:
 # %% [markdown]
 # ## Look before you speak
 #
-# Train a small PaliGemma from nothing on hard scenes: its loss falls nicely. Then swap the pictures:
-# the answers stay the same. It has learnt how captions *sound*, because that is the quick win. The picture's
-# vectors are noise at first, and noise is something a model learns to ignore.
+# Trained from nothing, a small PaliGemma learns how captions *sound*, because that is the quick win.
+# The picture's vectors are noise at first, and noise is something a model learns to ignore. PaliGemma
+# starts from SigLIP, which had seen billions of pictures.
 #
-# PaliGemma avoids this by starting from SigLIP, which had seen billions of pictures.
-
-# %% [markdown]
-# We need a replacement. A caption teaches the tower one thing a picture. Our scenes know what **each
-# patch** shows. A throw-away head asks every patch: which kind covers you? whose centre do you hold?
-# where are your object's edges, counted from you? 64 lessons a picture, and no language model that
-# knows nothing stands in between.
+# Our replacement: a throw-away head asks every patch which kind covers it, whose centre it holds, and
+# where its object's edges are. 64 lessons a picture, and no ignorant language model in between.
 
 
 # %%
@@ -448,15 +445,15 @@ for y in range(8):
 save_figure(fig, "25_patches.png")
 
 # %% [markdown]
-# All patches of an object point to the same corner: attention has to carry that across.
+# All patches of an object point to one corner: attention's work.
 #
 # ## Batches
 #
-# Batch number 1234 depends on the seed and on 1234, and on nothing else. This makes resuming trivial.
+# Batch number 1234 depends on the seed and on 1234 alone. The vision tower runs **once** for all
+# questions about a scene; short answers, boxes and masks are padded apart.
 #
-# Each scene is asked short questions and one for boxes. The vision tower, the costly part, runs
-# **once** for all. Texts come in groups: together, each "yes" would be padded to the length of five
-# boxes, or of sixteen codes.
+# 112 pixels have 113 edges: only a ninth of the location words ever occur. A model alone with its
+# own words, a little beside the true ones, is lost. So the words it *reads* are moved (`jitter`).
 
 # %%
 #| export
@@ -495,14 +492,12 @@ def mask_words(made: list[scenes.Scene], codec: MaskCodec) -> list[list[str]]:
 
 # %%
 #| export
-class Batches:
-    """Batches of scenes as tensors; batch `step` depends on its number and on nothing else.
+class Layout:
+    """Pictures and texts of a batch as tensors.
 
     Args:
         processor: lays out the text.
         config: seed, sizes, number of questions.
-
-    `scene` and `ask` say what is seen and asked; override them for another world.
     """
 
     def __init__(self, processor: Processor, config: TrainingConfig):
@@ -517,12 +512,31 @@ class Batches:
         pixels = torch.from_numpy(np.stack([scene.image for scene in made])).permute(0, 3, 1, 2)
         return (pixels.float() / 255 - 0.5) / 0.5
 
-    def texts(self, pairs: list, pictures: list[int]) -> dict:
-        """(prompt, answer) pairs, and which picture each is about, to what the model takes."""
+    def texts(self, pairs: list, pictures: list[int], rng=None) -> dict:
+        """(prompt, answer) pairs, and which picture each is about, to what the model takes.
+
+        With `rng` the location tokens that the model reads are a little off, as its own will be;
+        what it has to say (labels) stays true.
+        """
         suffixes = [self.suffix(answer) for _, answer in pairs]
         batch = collate([self.prefix(prompt) for prompt, _ in pairs], suffixes, self.pad_id)
+        if rng is not None and self.config.jitter:
+            places = batch["input_ids"] - self.first_location
+            noise = rng.normal(0, self.config.jitter, places.shape).round().astype(np.int64)
+            moved = (places + torch.from_numpy(noise)).clamp(0, 1023) + self.first_location
+            located = (places >= 0) & (places < 1024)
+            batch["input_ids"] = torch.where(located, moved, batch["input_ids"])
         keep = max(map(len, suffixes)) + 1
         return batch | {"picture": torch.tensor(pictures), "keep": keep}
+
+
+# %%
+#| export
+class Batches(Layout):
+    """Batches of scenes as tensors; batch `step` depends on its number and on nothing else.
+
+    `scene` and `ask` say what is seen and asked; override them for another world.
+    """
 
     def scene(self, index: int, objects: tuple) -> scenes.Scene:
         """Scene number `index` of the training split."""
@@ -558,7 +572,8 @@ class Batches:
         for kind, name in enumerate(GROUPS):
             pairs = [(pair, i) for i, lists in enumerate(asked) for pair in lists[kind]]
             if pairs:
-                groups.append(self.texts(*map(list, zip(*pairs))) | {"name": name})
+                rng = np.random.default_rng((self.config.seed, 2, step, part[0], kind))
+                groups.append(self.texts(*map(list, zip(*pairs)), rng) | {"name": name})
         targets = torch.from_numpy(np.stack([scenes.patch_targets(s) for s in made]))
         boxes = torch.from_numpy(np.stack([patch_boxes(s) for s in made]))
         batch = {"pixels": self.pixels(made), "targets": targets, "boxes": boxes}
@@ -669,18 +684,6 @@ def use_bfloat16_products(module: nn.Module) -> None:
         if type(layer) is nn.Linear:
             layer.forward = lambda x, m=layer: Bfloat16Product.apply(x, m.weight, m.bias)
 
-
-# %%
-x = torch.randn(50, 64, requires_grad=True)
-layer, rounded = nn.Linear(64, 32), nn.Linear(64, 32)
-rounded.load_state_dict(layer.state_dict())
-use_bfloat16_products(rounded)
-results = []
-for it in (layer, rounded):
-    y = it(x)
-    results.append((y, *torch.autograd.grad(y.square().sum(), [x, it.weight, it.bias])))
-for name, exact, near in zip(("output", "to x", "to weight", "to bias"), *results):
-    print(f"{name:>10}: relative error {((near - exact).norm() / exact.norm()).item():.3f}")
 
 # %% [markdown]
 # ## The step
@@ -1023,7 +1026,8 @@ def mask_overlap(model: PaliGemma, batches: Batches, made: list, features) -> fl
 def validate(model: PaliGemma, batches: Batches, count: int = 192) -> dict:
     """Percent of answers all of whose tokens are the first choice, by task, on validation scenes.
 
-    With the true answer fed in, all tokens right is the same as greedy decoding being right.
+    With the true answer fed in, all tokens right is the same as greedy decoding being right. For
+    boxes only names are compared: how a model does with its own locations `evaluate` tells.
     `box error` is the mean distance of a corner's coordinate, in pixels; `mask overlap` see there.
     """
     made = [scenes.make_scene(i, "validation") for i in range(count)]
@@ -1216,18 +1220,13 @@ left.legend(fontsize=7.5), right.legend(fontsize=7.5, loc="upper left")
 save_figure(fig, "25_look_first")
 
 # %% [markdown]
-# With the same number of captions, grey has learnt the sentence and begun to see; purple, whose tower
-# knew what it saw, is nearly done. Four colourful kinds are the easy case: with 32 kinds and up to four
-# objects, the direct way had not left chance after 80,000 scenes.
+# Grey has learnt the sentence and begun to see; purple is nearly done. Four colourful kinds are the easy case: with 32 kinds and up to four
+# objects, the direct way had not left chance after 80,000 scenes. The **control** asks each question
+# about *another* picture: what remains did not come from looking.
 #
-# **The control**, printed above: high figures may come from the question alone. So ask each question
-# about *another* picture. What remains did not come from looking.
-
-# %% [markdown]
 # ## Stop, and go on: bit for bit
 #
-# Six steps at once; and three steps, a checkpoint, a *new* trainer that reads it, three more. Not
-# "close": the same bits.
+# Six steps at once; and three, a checkpoint, a *new* trainer, three more: the same bits.
 
 # %%
 tiny = fewer(batch=4, look_steps=2, total_steps=6, vision_width=32, text_width=32, text_layers=1)
@@ -1284,15 +1283,13 @@ axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 save_figure(fig, "25_shipped")
 
 # %% [markdown]
-# What to notice: nothing is right until the words meet a tower that already sees. Yes and no come
-# first, exact places last. And the falling rate at the end brings more than the same number of steps
-# at full rate.
+# What to notice: yes and no come first, exact places last, and most of it while the rate falls.
 #
 # ## The honest test
 #
 # Held-out scenes, written answers, the package's own generation, and each row with its control. Boxes
 # are scored by F1: a box counts if its label is right and it overlaps a true one by half, each true
-# box once.
+# box once. Masks by their overlap with the visible pixels.
 
 
 # %%
@@ -1345,6 +1342,8 @@ def mask_figures(said: list[str], asked: list[str], made: list[scenes.Scene], co
     return {"iou": 100 * float(np.mean(overlaps))}
 
 
+# %%
+#| export
 def answers(model, processor, images: list, prompts: list[str], size: int = 64) -> list[str]:
     """What the model says, greedily, through the package's own path."""
     said = []
@@ -1419,13 +1418,6 @@ def evaluate(path: str | os.PathLike, count: int = 1000, rows=tuple(ROWS), progr
         if progress:
             progress(row, figures)
     return result
-
-
-# %% [markdown]
-# ### The command line
-#
-# `python -m paligemma.training --config long.json --work runs/long` trains, or goes on. `--export`
-# writes a folder that `paligemma.load` opens, `--evaluate` prints the figures.
 
 
 # %%
@@ -1506,6 +1498,9 @@ if __name__ == "__main__" and "__file__" in globals():
 
 # %% [markdown]
 # ## At full size
+#
+# `python -m paligemma.training --config long.json --work runs/long` trains, or goes on; `--export`
+# writes a folder that `paligemma.load` opens, `--evaluate` prints the figures.
 #
 # To train all of PaliGemma 3B with AdamW in float32, each weight needs its gradient and two averages:
 # 16 bytes. And a step costs about $6$ operations per weight and token: 2 forwards, 4 backwards.
