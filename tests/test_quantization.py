@@ -276,7 +276,24 @@ def test_only_the_language_model_changes(checkpoints, mode):
     assert not any(kind is nn.Linear for n, kind in kinds.items() if n.startswith("language"))
     assert type(model.language_model.embed_tokens) is nn.Embedding
     assert model.dtype == torch.float32
-    assert isinstance(model.language_model.lm_head, Int8Linear), "narrow models keep 8 bits there"
+    by_four = {name.split(".")[-1] for name, kind in kinds.items() if kind is Int4Linear}
+    feed_forward = {"gate_proj", "up_proj", "down_proj"}
+    assert by_four == (feed_forward if mode == "int4" else set()), "narrow models spare the rest"
+
+
+@pytest.mark.parametrize("eight", [(), ["head"], ["attention"], ["head", "attention"]])
+def test_what_keeps_eight_bits_is_a_choice_that_is_saved(checkpoints, eight, tmp_path):
+    model = load_quantized(checkpoints["MQA"], "int4", eight=eight)
+    language = model.language_model
+    assert isinstance(language.lm_head, Int8Linear) == ("head" in eight)
+    assert isinstance(language.layers[1].self_attn.k_proj, Int8Linear) == ("attention" in eight)
+    assert isinstance(language.layers[1].mlp.up_proj, Int4Linear)
+    save_quantized(model, tmp_path)
+    loaded, batch = load_quantized(tmp_path, eight=eight), random_batch()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, loaded(**batch).logits)
+    with pytest.raises(CheckpointError, match="was quantised with eight"):
+        load_quantized(tmp_path, eight=() if eight else ["head"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -305,7 +322,8 @@ def test_generation_with_cache_and_batches(checkpoints, mode, dtype):
     [
         ({"mode": "int3"}, "'int8' or 'int4'"),
         ({"mode": "int4", "group_size": 48}, "expected 32, 64, 128 or 256"),
-        ({"mode": "int8", "head": "int5"}, "head is 'int5'"),
+        ({"mode": "int4", "eight": "head"}, "eight is 'head'"),
+        ({"mode": "int4", "eight": ["tail"]}, "expected a list of 'attention', 'head'"),
     ],
 )
 def test_unknown_options_are_refused_before_anything_changes(checkpoints, options, words):
@@ -355,7 +373,7 @@ def test_saved_and_loaded_is_the_same(checkpoints, gemma2_checkpoint, mode, kind
 
 
 def test_a_file_of_another_machine_is_repacked(checkpoints, tmp_path):
-    model = load_quantized(checkpoints["MQA"], "int4", head="int4")
+    model = load_quantized(checkpoints["MQA"], "int4", eight=())
     here = kernel_block() or 64
     there = 96 - here
     for layer in model.modules():
@@ -371,7 +389,7 @@ def test_a_file_of_another_machine_is_repacked(checkpoints, tmp_path):
     assert {layer.block for layer in loaded.modules() if isinstance(layer, Int4Linear)} == {here}
     batch = random_batch()
     with torch.no_grad():
-        expected = load_quantized(checkpoints["MQA"], "int4", head="int4")(**batch).logits
+        expected = load_quantized(checkpoints["MQA"], "int4", eight=())(**batch).logits
         assert torch.equal(loaded(**batch).logits, expected)
 
 
@@ -410,8 +428,9 @@ def edit(path, change):
         lambda q: q.update(group_size=31),
         lambda q: q.update(group_size=64),
         lambda q: q.update(mode="int8"),
-        lambda q: q.update(head="int4"),
-        lambda q: q.pop("head"),
+        lambda q: q.update(eight=["head"]),
+        lambda q: q.update(eight="head"),
+        lambda q: q.pop("eight"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(saved, change):

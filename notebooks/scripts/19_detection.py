@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Inference →](22_inference.ipynb)
+# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Segmentation →](20_segmentation.ipynb)
 
 # %% [markdown]
 # # 19 · Detection: how does a sentence become boxes, and how good are they?
@@ -79,7 +79,7 @@ ASSETS = resources.files("paligemma") / "assets"
 
 # %%
 PLACED = {  # name, centre x, centre y, side, degrees: how the pictures were composed
-    "scene": [("cat", 86, 290, 132, 6), ("dog", 236, 160, 124, -5), ("dog", 360, 310, 128, 4)],
+    "scene": [("cat", 72, 300, 128, 6), ("dog", 236, 160, 124, -5), ("dog", 360, 310, 128, 4)],
     "scene2": [("bee", 130, 130, 140, -8), ("tulip", 310, 290, 168, 3)],
     "scene3": [
         ("rocket", 96, 300, 140, 0),
@@ -1046,4 +1046,4 @@ check(test_3, say_once)
 # - big_vision: `pp/proj/paligemma`, the published preprocessing of boxes.
 
 # %% [markdown] tags=["navigation"]
-# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Inference →](22_inference.ipynb)
+# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Segmentation →](20_segmentation.ipynb)

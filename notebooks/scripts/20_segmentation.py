@@ -82,7 +82,7 @@ ASSETS = resources.files("paligemma") / "assets"
 # the pixels of the outline.
 
 # %%
-PLACED = [("cat", 86, 290, 132, 6), ("dog", 236, 160, 124, -5), ("dog", 360, 310, 128, 4)]
+PLACED = [("cat", 72, 300, 128, 6), ("dog", 236, 160, 124, -5), ("dog", 360, 310, 128, 4)]
 
 
 def emoji_mask(name, side, degrees):
@@ -138,7 +138,7 @@ def mask_iou(a, b):
 
 
 scene = sample_picture("scene")
-views = [draw_masks(scene, [m]).crop((10, 210, 170, 370)) for m in (masks[0], polygon)]
+views = [draw_masks(scene, [m]).crop((0, 220, 160, 380)) for m in (masks[0], polygon)]
 titles = ["the truth", f"eight corners: IoU {mask_iou(polygon, masks[0]):.2f}"]
 fig = show_images([v.resize((240, 240)) for v in views], titles, height=2.6)
 save_figure(fig, "20_corners.png")

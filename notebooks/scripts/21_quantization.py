@@ -44,7 +44,7 @@ model_map("gemma", "gemma2")
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -75,6 +75,7 @@ import copy
 import tempfile
 import time
 from importlib import resources
+from itertools import zip_longest
 
 import matplotlib.pyplot as plt
 
@@ -634,6 +635,7 @@ class QuantizedGemma2Model(Gemma2Model):
 MODES = {"int8": Int8Linear, "int4": Int4Linear}
 HEADS = {GemmaModel: QuantizedGemmaModel, Gemma2Model: QuantizedGemma2Model}
 GROUPS = (32, 64, 128, 256)  # what the int4 kernel knows
+SPARED = ("attention", "head")  # what int4 can leave at eight bits
 
 
 # %%
@@ -648,7 +650,7 @@ def _empty(mode: str, linear: nn.Module, dtype: torch.dtype, group_size: int) ->
 
 
 def _swap(
-    model: PaliGemma, mode: str, group_size: int, head: str, dtype: torch.dtype
+    model: PaliGemma, mode: str, group_size: int, eight: tuple, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor, QuantizedLinear]]:
     """Put empty quantised layers in, one at a time; what is done between is the caller's.
 
@@ -656,33 +658,36 @@ def _swap(
         the name of a weight in the model, the tensor, and the layer that has to take it.
     """
     language = model.language_model
-    language.lm_head = _empty(head, language.embed_tokens, dtype, group_size)
+    head_mode = "int8" if "head" in eight else mode
+    language.lm_head = _empty(head_mode, language.embed_tokens, dtype, group_size)
     language.__class__ = HEADS[type(language)]
     # The largest weight first, while nothing else is in memory yet.
     yield "language_model.embed_tokens.weight", language.embed_tokens.weight, language.lm_head
     for name, layer in list(language.named_modules()):
         if isinstance(layer, nn.Linear):
             parent, _, child = name.rpartition(".")
-            new = _empty(mode, layer, dtype, group_size)
+            spared = "attention" in eight and ".self_attn." in name
+            new = _empty("int8" if spared else mode, layer, dtype, group_size)
             setattr(language.get_submodule(parent), child, new)
             yield f"language_model.{name}.weight", layer.weight, new
 
 
 def _choose(
-    model: PaliGemma, mode: str, group_size: int | None, head: str | None
-) -> tuple[int, str]:
-    """Group size and the head's mode; narrow models need care more than they need speed."""
+    model: PaliGemma, mode: str, group_size: int | None, eight: Sequence[str] | None
+) -> tuple[int, tuple[str, ...]]:
+    """Group size, and what keeps eight bits; narrow models need care more than they need speed."""
     if type(model.language_model) not in HEADS:
         raise ValueError("the model is quantised already; load the original weights again")
+    if mode not in MODES:
+        raise ValueError(f"the mode is {mode!r}; expected 'int8' or 'int4'")
     narrow = model.config.text_config.hidden_size < 1024
     group_size = (32 if narrow else 64) if group_size is None else group_size
-    head = ("int8" if narrow else mode) if head is None else head
-    for name, value in (("mode", mode), ("head", head)):
-        if value not in MODES:
-            raise ValueError(f"{name} is {value!r}; expected 'int8' or 'int4'")
     if group_size not in GROUPS:
         raise ValueError(f"group_size is {group_size!r}; expected 32, 64, 128 or 256")
-    return group_size, head
+    eight = (SPARED if narrow else ()) if eight is None else eight
+    if isinstance(eight, str) or not set(eight) <= set(SPARED):
+        raise ValueError(f"eight is {eight!r}; expected a list of 'attention', 'head', or neither")
+    return group_size, tuple(sorted(eight)) if mode == "int4" else ()
 
 
 # %%
@@ -692,7 +697,7 @@ def quantize_model(
     model: PaliGemma,
     mode: str = "int8",
     group_size: int | None = None,
-    head: str | None = None,
+    eight: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     read: Callable[[str], torch.Tensor] | None = None,
 ) -> PaliGemma:
@@ -705,7 +710,8 @@ def quantize_model(
         model: changed in place.
         mode: "int8" or "int4".
         group_size: for int4: 32, 64, 128 or 256; None: 64, or 32 below a width of 1024.
-        head: mode of the head; None: as `mode`, but "int8" below a width of 1024.
+        eight: what keeps eight bits in an int4 model, of "attention" and "head"; None: nothing,
+            or both below a width of 1024.
         dtype: of the scales; None: the model's.
         read: gives a weight by its name in the model; None: the model's own tensors.
 
@@ -715,8 +721,8 @@ def quantize_model(
     Raises:
         ValueError: an unknown mode or group size, a model that is quantised already, or NaN.
     """
-    group_size, head = _choose(model, mode, group_size, head)
-    for name, weight, new in _swap(model, mode, group_size, head, dtype or model.dtype):
+    group_size, eight = _choose(model, mode, group_size, eight)
+    for name, weight, new in _swap(model, mode, group_size, eight, dtype or model.dtype):
         weight = weight if read is None else read(name)
         step = max(64, CHUNK // 4 // weight.shape[1] // 64 * 64)  # the search needs room
         new.to(weight.device)
@@ -739,8 +745,8 @@ for mode in ("int8", "int4"):
     print(f"{mode}: {8 * size / weights:.2f} bits a weight")
 
 # %% [markdown]
-# (Here the scales are in float32, as the tiny model computes, and int4 leaves the head eight bits; we shall
-# see why. At full size it is 8.01 and 4.5.)
+# (Here the scales are in float32, as the tiny model computes, and int4 spares attention and head; we shall see
+# why. At full size it is 8.01 and 4.5.)
 #
 # Do the models still answer? The course's three scenes, four questions each (boxes not printed):
 
@@ -783,6 +789,11 @@ def rounded_model(bits, group=32):
     return model
 
 
+def pair_up(answer, truth):
+    """Words at the same place; a box is four words."""
+    return zip_longest(*(text.replace("><", "> <").split() for text in (answer, truth)))
+
+
 def logits_of(model):
     return model(**inputs, logits_to_keep=1).logits[:, -1]
 
@@ -794,12 +805,13 @@ for bits in bits_tried:
     model = rounded_model(bits)
     shift.append(float((logits_of(model) - true_logits).norm() / centred.norm()))
     answers = ask(model)
-    same.append(sum(a == b for a, b in zip(answers, said["float32"])) / len(answers))
-    print(f"{bits} bits: logits off by {100 * shift[-1]:5.1f} %   {answers[0]!r:.50}")
+    words = [(a, b) for x, y in zip(answers, said["float32"]) for a, b in pair_up(x, y)]
+    same.append(sum(a == b for a, b in words) / len(words))
+    print(f"{bits} bits: logits off by {100 * shift[-1]:4.1f} %   {answers[0]!r:.50}")
 
 # %%
 fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
-ax.bar(bits_tried, same, color=COLOURS["language"], alpha=0.35, label="answers unchanged")
+ax.bar(bits_tried, same, color=COLOURS["language"], alpha=0.35, label="words unchanged")
 ax.plot(bits_tried, shift, "o-", color=COLOURS["vision"], label="change of the logits")
 ax.set(xlabel="bits a weight", ylabel="share", ylim=(0, 1.05), xticks=bits_tried)
 ax.invert_xaxis()
@@ -842,10 +854,10 @@ print(
 save_figure(fig, "21_layers")
 
 # %% [markdown]
-# The errors are independent: together they grow like the root of the sum of squares. So the largest rules:
-# the **head**, whose error goes straight into the logits. In a narrow model it is also a third of the
-# weights; there our int4 leaves it eight bits. In large models some *inputs* are outliers too; published
-# methods (GPTQ, AWQ) weigh each weight by what flows through it.
+# The errors are independent: together they grow like the root of the sum of squares. Compare the length of a
+# bar with its share: attention is small and sensitive. The head is large, and its error goes straight into
+# the logits. So in narrow models, where four bits cost answers, ours get feed-forward layers only. In large
+# models some *inputs* are outliers too; GPTQ and AWQ (references) weigh each weight by what flows through it.
 
 # %% [markdown]
 # ## Files: quantise once, map for ever
@@ -861,7 +873,7 @@ def load_quantized(
     path: str | os.PathLike,
     mode: str | None = None,
     group_size: int | None = None,
-    head: str | None = None,
+    eight: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> PaliGemma:
@@ -871,7 +883,7 @@ def load_quantized(
         path: a directory that `save_quantized` wrote: its tensors stay mapped, loading takes next
             to no time. Or one with original weights: each is mapped, quantised and let go.
         mode: "int8" or "int4"; None: as the directory was saved.
-        group_size, head: as in `quantize_model`; None: as saved, or chosen by the width.
+        group_size, eight: as in `quantize_model`; None: as saved, or chosen by the width.
         device: where the weights go.
         dtype: to compute in; None: as stored.
 
@@ -884,7 +896,8 @@ def load_quantized(
     """
     saved = read_quantization(path)
     if saved is not None:
-        asked = {"mode": mode, "group_size": group_size, "head": head}
+        asked = {"mode": mode, "group_size": group_size}
+        asked["eight"] = None if eight is None else sorted(eight)
         for name, value in asked.items():
             if value not in (None, saved[name]):
                 raise CheckpointError(
@@ -894,7 +907,7 @@ def load_quantized(
         model = _load_saved(path, saved)
     else:
         model = load_model(path, dtype=None)
-        quantize_model(model, mode or "int8", group_size, head, dtype, _reader(path))
+        quantize_model(model, mode or "int8", group_size, eight, dtype, _reader(path))
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -923,7 +936,7 @@ KEY, METHOD = "quantization_config", "paligemma"
 
 
 def read_quantization(path: str | os.PathLike) -> dict | None:
-    """How a directory was quantised: mode, group_size, head, block; None: not at all.
+    """How a directory was quantised: mode, group_size, eight, block; None: not at all.
 
     Raises:
         CheckpointError: it was quantised by something else.
@@ -934,7 +947,8 @@ def read_quantization(path: str | os.PathLike) -> dict | None:
     if found is None:
         return None
     good = isinstance(found, dict) and found.get("quant_method") == METHOD
-    allowed = {"mode": MODES, "head": MODES, "group_size": GROUPS, "block": (32, 64)}
+    eights = ([], ["attention"], ["head"], ["attention", "head"])
+    allowed = {"mode": list(MODES), "eight": eights, "group_size": GROUPS, "block": (32, 64)}
     if not good or any(found.get(name) not in values for name, values in allowed.items()):
         raise CheckpointError(f"{file}: {KEY} is {found!r:.130}; expected one of save_quantized")
     return {name: found[name] for name in allowed}
@@ -952,8 +966,15 @@ def save_quantized(model: PaliGemma, path: str | os.PathLike) -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     if not layers:
         raise ValueError("the model is not quantised; use save_model, or quantize_model first")
-    names = {kind: mode for mode, kind in MODES.items()}
-    how = {"mode": names[type(layers[0])], "head": names[type(model.language_model.lm_head)]}
+    language = model.language_model
+    four = any(isinstance(layer, Int4Linear) for layer in layers)
+    how = {"mode": "int4" if four else "int8", "eight": []}
+    for name, layer in (
+        ("attention", language.layers[0].self_attn.q_proj),
+        ("head", language.lm_head),
+    ):
+        if four and isinstance(layer, Int8Linear):
+            how["eight"].append(name)
     how |= {"group_size": 64, "block": 64, "quant_method": METHOD}  # int8 has neither
     for layer in layers:
         if isinstance(layer, Int4Linear):
@@ -974,7 +995,7 @@ def _load_saved(path: str | os.PathLike, how: dict) -> PaliGemma:
     """A directory of `save_quantized`, mapped and strict."""
     model = _empty_model(path, read_config(path))
     with torch.device("meta"):
-        for _ in _swap(model, how["mode"], how["group_size"], how["head"], torch.float32):
+        for _ in _swap(model, how["mode"], how["group_size"], how["eight"], torch.float32):
             pass
     expected = model.state_dict()
     state = {internal_name(name): tensor for name, tensor in read_tensors(weight_files(path))}

@@ -881,9 +881,10 @@ fig = show_images(shown, columns=2, height=2.7)
 save_figure(fig, "22_tasks.png")
 
 # %% [markdown]
-# What to notice: the answers to the scene say the same in words, in boxes and in shapes, and about
-# the cat of fur the model talks nonsense. It knows 48 emoji. It does not say "I do not know"; it was
-# never taught to. A confident tone is no evidence, in small models and in large ones.
+# What to notice: words, boxes and shapes say the same of the scene, and of the cat of fur the model
+# talks nonsense. It knows 48 emoji; it was never taught to say "I do not know". A confident tone is no
+# evidence. Nor is a modest one: boxes score low because training spread each edge over its
+# neighbours (lesson 25), so no single location word is likely.
 
 # %% [markdown]
 # ## At full size

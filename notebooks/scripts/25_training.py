@@ -552,8 +552,8 @@ class Batches(Layout):
         share = [np.random.default_rng((self.config.seed, 1, i)).random() for i in indices]
         chosen = [n for n, value in enumerate(share) if value < self.config.segments]
         words = mask_words([made[n] for n in chosen], self.codec) if chosen else []
-        words = dict(zip(chosen, words))
-        return [self.ask(i, s, words.get(n)) for n, (i, s) in enumerate(zip(indices, made))]
+        extra = {n: [own] for n, own in zip(chosen, words)}
+        return [self.ask(i, s, *extra.get(n, ())) for n, (i, s) in enumerate(zip(indices, made))]
 
     def train(self, step: int, objects: tuple, look: bool, part=(0, 1)) -> dict:
         """Batch number `step`; short answers, boxes and masks are groups padded apart.
@@ -570,7 +570,7 @@ class Batches(Layout):
         asked = [] if look else self.ask_all(list(indices), made)
         groups = []
         for kind, name in enumerate(GROUPS):
-            pairs = [(pair, i) for i, lists in enumerate(asked) for pair in lists[kind]]
+            pairs = [(p, i) for i, lists in enumerate(asked) for p in [*lists, [], []][kind]]
             if pairs:
                 rng = np.random.default_rng((self.config.seed, 2, step, part[0], kind))
                 groups.append(self.texts(*map(list, zip(*pairs)), rng) | {"name": name})
