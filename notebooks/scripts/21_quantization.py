@@ -854,7 +854,7 @@ print(
 save_figure(fig, "21_layers")
 
 # %% [markdown]
-# The errors are independent: together they grow like the root of the sum of squares. Compare the length of a
+# The errors are nearly independent: together they grow about like the root of the sum of squares. Compare the length of a
 # bar with its share: attention is small and sensitive. The head is large, and its error goes straight into
 # the logits. So in narrow models, where four bits cost answers, ours get feed-forward layers only. In large
 # models some *inputs* are outliers too; GPTQ and AWQ (references) weigh each weight by what flows through it.
