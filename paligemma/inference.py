@@ -94,7 +94,7 @@ class EncodedImage:
     size: tuple[int, int]
 
 
-class Pipeline:
+class Answering:
     """A model with its processor: pictures and prompts in, text out.
 
     Pictures are a path, a `PIL.Image` or `uint8[H, W, 3]` in RGB order, or what `encode` made of
@@ -146,6 +146,27 @@ class Pipeline:
         with torch.inference_mode():
             return EncodedImage(self.model.encode_image(pixels), picture.size)
 
+    def _arguments(self, images: list, prompts: list[str], options: dict) -> dict:
+        """Keywords for `generate`."""
+        device = self.model.device
+        arguments = Options(**options).arguments(device)
+        if any(isinstance(image, EncodedImage) for image in images):
+            images, prompts, _ = as_lists(images, prompts, None)
+            prefixes = [self.processor.encode_prefix(prompt) for prompt in prompts]
+            batch = collate(prefixes, [], self.processor.tokenizer.pad_id)
+            batch["pixel_values"] = None
+            features = [self.encode(image).features for image in images]
+            arguments["image_features"] = torch.cat(features)
+        else:
+            batch = self.processor(images, prompts)
+        for name in ("input_ids", "pixel_values", "attention_mask"):
+            arguments[name] = None if batch[name] is None else batch[name].to(device)
+        return arguments | {"eos_token_id": self.processor.tokenizer.eos_id}
+
+
+class Pipeline(Answering):
+    """What `paligemma.load` returns: it answers, finds objects and outlines them."""
+
     def detect(self, image, what: str, **options) -> list[Detection]:
         """Find the things named in `what`, "cat" or "cat ; dog"; boxes in pixels of `image`.
 
@@ -176,23 +197,6 @@ class Pipeline:
         steps = generate_steps(self.model, **arguments, log_probs=log_probs)
         ids = [int(token) for token in steps]
         return ids, [float(value) for value in log_probs], self.processor.tokenizer, *image.size
-
-    def _arguments(self, images: list, prompts: list[str], options: dict) -> dict:
-        """Keywords for `generate`."""
-        device = self.model.device
-        arguments = Options(**options).arguments(device)
-        if any(isinstance(image, EncodedImage) for image in images):
-            images, prompts, _ = as_lists(images, prompts, None)
-            prefixes = [self.processor.encode_prefix(prompt) for prompt in prompts]
-            batch = collate(prefixes, [], self.processor.tokenizer.pad_id)
-            batch["pixel_values"] = None
-            features = [self.encode(image).features for image in images]
-            arguments["image_features"] = torch.cat(features)
-        else:
-            batch = self.processor(images, prompts)
-        for name in ("input_ids", "pixel_values", "attention_mask"):
-            arguments[name] = None if batch[name] is None else batch[name].to(device)
-        return arguments | {"eos_token_id": self.processor.tokenizer.eos_id}
 
 
 def load(

@@ -263,7 +263,7 @@ def test_average_precision_at_the_edges():
 
 
 def test_the_places_in_the_lesson_are_those_of_the_scenes():
-    spec = importlib.util.spec_from_file_location("scene_tool", ROOT / "tools" / "scenes.py")
+    spec = importlib.util.spec_from_file_location("scene_tool", ROOT / "tools" / "make_assets.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     pair = (ROOT / "notebooks" / "scripts" / "19_detection.py").read_text()

@@ -457,7 +457,8 @@ def test_a_hub_name_is_fetched(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load("some-owner/some.model-3b")(SCENE, "caption en") == CAPTION
-    assert asked == {"some-owner/some.model-3b": ["*.json", "*.safetensors", "tokenizer.model"]}
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.npz"]
+    assert asked == {"some-owner/some.model-3b": patterns}
 
 
 def test_a_folder_wins_over_a_hub_name(tmp_path, monkeypatch):

@@ -405,7 +405,7 @@ def test_boxes_and_scores_are_those_of_detection():
 
 
 def test_the_places_in_the_lesson_are_those_of_the_scene():
-    spec = importlib.util.spec_from_file_location("scene_tool", ROOT / "tools" / "scenes.py")
+    spec = importlib.util.spec_from_file_location("scene_tool", ROOT / "tools" / "make_assets.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     pair = (ROOT / "notebooks" / "scripts" / "20_segmentation.py").read_text()
