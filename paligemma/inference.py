@@ -68,19 +68,6 @@ class Options:
         }
 
 
-def task_prompt(task: str, what: str) -> str:
-    """`"detect", "cat;dog"` → `"detect cat ; dog"`; the task may stand there already.
-
-    Raises:
-        ValueError: nothing is named.
-    """
-    names = what.strip().removeprefix(f"{task} ").split(";") if isinstance(what, str) else []
-    names = [name.strip() for name in names if name.strip()]
-    if not names or names == [task]:
-        raise ValueError(f"{what!r} names nothing to {task}; expected such as 'cat' or 'cat ; dog'")
-    return f"{task} {' ; '.join(names)}"
-
-
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
     """A picture that the vision tower has read, from `Pipeline.encode`.
@@ -92,6 +79,19 @@ class EncodedImage:
 
     features: torch.Tensor
     size: tuple[int, int]
+
+
+def task_prompt(task: str, what: str) -> str:
+    """`"detect", "cat;dog"` → `"detect cat ; dog"`; the task may stand there already.
+
+    Raises:
+        ValueError: nothing is named.
+    """
+    names = what.strip().removeprefix(f"{task} ").split(";") if isinstance(what, str) else []
+    names = [name.strip() for name in names if name.strip()]
+    if not names or names == [task]:
+        raise ValueError(f"{what!r} names nothing to {task}; expected such as 'cat' or 'cat ; dog'")
+    return f"{task} {' ; '.join(names)}"
 
 
 class Answering:
@@ -126,14 +126,6 @@ class Answering:
         steps = generate_steps(self.model, **self._arguments([image], [prompt], options))
         return stream((int(token) for token in steps), self.processor.tokenizer)
 
-    def batch(self, images: Sequence, prompts: Sequence[str], **options) -> list[str]:
-        """Answer B prompts about B pictures together; greedy, the same as one by one.
-
-        Raises `ValueError` as `stream` does, or when prompts and pictures are not as many.
-        """
-        ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
-        return [self.processor.decode(row) for row in ids]
-
     def encode(self, image) -> EncodedImage:
         """Look at a picture once, to ask many things about it; use the result as a picture.
 
@@ -166,6 +158,14 @@ class Answering:
 
 class Pipeline(Answering):
     """What `paligemma.load` returns: it answers, finds objects and outlines them."""
+
+    def batch(self, images: Sequence, prompts: Sequence[str], **options) -> list[str]:
+        """Answer B prompts about B pictures together; greedy, the same as one by one.
+
+        Raises `ValueError` as `stream` does, or when prompts and pictures are not as many.
+        """
+        ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
+        return [self.processor.decode(row) for row in ids]
 
     def detect(self, image, what: str, **options) -> list[Detection]:
         """Find the things named in `what`, "cat" or "cat ; dog"; boxes in pixels of `image`.

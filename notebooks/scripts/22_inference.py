@@ -265,6 +265,19 @@ class Options:
 
 # %%
 #| export
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture that the vision tower has read, from `Pipeline.encode`.
+
+    Args:
+        features: `float[1, N, D]`, of one model.
+        size: width and height of the picture, pixels.
+    """
+
+    features: torch.Tensor
+    size: tuple[int, int]
+
+
 def task_prompt(task: str, what: str) -> str:
     """`"detect", "cat;dog"` → `"detect cat ; dog"`; the task may stand there already.
 
@@ -286,19 +299,6 @@ def task_prompt(task: str, what: str) -> str:
 
 # %%
 #| export
-@dataclass(frozen=True, eq=False)
-class EncodedImage:
-    """A picture that the vision tower has read, from `Pipeline.encode`.
-
-    Args:
-        features: `float[1, N, D]`, of one model.
-        size: width and height of the picture, pixels.
-    """
-
-    features: torch.Tensor
-    size: tuple[int, int]
-
-
 class Answering:
     """A model with its processor: pictures and prompts in, text out.
 
@@ -330,14 +330,6 @@ class Answering:
         """
         steps = generate_steps(self.model, **self._arguments([image], [prompt], options))
         return stream((int(token) for token in steps), self.processor.tokenizer)
-
-    def batch(self, images: Sequence, prompts: Sequence[str], **options) -> list[str]:
-        """Answer B prompts about B pictures together; greedy, the same as one by one.
-
-        Raises `ValueError` as `stream` does, or when prompts and pictures are not as many.
-        """
-        ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
-        return [self.processor.decode(row) for row in ids]
 
     def encode(self, image) -> EncodedImage:
         """Look at a picture once, to ask many things about it; use the result as a picture.
@@ -373,6 +365,14 @@ class Answering:
 #| export
 class Pipeline(Answering):
     """What `paligemma.load` returns: it answers, finds objects and outlines them."""
+
+    def batch(self, images: Sequence, prompts: Sequence[str], **options) -> list[str]:
+        """Answer B prompts about B pictures together; greedy, the same as one by one.
+
+        Raises `ValueError` as `stream` does, or when prompts and pictures are not as many.
+        """
+        ids = generate(self.model, **self._arguments(list(images), list(prompts), options))
+        return [self.processor.decode(row) for row in ids]
 
     def detect(self, image, what: str, **options) -> list[Detection]:
         """Find the things named in `what`, "cat" or "cat ; dog"; boxes in pixels of `image`.
