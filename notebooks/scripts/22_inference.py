@@ -956,13 +956,9 @@ print("colleague:", [tokenizer.sp.id_to_piece(i) for i in colleague[layout:]])
 
 # %% [markdown]
 # The newline at the end is missing. In training it always stood between prompt and answer; without
-# it the prompt has not ended, and the model goes on writing *it*. No error is possible: any ids are
-# valid ids.
+# it the model goes on writing the *prompt*. No error is possible: any ids are valid ids. The layout of
+# a prompt is part of the weights; compare ids, not answers.
 #
-# The lesson: the layout of a prompt is part of the weights. Take it from one place, and compare ids,
-# not answers.
-
-# %% [markdown]
 # ### A second one: chance where none was meant
 #
 # A demo asks "how many dogs?" and samples with temperature 1, because the caption demo did. The
