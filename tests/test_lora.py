@@ -69,6 +69,22 @@ def published(tmp_path_factory):
     return lambda: load_model(path), reference_model
 
 
+def reference() -> dict[str, torch.Tensor]:
+    """peft's LoRA on one linear layer: its output, and the weight it merges to."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(26)
+    base = nn.Sequential(nn.Linear(24, 16))
+    start = {name: tensor.clone() for name, tensor in base[0].state_dict().items()}
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=6, target_modules=["0"])).eval()
+    layer = model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(b)
+    x = torch.randn(5, 24)
+    found = start | {"x": x, "A": a.clone(), "B": b.clone(), "out": model(x)}
+    return found | {"merged": model.merge_and_unload()[0].weight}
+
+
 @torch.inference_mode()
 def both_logits(ours, theirs):
     batch = random_batch()
