@@ -745,6 +745,7 @@ for name, (targets, lr) in ARMS.items():
     print(f"{name:21} {count:9,} learn, {seconds:3.0f} s: {runs[name][2]:.1f} % right")
 print(f"before: {digits_right(load_model(TINY)):.1f} %")
 
+# %% tags=["nbval-ignore-output"]
 reader = load_model(TINY)
 torch.manual_seed(0)
 add_lora(reader, rank=8, alpha=16, targets=EVERYWHERE)
