@@ -48,9 +48,10 @@ class GemmaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GeGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask=None, cache=None, keep=None) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L or keep, D]`; arguments as in `GroupedQueryAttention`."""
+        h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, keep)
+        x = (x if keep is None else x[:, -keep:]) + h
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -85,6 +86,7 @@ class GemmaModel(nn.Module):
         positions: torch.Tensor,
         mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        keep: int | None = None,
     ) -> torch.Tensor:
         """Run the blocks.
 
@@ -93,15 +95,16 @@ class GemmaModel(nn.Module):
             positions: `int64[B, L]`, each token's place in its row.
             mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
             cache: keys and values of the S tokens before; gains these L.
+            keep: only the last so many positions come out; what nothing needs is not computed.
 
         Returns:
-            `float[B, L, D]` after the last norm.
+            `float[B, L or keep, D]` after the last norm.
         """
         cos, sin = self.rotary_emb(positions)
         x = inputs_embeds
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
-        return self.norm(x)
+        for i, layer in enumerate(self.layers, 1):
+            x = layer(x, cos, sin, mask, cache, keep if i == len(self.layers) else None)
+        return self.norm(x if keep is None else x[:, -keep:])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`float[B, L, D]` → `float32[B, L, V]` with the embedding as head (tied weights)."""

@@ -26,23 +26,30 @@ def quarter_turn(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.cat((-second, first), dim=1).flatten(0, 1)
 
 
-def fold(text: GemmaModel) -> list[tuple[torch.Tensor, ...]]:
-    """Each layer as four matrices `float32[D in, D out]`: into attention, out, into MLP, out."""
-    layers, head_dim = [], text.config.head_dim
+def _after_norm(weight: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    """`float[E, D]` behind a norm, for x of length 1: `float[D + 1, E]`, the last row 0."""
+    return F.pad((weight * (1 + norm.weight) * weight.shape[1] ** 0.5).T, (0, 0, 0, 1))
+
+
+def fold(text: GemmaModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], torch.Tensor]:
+    """Words `float[V, D + 1]`; each layer as (into attention, out, into MLP, out); the head."""
+    layers, c = [], text.config
     for layer in text.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        queries = attention.q_proj.weight * head_dim**-0.5
+        queries = attention.q_proj.weight * c.head_dim**-0.5
         qk = torch.cat((queries, attention.k_proj.weight))
-        into = torch.cat((qk, quarter_turn(qk, head_dim), attention.v_proj.weight))
-        into = into * (1 + layer.input_layernorm.weight)
+        into = torch.cat((qk, quarter_turn(qk, c.head_dim), attention.v_proj.weight))
         wide = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-        wide = wide * (1 + layer.post_attention_layernorm.weight)
-        out, down = attention.o_proj.weight, mlp.down_proj.weight
-        layers.append(tuple(w.detach().T for w in (into, out, wide, down)))
-    return layers
+        into = _after_norm(into, layer.input_layernorm)
+        wide = _after_norm(wide, layer.post_attention_layernorm)
+        out, down = (F.pad(m.weight.T, (0, 1)) for m in (attention.o_proj, mlp.down_proj))
+        layers.append(tuple(w.detach().contiguous() for w in (into, out, wide, down)))
+    words, size = text.embed_tokens.weight.detach(), c.hidden_size
+    head = _after_norm(words, text.norm).detach().contiguous()
+    return F.pad(words * size**0.5, (0, 1), value=(size * c.rms_norm_eps) ** 0.5), layers, head
 
 
-FOLD_BELOW = 64 * 2**20  # bytes of weights in the blocks: copies of more would cost memory
+FOLD_BELOW = 64 * 2**20  # bytes of weights: copies of more would cost memory
 _PLAIN = (
     *(GemmaModel, GemmaDecoderLayer, GroupedQueryAttention, GeGLU, RMSNorm, RotaryEmbedding),
     *(nn.Linear, nn.Embedding, nn.ModuleList),
@@ -61,10 +68,10 @@ def can_fold(model: PaliGemma) -> bool:
     weights = list(text.parameters())
     if any(w.dtype != torch.float32 or w.is_inference() for w in weights):
         return False
-    return sum(w.nbytes for w in text.layers.parameters()) <= FOLD_BELOW
+    return sum(w.nbytes for w in weights) <= FOLD_BELOW
 
 
-def folded(text: GemmaModel) -> list[tuple[torch.Tensor, ...]]:
+def folded(text: GemmaModel) -> tuple:
     """`fold(text)`, kept until a weight changes."""
     version = [(w.data_ptr(), w._version) for w in text.parameters()]
     if _folded.get(text, (None,))[0] != version:
@@ -82,40 +89,45 @@ class FoldedDecoder:
     """
 
     def __init__(self, text: GemmaModel, cache: KVCache, attention_mask: torch.Tensor | None):
-        c, past, weight = text.config, len(cache), text.embed_tokens.weight
-        self.text, self.config, self.layers = text, c, folded(text)
-        self.memory, self.end = list(zip(cache.keys, cache.values)), past
-        both = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
-        self.split = (both, both, c.num_key_value_heads * c.head_dim)
-        steps, rows = cache.max_length - past, len(cache.keys[0])
-        seen, self.hidden = torch.full((rows,), past, device=weight.device), None
+        c, past, steps = text.config, len(cache), cache.max_length - len(cache)
+        heads, kv_heads, Dh = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        batch = len(cache.keys[0])
+        self.words, self.layers, self.head = folded(text)
+        rows = (batch * kv_heads, cache.max_length, Dh)
+        views = ((k.view(rows), v.view(rows)) for k, v in zip(cache.keys, cache.values))
+        self.memory = [(k.transpose(0, 1), v.transpose(0, 1), k.mT, v) for k, v in views]
+        turning, kv = (heads + kv_heads) * Dh, kv_heads * Dh
+        self.sizes, self.parts = (turning, turning, kv), (heads * Dh, kv)
+        self.groups, self.one = (rows[0], heads // kv_heads, Dh), (rows[0], Dh)
+        self.flat, self.end = (batch, heads * Dh), past
+        seen, self.hidden = torch.full((batch,), past, device=self.words.device), None
         if attention_mask is not None:
             seen = attention_mask.sum(-1)
-            self.hidden = weight.new_zeros(rows, 1, 1, cache.max_length)
-            self.hidden[..., :past].masked_fill_(attention_mask[:, None, None] == 0, -torch.inf)
-        places = seen[:, None] + torch.arange(steps, device=weight.device)
-        turns = (t[:, 0].transpose(0, 1)[:, :, None] for t in text.rotary_emb(places))
-        self.turns = iter(list(zip(*turns)))  # cos and sin of each step, (B, 1, Dh)
+            hidden = self.words.new_zeros(batch, 1, cache.max_length)
+            hidden[..., :past].masked_fill_(attention_mask[:, None] == 0, -torch.inf)
+            self.hidden = hidden.repeat_interleave(kv_heads, 0)
+        places = seen + torch.arange(steps, device=seen.device)[:, None]  # (steps, B)
+        turns = (t[:, 0].repeat(1, 1, heads + kv_heads) for t in text.rotary_emb(places))
+        self.turns = zip(*(t.unbind() for t in turns))  # cos and sin of each step, (B, turning)
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """`int64[B]`, the newest token of each row, to `float32[B, V]`."""
-        c, (cos, sin), at = self.config, next(self.turns), self.end
-        self.end += 1
-        heads, norm = c.num_attention_heads, partial(F.rms_norm, eps=c.rms_norm_eps)
-        size, group = (c.hidden_size,), (len(token), c.num_key_value_heads, -1, c.head_dim)
-        x = self.text.embed_tokens(token) * c.hidden_size**0.5  # (B, D)
-        for (into, out, wide, down), (keys, values) in zip(self.layers, self.memory):
-            qk, turned, v = (norm(x, size) @ into).split(self.split, dim=-1)
-            qk = qk.view(len(x), -1, c.head_dim) * cos + turned.view(len(x), -1, c.head_dim) * sin
-            keys[:, :, at], values[:, :, at] = qk[:, heads:], v.view(group)[:, :, 0]
-            scores = qk[:, :heads].view(group) @ keys[:, :, : self.end].mT  # (B, K, G, S + 1)
+        (cos, sin), at = next(self.turns), self.end
+        self.end = end = at + 1
+        length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
+        x = F.embedding(token, self.words)  # (B, D + 1)
+        for (into, out, wide, down), (key, value, keys, values) in zip(self.layers, self.memory):
+            qk, turned, v = ((x / length(x)) @ into).split_with_sizes(self.sizes, -1)
+            q, k = torch.addcmul(qk * cos, turned, sin).split_with_sizes(self.parts, -1)
+            key[at], value[at] = k.reshape(self.one), v.reshape(self.one)
+            scores = torch.bmm(q.reshape(self.groups), keys[:, :, :end])  # (B K, G, S + 1)
             if self.hidden is not None:
-                scores = scores + self.hidden[..., : self.end]
-            seen = scores.softmax(-1) @ values[:, :, : self.end]  # (B, K, G, Dh)
-            x = torch.addmm(x, seen.view(len(x), -1), out)
-            gate, up = (norm(x, size) @ wide).chunk(2, dim=-1)
+                scores = scores + self.hidden[..., :end]
+            seen = torch.bmm(scores.softmax(-1), values[:, :end])  # (B K, G, Dh)
+            x = torch.addmm(x, seen.view(self.flat), out)
+            gate, up = ((x / length(x)) @ wide).chunk(2, dim=-1)
             x = torch.addmm(x, F.gelu(gate, approximate="tanh") * up, down)
-        return F.linear(self.text.norm(x), self.text.embed_tokens.weight)
+        return (x / length(x)) @ self.head
 
 
 def _steps(
@@ -134,7 +146,7 @@ def _steps(
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None  # no padding: nothing to carry along
     cache = model.make_cache(batch, length + max_new_tokens - 1)  # the last token is never fed
-    done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    done, ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device), False
     fold, decoder = can_fold(model), None
     for _ in range(max_new_tokens):
         with torch.inference_mode():
@@ -145,13 +157,16 @@ def _steps(
             else:
                 how = {"cache": cache, "logits_to_keep": 1, "image_features": image_features}
                 logits = model(input_ids, pixel_values, attention_mask, **how).logits[:, -1]
-            token = choose(logits).masked_fill(done, 0)  # (B,)
+            token = choose(logits)  # (B,)
+            if ended:
+                token = token.masked_fill(done, 0)
             if log_probs is not None:
                 log_prob = logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
                 log_probs.append(log_prob.masked_fill(done, 0))
-            done = done | (token == eos_token_id)
+            if eos_token_id in token.tolist():
+                done, ended = done | (token == eos_token_id), True
         yield token.clone()  # outside: an ordinary tensor, which its reader may change
-        if bool(done.all()):
+        if ended and bool(done.all()):
             return
         input_ids, pixel_values, image_features = token[:, None], None, None
         if attention_mask is not None and not fold:

@@ -416,10 +416,10 @@ def run_find(
     def draw() -> Image.Image:
         from paligemma.plotting import draw_boxes, draw_masks
 
-        tags = [f"{one.label} {one.score:.2f}" for one in found]
+        labels, scores = [one.label for one in found], [one.score for one in found]
         masks = [one.mask for one in found] if task == "segment" else []
-        picture = draw_masks(image, masks, tags) if masks else image
-        return draw_boxes(picture, [one.box for one in found], tags)
+        picture = draw_masks(image, masks, labels) if masks else image
+        return draw_boxes(picture, [one.box for one in found], labels, scores)
 
     return draw
 

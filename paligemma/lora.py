@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import nn
 
-from paligemma.checkpoint import internal_name, read_tensors
+from paligemma.checkpoint import internal_name, read_tensors, replacing
 from paligemma.model import PaliGemmaParts
 
 
@@ -203,22 +203,10 @@ def save_lora(model: nn.Module, path: str | os.PathLike) -> None:
         for which, matrix in (("A", layer.lora_A.weight), ("B", layer.lora_B.weight))
     }
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    files = {WEIGHTS: save(tensors, {"format": "pt"}), CONFIG: json.dumps(config, indent=2)}
     path.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, {k: v if isinstance(v, bytes) else v.encode() for k, v in files.items()})
-
-
-def _write_whole(path: Path, files: dict[str, bytes]) -> None:
-    """Write files under other names; when all are there, give them their own."""
-    drafts = {path / f".{name}.{os.getpid()}.tmp": name for name in files}
-    try:
-        for draft, name in drafts.items():
-            draft.write_bytes(files[name])
-        for draft, name in drafts.items():
-            os.replace(draft, path / name)
-    finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
+    with replacing(path) as draft:
+        save_file(tensors, draft(WEIGHTS), metadata={"format": "pt"})
+        draft(CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 UNSUPPORTED = (

@@ -212,11 +212,16 @@ class PaliGemma(PaliGemmaParts):
 
         Returns:
             `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
+
+        Raises:
+            ValueError: tensors that do not fit each other, or a picture given in two ways.
         """
         past, length = 0 if cache is None else len(cache), input_ids.shape[1]
         restricted = attention_mask is not None or token_type_ids is not None
         attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
         if pixel_values is not None:
+            if image_features is not None:
+                raise ValueError("got pixel_values and image_features; give one of them")
             image_features = self.encode_image(pixel_values)
         if past and image_features is None:  # the picture is cached; a new <image> is a word
             x = self.language_model.embed(input_ids)
@@ -228,8 +233,8 @@ class PaliGemma(PaliGemmaParts):
         else:  # a whole prefix, or the newest token: each sees all there is
             positions = torch.arange(past, past + length, device=x.device)[None]
             mask = None
-        hidden = self.language_model(x, positions, mask, cache)
-        keep = logits_to_keep or length
-        logits = self.language_model.logits(hidden[:, -keep:])
+        keep = min(logits_to_keep or length, length)
+        hidden = self.language_model(x, positions, mask, cache, keep)
+        logits = self.language_model.logits(hidden)
         loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
         return PaliGemmaOutput(logits, loss)

@@ -320,13 +320,14 @@ def _free_place(wanted, tag, picture, taken):
     return tuple(corners[far.argmin()].tolist()) if len(corners) else None
 
 
-def draw_boxes(image, boxes, labels=None):
+def draw_boxes(image, boxes, labels=None, scores=None):
     """Draw labelled boxes on a copy of a picture.
 
     Args:
         image: the picture (what `to_pixels` takes).
         boxes: (x0, y0, x1, y1) for each object, in pixels of this picture.
         labels: a string for each box; equal labels share a colour.
+        scores: a number for each box, written behind its label.
 
     Returns:
         PIL.Image in RGB, of the same size.
@@ -337,6 +338,8 @@ def draw_boxes(image, boxes, labels=None):
     picture = Image.fromarray(to_pixels(image))
     boxes = to_array(boxes).reshape(-1, 4).astype(float)
     names, colours = _names_and_colours(labels, len(boxes))
+    if scores is not None:
+        names = [f"{name} {score:.2f}".strip() for name, score in zip(names, scores)]
     edge = [picture.width - 1, picture.height - 1]
     corners = boxes.reshape(-1, 2, 2).clip(0, edge).round().astype(int)  # (objects, 2, 2)
     corners = [(*pair.min(axis=0).tolist(), *pair.max(axis=0).tolist()) for pair in corners]

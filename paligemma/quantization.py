@@ -15,14 +15,14 @@ from torch import nn
 
 from paligemma.checkpoint import (
     CheckpointError,
-    _empty_model,
-    _replacing,
     config_dict,
+    empty_model,
     internal_name,
     load_model,
     published_name,
     read_config,
     read_tensors,
+    replacing,
     weight_files,
 )
 from paligemma.gemma import GemmaModel
@@ -495,14 +495,14 @@ def save_quantized(model: PaliGemma, path: str | os.PathLike) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     state = {published_name(n): t.detach().cpu() for n, t in model.state_dict().items()}
-    with _replacing(path) as draft:
+    with replacing(path) as draft:
         save_file(state, draft("model.safetensors"), metadata={"format": "pt"})
         draft("config.json").write_text(config + "\n")
 
 
 def _load_saved(path: str | os.PathLike, how: dict) -> PaliGemma:
     """A directory of `save_quantized`, mapped and strict."""
-    model = _empty_model(path, read_config(path))
+    model = empty_model(path, read_config(path))
     with torch.device("meta"):
         for _ in _swap(model, how["mode"], how["group_size"], how["eight"], torch.float32):
             pass

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from paligemma.checkpoint import replacing
 from paligemma.detection import Found, decode_box, encode_boxes, find_objects, score_spans
 from paligemma.tokenizer import Tokenizer
 
@@ -231,33 +232,40 @@ def restart_dead_codes(net: MaskVQVAE, masks: torch.Tensor, counts: torch.Tensor
 
 @torch.no_grad()
 def search_codes(
-    codec: "MaskCodec", masks: torch.Tensor, tries: int = 8, sweeps: int = 2
+    codec: "MaskCodec",
+    masks: torch.Tensor,
+    tries: int = 32,
+    sweeps: int = 2,
+    start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Encode with a decoder only: try codes, keep those whose drawing is nearest.
+    """Encode with a decoder: try codes, keep those whose drawing overlaps the mask best (IoU).
 
-    Each cell starts with the code that, drawn alone all over, fits its part of the mask best;
-    then cell after cell the best `tries` of them are drawn in their places.
+    Cell after cell its own code and `tries` others are drawn in their places: those which, drawn
+    alone all over, fit the cell's part of the mask best.
 
     Args:
         codec: whose `decode` is used.
         masks: `float32[B, 64, 64]` in [0, 1].
         tries: candidates of each cell.
         sweeps: times through the cells.
+        start: `int64[B, 16]`, such as the encoder's; None: the best fit of each cell alone.
 
     Returns:
         `int64[B, 16]`.
     """
-    target = 2 * masks - 1
+    inside = masks > 0.5
     everywhere = torch.arange(codec.codes, device=masks.device)[:, None].expand(-1, GRID**2)
-    cost = torch.cdist(_cells(target), _cells(codec.decode(everywhere)))  # (16, B, codes)
+    cost = torch.cdist(_cells(2 * masks - 1), _cells(codec.decode(everywhere)))
     best = cost.topk(min(tries, codec.codes), largest=False).indices  # (16, B, tries)
-    codes = best[..., 0].T.clone()  # (B, 16)
+    codes = best[..., 0].T.clone() if start is None else start.clone()  # (B, 16)
     for cell in list(range(GRID**2)) * sweeps:
-        trial = codes[:, None].repeat(1, best.shape[2], 1)  # (B, tries, 16)
-        trial[:, :, cell] = best[cell]
-        drawn = codec.decode(trial.flatten(0, 1)).unflatten(0, trial.shape[:2])
-        error = (drawn - target[:, None]).square().mean((2, 3))  # (B, tries)
-        codes[:, cell] = best[cell].gather(1, error.argmin(1, keepdim=True))[:, 0]
+        candidates = torch.cat((codes[:, cell : cell + 1], best[cell]), dim=1)  # (B, 1 + tries)
+        trial = codes[:, None].repeat(1, candidates.shape[1], 1)  # (B, 1 + tries, 16)
+        trial[:, :, cell] = candidates
+        drawn = codec.decode(trial.flatten(0, 1)).unflatten(0, trial.shape[:2]) > 0
+        both = (drawn & inside[:, None]).sum((2, 3))
+        overlap = both / (drawn | inside[:, None]).sum((2, 3)).clamp(min=1)
+        codes[:, cell] = candidates.gather(1, overlap.argmax(1, keepdim=True))[:, 0]
     return codes
 
 
@@ -322,29 +330,17 @@ class CodecFiles:
             path: the file (`….safetensors`), or a directory, made when absent.
             dtype: of the stored weights.
         """
-        _write_whole(_codec_file(path), {n: t.to(dtype) for n, t in self.state_dict().items()})
+        path = _codec_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {n: t.to("cpu", dtype).contiguous() for n, t in self.state_dict().items()}
+        with replacing(path.parent) as draft:
+            save_file(state, draft(path.name), metadata={"format": "pt"})
 
 
 def _codec_file(path: str | os.PathLike) -> Path:
     """The file itself, or the one of that name in a directory."""
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / "mask_codec.safetensors"
-
-
-def _write_whole(path: Path, state: dict[str, torch.Tensor]) -> None:
-    """Write under another name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.touch()
-    mode = draft.stat().st_mode
-    try:
-        save_file(
-            {n: t.cpu().contiguous() for n, t in state.items()}, draft, metadata={"format": "pt"}
-        )
-        draft.chmod(mode)  # safetensors makes its files private to their owner
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _from_state(cls: type, path, state: dict[str, torch.Tensor]) -> "MaskCodec":

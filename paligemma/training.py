@@ -5,12 +5,11 @@ import argparse
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from paligemma import scenes
-from paligemma.checkpoint import load_model, save_model
+from paligemma.checkpoint import load_model, replacing, save_model
 from paligemma.detection import box_iou, parse_detections
 from paligemma.gemma import GemmaConfig
 from paligemma.generation import generate
@@ -86,6 +85,7 @@ class TrainingConfig:
         softness: standard deviation of the soft location targets, in bins of 1/1023.
         jitter: standard deviation of the noise on location tokens as inputs, in the same bins.
         segments: share of the pictures that are asked for masks instead of boxes.
+        garble: share of the mask codes that are read wrong, as inputs.
         bfloat16: multiply matrices in bfloat16; weights, sums and all else stay float32.
     """
 
@@ -95,12 +95,12 @@ class TrainingConfig:
     accumulate: int = 1
     questions: int = 2
     short: tuple = ("caption", "caption", "count", "where", "is there")
-    lr: float = 6e-3
+    lr: float = 3e-3
     look_steps: int = 2000
     curriculum: tuple = ((0, (1,)), (300, (1, 2)), (900, (1, 2, 3, 4, 5)))
     total_steps: int = 8000
     warm_steps: int = 50
-    cool_steps: int = 1000
+    cool_steps: int = 2500
     ema: float = 0.98
     meet_every: int = 10
     processes: int = 2
@@ -112,6 +112,7 @@ class TrainingConfig:
     softness: float = 6.0
     jitter: float = 6.0
     segments: float = 0.0
+    garble: float = 0.25
     bfloat16: bool = False
 
     @classmethod
@@ -263,20 +264,26 @@ class Layout:
         pixels = torch.from_numpy(np.stack([scene.image for scene in made])).permute(0, 3, 1, 2)
         return (pixels.float() / 255 - 0.5) / 0.5
 
+    def misread(self, ids: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Move locations by a little and take other codes for some, as the model's own words do."""
+        place = ids - self.first_location
+        noise = torch.from_numpy(rng.normal(0, self.config.jitter, ids.shape)).round().long()
+        moved = (place + noise).clamp(0, 1023) + self.first_location
+        ids = torch.where((place >= 0) & (place < 1024), moved, ids)
+        is_code = (place >= 1024) & (place < 1024 + 128)
+        wrong = is_code & (torch.from_numpy(rng.random(ids.shape)) < self.config.garble)
+        others = ids[is_code][torch.from_numpy(rng.permutation(int(is_code.sum())))]
+        return ids.masked_scatter(wrong, others)
+
     def texts(self, pairs: list, pictures: list[int], rng=None) -> dict:
         """(prompt, answer) pairs, and which picture each is about, to what the model takes.
 
-        With `rng` the location tokens that the model reads are a little off, as its own will be;
-        what it has to say (labels) stays true.
+        With `rng` some of what it reads is `misread`; what it has to say (labels) stays true.
         """
         suffixes = [self.suffix(answer) for _, answer in pairs]
         batch = collate([self.prefix(prompt) for prompt, _ in pairs], suffixes, self.pad_id)
-        if rng is not None and self.config.jitter:
-            places = batch["input_ids"] - self.first_location
-            noise = rng.normal(0, self.config.jitter, places.shape).round().astype(np.int64)
-            moved = (places + torch.from_numpy(noise)).clamp(0, 1023) + self.first_location
-            located = (places >= 0) & (places < 1024)
-            batch["input_ids"] = torch.where(located, moved, batch["input_ids"])
+        if rng is not None:
+            batch["input_ids"] = self.misread(batch["input_ids"], rng)
         keep = max(map(len, suffixes)) + 1
         return batch | {"picture": torch.tensor(pictures), "keep": keep}
 
@@ -301,8 +308,8 @@ class Batches(Layout):
         share = [np.random.default_rng((self.config.seed, 1, i)).random() for i in indices]
         chosen = [n for n, value in enumerate(share) if value < self.config.segments]
         words = mask_words([made[n] for n in chosen], self.codec) if chosen else []
-        extra = {n: [own] for n, own in zip(chosen, words)}
-        return [self.ask(i, s, *extra.get(n, ())) for n, (i, s) in enumerate(zip(indices, made))]
+        words = dict(zip(chosen, words))
+        return [self.ask(i, s, words.get(n)) for n, (i, s) in enumerate(zip(indices, made))]
 
     def train(self, step: int, objects: tuple, look: bool, part=(0, 1)) -> dict:
         """Batch number `step`; short answers, boxes and masks are groups padded apart.
@@ -319,7 +326,7 @@ class Batches(Layout):
         asked = [] if look else self.ask_all(list(indices), made)
         groups = []
         for kind, name in enumerate(GROUPS):
-            pairs = [(p, i) for i, lists in enumerate(asked) for p in [*lists, [], []][kind]]
+            pairs = [(p, i) for i, lists in enumerate(asked) for p in lists[kind]]
             if pairs:
                 rng = np.random.default_rng((self.config.seed, 2, step, part[0], kind))
                 groups.append(self.texts(*map(list, zip(*pairs)), rng) | {"name": name})
@@ -344,8 +351,8 @@ def answer_logits(model: PaliGemma, features: torch.Tensor, group: dict) -> torc
     x = model.merge(group["input_ids"], features[group["picture"]])
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     mask = prefix_lm_mask(attention_mask, group["token_type_ids"], x.shape[1])
-    hidden = model.language_model(x, positions, mask)
-    return model.language_model.logits(hidden[:, -group["keep"] :])
+    hidden = model.language_model(x, positions, mask, keep=group["keep"])
+    return model.language_model.logits(hidden)
 
 
 def training_loss(model, head, batch, soft):
@@ -465,25 +472,6 @@ def objects_at(step: int, config: TrainingConfig) -> tuple:
     return [tuple(objects) for start, objects in config.curriculum if since >= start][-1]
 
 
-def save_whole(state: dict, path: Path) -> None:
-    """Write a checkpoint whole or not at all: to a second file, then put in place."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-@torch.no_grad()
-def meet(parameters: list, stop: bool) -> bool:
-    """Give every process the mean of all processes' weights; whether any of them wants to stop."""
-    if not dist.is_initialized():
-        return stop
-    flat = torch.cat([p.flatten() for p in parameters] + [torch.tensor([float(stop)])])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, part in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
-        p.copy_(part.view_as(p))
-    return bool(flat[-1])
-
-
 class Run:
     """A run's state: model, optimizers, running mean, curves; taken up again where it stopped.
 
@@ -536,13 +524,27 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint and the curves."""
-        save_whole(self.state(), self.folder / "checkpoint.pt")
-        (self.folder / "curves.json").write_text(json.dumps(self.curves))
+        with replacing(self.folder) as draft:
+            torch.save(self.state(), draft("checkpoint.pt"))
+            draft("curves.json").write_text(json.dumps(self.curves))
 
 
 def mean_of(figures: list[dict]) -> dict:
     """The mean of each figure of the last dict, over the dicts that have it."""
     return {k: float(np.mean([f[k] for f in figures if k in f])) for k in figures[-1]}
+
+
+@torch.no_grad()
+def meet(parameters: list, stop: bool) -> bool:
+    """Give every process the mean of all processes' weights; whether any of them wants to stop."""
+    if not dist.is_initialized():
+        return stop
+    flat = torch.cat([p.flatten() for p in parameters] + [torch.tensor([float(stop)])])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, part in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
+        p.copy_(part.view_as(p))
+    return bool(flat[-1])
 
 
 class Trainer(Run):
@@ -586,11 +588,12 @@ def mask_overlap(model: PaliGemma, batches: Batches, made: list, features) -> fl
     """Percent that masks of first-choice codes and true ones have in common (IoU), on average."""
     pairs, cut = [], []
     for i, (scene, words) in enumerate(zip(made, mask_words(made, batches.codec))):
-        words = [f"{word}@{n}" for n, word in enumerate(words)]  # remember whose mask it is
-        prompt, answer = scenes.task(np.random.default_rng(i), scene, "segment", words=words)
-        own = [int(part[0]) for part in answer.split("@")[1:]]
+        ask = partial(scenes.task, scene=scene, name="segment")
+        numbers = [str(n) for n in range(len(words))]  # instead of words: in which order they come
+        _, order = ask(np.random.default_rng(i), words=numbers)
+        own = [int(part.split()[0]) for part in order.split(" ; ")]
         cut.append(crop_masks(scene.boxes[own], scene.masks[own]) > 0.5)
-        pairs.append((prompt, re.sub("@.", "", answer)))
+        pairs.append(ask(np.random.default_rng(i), words=words))
     group = batches.texts(pairs, list(range(len(made))))
     labels = group["labels"][:, -group["keep"] :][:, 1:]
     first = batches.first_location + 1024  # <seg000>
@@ -697,6 +700,16 @@ def train(
     return run
 
 
+def matched(overlap: np.ndarray, least: float = 1e-9) -> list[float]:
+    """Overlaps of pairs, each row and each column in one at most; the largest first."""
+    overlap, found = overlap.copy(), []
+    while overlap.size and overlap.max() >= least:
+        i, j = np.unravel_index(overlap.argmax(), overlap.shape)
+        found.append(float(overlap[i, j]))
+        overlap[i, :] = overlap[:, j] = 0.0
+    return found
+
+
 def box_figures(said: list[str], truths: list[str], threshold: float = 0.5) -> dict:
     """Detections as the model spells them against the true ones, spelled the same way.
 
@@ -713,11 +726,7 @@ def box_figures(said: list[str], truths: list[str], threshold: float = 0.5) -> d
             continue
         overlap = box_iou([d.box for d in guesses], [d.box for d in boxes]).numpy()
         same = np.array([[g.label == b.label for b in boxes] for g in guesses])
-        overlap = np.where(same, overlap, 0.0)
-        while overlap.max() >= threshold:
-            i, j = np.unravel_index(overlap.argmax(), overlap.shape)
-            overlaps.append(overlap[i, j])
-            overlap[i, :] = overlap[:, j] = 0.0
+        overlaps += matched(np.where(same, overlap, 0.0), threshold)
     f1 = 200 * len(overlaps) / max(1, found + wanted)
     return {"f1": f1, "iou": 100 * float(np.mean(overlaps)) if overlaps else 0.0}
 
@@ -735,13 +744,8 @@ def mask_figures(said: list[str], asked: list[str], made: list[scenes.Scene], co
             truths = [m for m, k in zip(scene.masks, scene.kinds) if k == kind]
             drawn = [g.mask for g in guesses if g.label == scenes.NAMES[kind]]
             pairs = [[(a & b).sum() / (a | b).sum() for a in drawn] for b in truths]
-            overlap = np.array(pairs).reshape(len(truths), len(drawn))
-            best = np.zeros(len(truths))
-            while overlap.size and overlap.max() > 0:
-                i, j = np.unravel_index(overlap.argmax(), overlap.shape)
-                best[i] = overlap[i, j]
-                overlap[i, :] = overlap[:, j] = 0.0
-            overlaps += best.tolist()
+            best = matched(np.array(pairs).reshape(len(truths), len(drawn)))
+            overlaps += best + [0.0] * (len(truths) - len(best))
     return {"iou": 100 * float(np.mean(overlaps))}
 
 
@@ -855,7 +859,10 @@ def export(folder: Path, target: Path) -> None:
     (target / "tokenizer.model").write_bytes(tokenizer)
     ImageProcessor(scenes.SIZE).save_pretrained(target)
     recipe = {k: v for k, v in asdict(config).items() if k != "tokenizer"}
-    curves = {"recipe": recipe, "seconds": round(run.seconds), "points": run.curves}
+    stages = {"looks": 0, "speaks": config.look_steps}
+    stages["cools"] = config.total_steps - config.cool_steps
+    curves = {"recipe": recipe, "seconds": round(run.seconds), "stages": stages}
+    curves["points"] = run.curves
     (target / "curves.json").write_text(json.dumps(curves) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,28 @@ def test_measuring_ours_in_this_process(tmp_path, monkeypatch):
     assert found["ids"] == expected[0].tolist()
 
 
+def test_products_are_those_of_a_prefill(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 0)
+    path = write(tmp_path)
+    model, inputs = load_model(path), bench.make_inputs(path)
+    seen = Counter()
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, x, _: seen.update([(x[0][0].shape[0], *reversed(layer.weight.shape))])
+        )
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert bench.product_shapes(path) == seen
+    found = bench.products(path, None, 0)
+    assert found["seconds"] > 0
+    assert found["flops"] == sum(2 * m * k * n * times for (m, k, n), times in seen.items())
+
+
 def test_transformers_gives_the_same_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "LEAST_SECONDS", 0)
     path = write(tmp_path, dtype=torch.float32)
@@ -155,6 +178,8 @@ def fake_result():
         "machine": "a machine",
         "versions": {"python": "3", "torch": "2", "transformers": "5"},
         "cache": "dynamic",
+        "quantize_seconds": {"int4": 90.4},
+        "products": [{"seconds": 0.9, "flops": 1.8e12}] * 3,
         "rounds": {"ours": [ours] * 3, "int4": [ours] * 3, "transformers": [theirs] * 3},
         "median": {"ours": ours, "int4": ours | {"decode": 16.0}, "transformers": theirs},
         "agreement": bench.agreement([5, 6, 7, 8], [5, 6, 9, 8]),
@@ -169,8 +194,9 @@ def test_ratios_say_how_much_better_ours_is():
     table = bench.markdown(result)
     assert bench.ratio(result, "decode", "int4") == 4
     cells = "4.0 tokens/s | 8.0 tokens/s (2.00 ×) | 16.0 tokens/s (4.00 ×)"
-    assert f"| decode | {cells} |" in table
+    assert f"| decode | {cells} |" in table and "once took 90 s (int4)" in table
     assert "first 2 of 4 greedy tokens are equal" in table  # a difference is told, not hidden
+    assert "0.900 s, measured in each round (2000 GFLOP/s): 90 % of our prefill, 45 %" in table
     result["agreement"] = bench.agreement([1, 2], [1, 2])
     assert "all 2 greedy tokens are equal" in bench.markdown(result)
 

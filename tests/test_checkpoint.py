@@ -163,7 +163,7 @@ def test_full_size_names_and_shapes_equal_transformers():
     from transformers import PaliGemmaConfig as TheirConfig
     from transformers import PaliGemmaForConditionalGeneration
 
-    ours = checkpoint._empty_model("", PaliGemmaConfig())
+    ours = checkpoint.empty_model("", PaliGemmaConfig())
     assert sum(p.numel() for p in ours.parameters()) == 2_923_466_480
     assert all(p.is_meta for p in ours.parameters())
     with torch.device("meta"), checkpoint._NoInit():

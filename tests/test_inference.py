@@ -750,7 +750,9 @@ def endless():
     command = [sys.executable, "-c", ENDLESS, "--image_file_path", str(SCENE)]
     buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=buffered, **pipes)
+    # A shell that runs the tests in the background lets its children ignore Ctrl-C.
+    heed = (lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None
+    return subprocess.Popen(command, env=buffered, preexec_fn=heed, **pipes)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

@@ -366,14 +366,14 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     add_lora(model, 2)
     save_lora(model, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    write = Path.write_bytes
+    write = Path.write_text
 
-    def full_disk(file, data):
+    def full_disk(file, *args, **options):
         if "config" in file.name:
             raise OSError("no space left")
-        return write(file, data)
+        return write(file, *args, **options)
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_lora(stir(model), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

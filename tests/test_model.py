@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import IMAGE_ID, random_batch
+from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.checkpoint import load_model
 from paligemma.gemma import GemmaConfig
@@ -385,6 +386,22 @@ def test_logits_to_keep_gives_the_last_ones():
     assert model(**batch, logits_to_keep=0).logits.shape[1] == 11  # as in transformers: all
 
 
+def test_the_last_layer_works_for_the_last_position_only():
+    """Of the last block a prefill needs all keys and values, but one query and one MLP."""
+    model, batch = make(), without(toy_batch(), "labels")
+    length, config = batch["input_ids"].shape[1], model.config.text_config
+    flops = {}
+    for keep in (1, None):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**batch, logits_to_keep=keep)
+        flops[keep] = counter.get_total_flops()
+    kept = config.hidden_size * config.vocab_size
+    kept += 3 * config.hidden_size * config.intermediate_size
+    kept += 2 * config.hidden_size * config.num_attention_heads * config.head_dim
+    rows = len(batch["input_ids"]) * (length - 1)
+    assert flops[None] - flops[1] >= 2 * rows * kept
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_cache_equals_one_pass(kv_heads):
     model, batch = make(kv_heads=kv_heads), without(toy_batch(pads=(0, 3)), "labels")
@@ -481,3 +498,27 @@ def test_an_image_token_in_the_answer_is_a_word(checkpoints):
     model(**batch, cache=cache)
     step = model(torch.tensor([[IMAGE_ID]]), cache=cache)  # as when the model itself wrote it
     assert step.logits.isfinite().all()
+
+
+def test_a_picture_may_come_as_features_and_not_twice(checkpoints):
+    model, batch = load_model(checkpoints["GQA"]), random_batch()
+    pixels = batch.pop("pixel_values")
+    features = model.encode_image(pixels)
+    with torch.no_grad():
+        expected = model(**batch, pixel_values=pixels).logits
+        assert torch.equal(model(**batch, image_features=features).logits, expected)
+    with pytest.raises(ValueError, match="give one of them"):
+        model(**batch, pixel_values=pixels, image_features=features)
+
+
+def test_the_newest_token_needs_no_mask(checkpoints):
+    """Without a mask given, one token after a cache: the same as with a mask of ones."""
+    model = load_model(checkpoints["GQA"])
+    ids = torch.randint(3, 400, (2, 7), generator=torch.Generator().manual_seed(0))
+    results = []
+    for mask in (None, torch.ones(2, 7, dtype=torch.int64)):
+        cache = model.make_cache(2, 7)
+        with torch.no_grad():
+            model(ids[:, :6], attention_mask=None if mask is None else mask[:, :6], cache=cache)
+            results.append(model(ids[:, 6:], attention_mask=mask, cache=cache).logits)
+    torch.testing.assert_close(*results)

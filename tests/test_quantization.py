@@ -526,7 +526,7 @@ PROMPTS = (
 
 @pytest.mark.parametrize(("mode", "share"), [("int8", 0.9), ("int4", 0.75)])
 def test_tiny_model_still_answers(mode, share):
-    """Few answers here; tools/bench_quantization.py compares a thousand."""
+    """Few answers here; tools/quantization_quality.py compares a thousand."""
     processor = Processor.from_pretrained(TINY)
     names = ["scene", "scene2", "scene3"]
     pictures = [PICTURES / f"{name}.png" for name in names for _ in PROMPTS]

@@ -136,6 +136,16 @@ def test_without_an_encoder_it_searches(tmp_path, shipped):
     assert searched >= encoded - 0.02
 
 
+def test_search_goes_on_from_the_encoders_codes(shipped):
+    masks = held_out()[:6]
+    codes = shipped.encode(masks)
+    better = search_codes(shipped, masks, start=codes)
+    before, after = (iou(shipped.decode(c) > 0, masks > 0.5) for c in (codes, better))
+    assert (after >= before).all() and after.mean() >= before.mean() + 0.01
+    empty = torch.zeros(1, 64, 64)  # overlaps nothing: every drawing is as good as another
+    assert torch.equal(search_codes(shipped, empty, start=codes[:1]), codes[:1])
+
+
 @pytest.mark.parametrize(
     "wrong", ["missing", "shape", "text", "no file", "array", "no codebook", "damaged"]
 )

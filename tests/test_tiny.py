@@ -65,7 +65,7 @@ def test_card_shows_the_measured_figures():
     assert all(f["scenes"] >= 1000 for f in figures.values())
 
 
-def test_transformers_gives_the_same_tokens_for_100_scenes(tiny, tmp_path):
+def test_transformers_gives_the_same_tokens_for_100_scenes(tiny):
     from transformers import PaliGemmaForConditionalGeneration
 
     model, processor = tiny

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +180,42 @@ def measure(
     }
 
 
+def product_shapes(model_path: Path) -> Counter:
+    """The matrix products of a prefill, attention's apart: {(rows, D, E): how many}."""
+    import torch
+
+    from paligemma.checkpoint import empty_model, read_config
+
+    model = empty_model(model_path, read_config(model_path))
+    patches = model.config.vision_config.num_image_tokens
+    shapes = Counter()
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            rows = patches + TEXT_TOKENS * name.startswith("language_model")
+            shapes[rows, layer.in_features, layer.out_features] += 1
+    return shapes
+
+
+def products(model_path: Path, dtype: str | None, threads: int) -> dict:
+    """Seconds of the prefill's matrix products alone: nobody who makes them all can be faster."""
+    import torch
+
+    from paligemma.checkpoint import load_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    found, total = load_model(model_path, dtype=dtype and getattr(torch, dtype)).dtype, 0.0
+    with torch.inference_mode():
+        for (rows, width, out), times in product_shapes(model_path).items():
+            x = torch.randn(rows, width, dtype=found)
+            weight = torch.randn(out, width, dtype=found)
+            multiply = partial(torch.nn.functional.linear, x, weight)
+            multiply()
+            total += times * timed(multiply)[0]
+    flops = sum(2 * m * k * n * times for (m, k, n), times in product_shapes(model_path).items())
+    return {"seconds": total, "flops": flops}
+
+
 def quantize(model_path: Path, mode: str, folder: Path) -> float:
     """Write the quantised weights to a folder; seconds that it took."""
     from paligemma.quantization import load_quantized, save_quantized
@@ -215,12 +253,14 @@ def bench(args: argparse.Namespace) -> dict:
     caches = {name: start("transformers", name, args)["decode"] for name in ("dynamic", "static")}
     cache = max(caches, key=caches.get)
     contenders = ["ours", *args.quantized, "transformers"]
-    rounds = {name: [] for name in contenders}
+    rounds, bound = {name: [] for name in contenders}, []
     for i in range(args.rounds):
         order = contenders if i % 2 == 0 else contenders[::-1]  # A B, B A, A B, …
         for name in order:
             rounds[name].append(start(name, cache, args))
             note(f"round {i + 1} of {args.rounds}: {name} {describe(rounds[name][-1])}")
+        bound.append(start("products", cache, args))
+        note(f"round {i + 1} of {args.rounds}: products {bound[-1]['seconds']:.3f} s")
     sample = rounds["ours"][0]
     config = json.loads((args.model_path / "config.json").read_text())
     return {
@@ -240,6 +280,7 @@ def bench(args: argparse.Namespace) -> dict:
         "cache": cache,
         "cache_tokens_per_second": caches,
         "quantize_seconds": seconds,
+        "products": bound,
         "rounds": rounds,
         "median": {
             name: {key: statistics.median(run[key] for run in runs) for key in ROWS}
@@ -309,6 +350,12 @@ def markdown(result: dict) -> str:
             cells.append(f"{value} ({ratio(result, key, name):.2f} ×)")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    seconds = statistics.median(run["seconds"] for run in result["products"])
+    ours, theirs = (
+        f"{100 * seconds / result['median'][name]['prefill']:.0f} %"
+        for name in ("ours", "transformers")
+    )
+    rate = result["products"][0]["flops"] / seconds / 1e9
     same = result["agreement"]
     equal = f"all {same['of']} greedy tokens are equal"
     if same["leading"] < same["of"]:
@@ -320,10 +367,16 @@ def markdown(result: dict) -> str:
             *lines,
             "",
             "In brackets: how many times better than transformers. "
-            f"{result['model']}: {result['weights']:,} weights in {result['dtype']}; "
+            + "".join(
+                f"Quantising and saving once took {seconds:.0f} s ({mode}). "
+                for mode, seconds in result["quantize_seconds"].items()
+            )
+            + f"{result['model']}: {result['weights']:,} weights in {result['dtype']}; "
             f"{result['prompt']} tokens in ({result['prompt'] - TEXT_TOKENS} of them the "
             f"picture), {result['tokens']} decoded one by one; "
             f"{equal}, {same['distinct']} of them distinct.",
+            f"The matrix products of the prefill alone take {seconds:.3f} s, measured in each "
+            f"round ({rate:.0f} GFLOP/s): {ours} of our prefill, {theirs} of transformers'.",
             f"Median of {len(result['rounds']['ours'])} rounds, each in a new process, in turn; "
             f"{result['threads']} threads on {result['machine']} ({result['cores']} cores); "
             f"{versions}; transformers with sdpa and its {result['cache']} cache, the faster one "
@@ -404,9 +457,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quantize", **modes, help="besides; default: both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw here, .svg or .png")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*CONTENDERS, "products"), help=argparse.SUPPRESS)
     parser.add_argument("--cache", default="dynamic", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.worker == "products":
+        print(json.dumps(products(args.model_path, args.dtype, args.threads)))
+        return
     if args.worker:
         found = measure(
             args.worker, args.model_path, args.dtype, args.cache, args.threads, args.tokens

@@ -12,14 +12,14 @@ import re
 import textwrap
 from pathlib import Path
 
-import numpy as np
+from train_codec import scene_overlap
 
 from paligemma import scenes
 from paligemma.checkpoint import load_model
 from paligemma.plotting import show_images
 from paligemma.processor import Processor
-from paligemma.segmentation import MaskCodec, parse_segments
-from paligemma.training import answers, evaluate, mask_words
+from paligemma.segmentation import MaskCodec
+from paligemma.training import answers, evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = scenes.ASSETS / "tiny"
@@ -78,7 +78,7 @@ The first eight test scenes whose caption is not right in every word.
 
 * Vision tower: width {vision_width}, {vision_layers} layers, 4 heads, patch 14: 64 image tokens.
   Text: width {text_width}, {text_layers} layers, 4 query heads, 1 key/value head of width 32,
-  MLP {text_mlp}. Trained in float32, stored in bfloat16.
+  MLP {text_mlp}. Weights float32 in training, stored in bfloat16.
 * Tokenizer: SentencePiece BPE trained on the scenes' texts (`tools/make_tokenizer.py`), {pieces}
   pieces in the published order: control tokens, ordinary pieces, `<loc0000>`…`<loc1023>`,
   `<seg000>`…`<seg127>`; `<image>` is the next id.
@@ -129,17 +129,6 @@ def figure_of(f):
     return f.get("exact", f.get("f1", f.get("iou")))
 
 
-def codec_overlap(codec, count=300):
-    """Mean overlap of test scenes' masks with what comes back from their codes."""
-    overlaps = []
-    made = [scenes.make_scene(i, "test") for i in range(count)]
-    for scene, words in zip(made, mask_words(made, codec)):
-        text = " ; ".join(f"{word} x" for word in words)
-        found = parse_segments(text, scenes.SIZE, scenes.SIZE, codec)
-        overlaps += [(f.mask & m).sum() / (f.mask | m).sum() for f, m in zip(found, scene.masks)]
-    return float(np.mean(overlaps))
-
-
 def write_gallery(path, count=8, tries=400):
     """A picture of the first scenes whose caption is wrong, with the truth and what was said."""
     model, processor = load_model(TINY), Processor.from_pretrained(TINY)
@@ -179,7 +168,7 @@ def write_card(figures):
         speak_steps=points[-1]["step"] - recipe["look_steps"],
         minutes=curves["seconds"] / 60,
         codec=sum(p.numel() for p in codec.parameters()),
-        codec_overlap=codec_overlap(codec),
+        codec_overlap=scene_overlap(codec).mean(),
         story=curves.get("story", ""),
     )
     (TINY / "README.md").write_text(text)

@@ -17,7 +17,6 @@ alone is trained on, with codes that no longer change.
 import argparse
 import json
 import math
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from make_assets import NPM_PACKAGE, unpack
 from PIL import Image
 from torch.nn import functional as F
 
+from paligemma.checkpoint import replacing
 from paligemma.scenes import ASSETS, KINDS, NAMES, SIZE, make_scene
 from paligemma.segmentation import (
     MaskCodec,
@@ -35,6 +35,7 @@ from paligemma.segmentation import (
     encode_segments,
     parse_segments,
     restart_dead_codes,
+    search_codes,
 )
 
 SHIPPED = ASSETS / "tiny"
@@ -141,21 +142,26 @@ def iou(a, b):
     return (a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)
 
 
-def measure(codec, held):
+def scene_overlap(codec, scenes=400):
+    """IoU of test scenes' masks, written as text and read again: float64[objects]."""
+    boxes, masks = scene_masks("test", range(scenes))
+    text = encode_segments(boxes, masks, codec, SIZE, SIZE)
+    return iou([parse_segments(words + " x", SIZE, SIZE, codec)[0].mask for words in text], masks)
+
+
+def measure(codec, held, search=False):
     """Mean IoU through the sixteen codes, on what training never saw.
 
     Returns:
-        dict: "scenes" (test scenes, in pixels of the scene, box and mask written as text and read
-        again); "shapes" (held-out emoji, 64 × 64); "one wrong" (of the sixteen codes of a shape a
-        random one is replaced by its nearest neighbour in the codebook); "perplexity" (how many
-        of the codes these shapes really use).
+        dict: "scenes" (`scene_overlap`); "shapes" (held-out emoji, 64 × 64); "one wrong" (of the
+        sixteen codes of a shape a random one is replaced by its nearest neighbour in the
+        codebook); "perplexity" (how many of the codes these shapes really use); with `search`
+        "searched", the shapes after `search_codes` from the encoder's codes.
     """
-    boxes, masks = scene_masks("test", range(400))
-    text = encode_segments(boxes, masks, codec, SIZE, SIZE)
-    read = [parse_segments(words + " x", SIZE, SIZE, codec)[0].mask for words in text]
     target = held.float() / 255
     codes, e = codec.encode(target), codec._vq_vae._embedding.detach()
-    result = {"scenes": iou(read, masks), "shapes": iou(codec.decode(codes) > 0, target > 0.5)}
+    drawn = codec.decode(codes) > 0
+    result = {"scenes": scene_overlap(codec), "shapes": iou(drawn, target > 0.5)}
     counts = torch.bincount(codes.flatten(), minlength=codec.codes) / codes.numel()
     perplexity = torch.exp(-torch.special.xlogy(counts, counts).sum())
     near = torch.cdist(e, e).fill_diagonal_(torch.inf).argmin(1)
@@ -163,14 +169,16 @@ def measure(codec, held):
     columns = torch.randint(16, (len(codes),), generator=torch.Generator().manual_seed(0))
     codes[rows, columns] = near[codes[rows, columns]]
     result["one wrong"] = iou(codec.decode(codes) > 0, target > 0.5)
+    if search:
+        parts = [search_codes(codec, m, start=codec.encode(m)) for m in target.split(8)]
+        result["searched"] = iou(codec.decode(torch.cat(parts)) > 0, target > 0.5)
     result = {name: round(float(ious.mean()), 4) for name, ious in result.items()}
     return result | {"perplexity": round(float(perplexity), 1)}
 
 
 def save(path, state):
-    draft = path.with_name(path.name + ".tmp")
-    torch.save(state, draft)
-    os.replace(draft, path)
+    with replacing(path.parent) as draft:
+        torch.save(state, draft(path.name))
 
 
 def some_masks(pools, batch):
@@ -302,7 +310,7 @@ def main():
         polish(codec, parts, held, args.polish)
         codec.save_pretrained(SHIPPED)
         show_held_out(held)
-    print(measure(MaskCodec.from_pretrained(SHIPPED), held))
+    print(measure(MaskCodec.from_pretrained(SHIPPED), held, search=True))
 
 
 if __name__ == "__main__":

@@ -254,7 +254,8 @@ for prompt in [
 
 # %%
 found = pg.detect(scene, "cat ; dog")
-boxes = draw_boxes(scene, [f.box for f in found], [f"{f.label} {f.score:.2f}" for f in found])
+labels, scores = [f.label for f in found], [f.score for f in found]
+boxes = draw_boxes(scene, [f.box for f in found], labels, scores)
 shapes = [f for name in ("cat", "dog") for f in pg.segment(scene, name)]
 masks = draw_masks(scene, [f.mask for f in shapes], [f.label for f in shapes])
 figure = show_images([boxes, masks], ["detect cat ; dog", "segment cat, segment dog"], height=2.8)

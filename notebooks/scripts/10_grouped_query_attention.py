@@ -358,7 +358,7 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x, cos, sin, mask=None, cache=None, keep=None):
         """Attend over `x` and whatever the cache already holds.
 
         Args:
@@ -366,13 +366,17 @@ class GroupedQueryAttention(nn.Module):
             cos, sin: rotation of the L positions, `float32[B, 1, L, Dh]`.
             mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
             cache: anything with `update(layer_idx, k, v) -> (k, v)`, such as `KVCache`.
+            keep: only the last so many positions ask, though all can be seen; None: all ask.
 
         Returns:
-            `float[B, L, D]`.
+            `float[B, L or keep, D]`.
         """
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        last = slice(None if keep is None else -keep, None)
+        q, k, v = self.q_proj(x[:, last]), self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (B, H, L, Dh), (B, K, L, Dh)
+        q = apply_rope(q, cos[:, :, last], sin[:, :, last])  # (B, H, L or keep, Dh)
+        k = apply_rope(k, cos, sin)  # (B, K, L, Dh)
+        mask = mask if mask is None else mask[:, :, last]
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
         return self.o_proj(grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2))

@@ -465,15 +465,18 @@ class Gemma2Attention(GroupedQueryAttention):
         self.cap = config.attn_logit_softcapping
         self.sliding_window = None if layer_idx % 2 else config.sliding_window
 
-    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def forward(self, x, cos, sin, mask=None, cache=None, keep=None) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L or keep, D]`; arguments as in `GroupedQueryAttention`."""
+        last = slice(None if keep is None else -keep, None)
+        q, k, v = self.q_proj(x[:, last]), self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # (B, H, L, Dh), (B, K, L, Dh)
+        q = apply_rope(q, cos[:, :, last], sin[:, :, last])  # (B, H, L or keep, Dh)
+        k = apply_rope(k, cos, sin)  # (B, K, L, Dh)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
         if self.sliding_window is not None:
-            mask = window_mask(mask, q.shape[2], k.shape[2], self.sliding_window, x.device)
+            mask = window_mask(mask, x.shape[1], k.shape[2], self.sliding_window, x.device)
+        mask = mask if mask is None else mask[:, :, last]
         out = capped_attention(q, k, v, mask, self.scale, self.cap)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -500,10 +503,10 @@ class Gemma2DecoderLayer(nn.Module):
         self.mlp = GeGLU(size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
-        h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        x = x + self.post_attention_layernorm(h)
+    def forward(self, x, cos, sin, mask=None, cache=None, keep=None) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L or keep, D]`; arguments as in `GroupedQueryAttention`."""
+        h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, keep)
+        x = (x if keep is None else x[:, -keep:]) + self.post_attention_layernorm(h)
         h = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(h)
 
@@ -598,6 +601,7 @@ class Gemma2Model(nn.Module):
         positions: torch.Tensor,
         mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
+        keep: int | None = None,
     ) -> torch.Tensor:
         """Run the blocks.
 
@@ -607,15 +611,16 @@ class Gemma2Model(nn.Module):
             mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere. Layers
                 0, 2, 4 … narrow it to their window.
             cache: keys and values of the S tokens before; gains these L.
+            keep: only the last so many positions come out; what nothing needs is not computed.
 
         Returns:
-            `float[B, L, D]` after the last norm.
+            `float[B, L or keep, D]` after the last norm.
         """
         cos, sin = self.rotary_emb(positions)
         x = inputs_embeds
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
-        return self.norm(x)
+        for i, layer in enumerate(self.layers, 1):
+            x = layer(x, cos, sin, mask, cache, keep if i == len(self.layers) else None)
+        return self.norm(x if keep is None else x[:, -keep:])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`float[B, L, D]` → `float32[B, L, V]`, capped; the embedding is the head."""

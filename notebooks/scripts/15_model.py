@@ -543,11 +543,16 @@ class PaliGemma(PaliGemmaParts):
 
         Returns:
             `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
+
+        Raises:
+            ValueError: tensors that do not fit each other, or a picture given in two ways.
         """
         past, length = 0 if cache is None else len(cache), input_ids.shape[1]
         restricted = attention_mask is not None or token_type_ids is not None
         attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
         if pixel_values is not None:
+            if image_features is not None:
+                raise ValueError("got pixel_values and image_features; give one of them")
             image_features = self.encode_image(pixel_values)
         if past and image_features is None:  # the picture is cached; a new <image> is a word
             x = self.language_model.embed(input_ids)
@@ -559,9 +564,9 @@ class PaliGemma(PaliGemmaParts):
         else:  # a whole prefix, or the newest token: each sees all there is
             positions = torch.arange(past, past + length, device=x.device)[None]
             mask = None
-        hidden = self.language_model(x, positions, mask, cache)
-        keep = logits_to_keep or length
-        logits = self.language_model.logits(hidden[:, -keep:])
+        keep = min(logits_to_keep or length, length)
+        hidden = self.language_model(x, positions, mask, cache, keep)
+        logits = self.language_model.logits(hidden)
         loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
         return PaliGemmaOutput(logits, loss)
 
@@ -790,8 +795,8 @@ save_figure(fig, "15_shapes.png")
 # %% [markdown]
 # ### What it costs
 #
-# PyTorch's counter, on the meta model: operations to read picture and prompt (**prefill**, with
-# logits for the last place only) and to write one more token. A multiplication and its addition are
+# PyTorch's counter, on the meta model: operations to read picture and prompt (**prefill**, with the
+# last block's end and logits for the last place only) and to write one more token. A multiplication and its addition are
 # two operations.
 
 
@@ -812,7 +817,7 @@ for size in (224, 448, 896):
         count = sum(p.numel() for p in big.parameters())
     see = flops(big.encode_image, pixels) / 1e9
     decoder = big.language_model
-    read = flops(lambda: decoder.logits(decoder(x, places)[:, -1:])) / 1e9
+    read = flops(lambda: decoder.logits(decoder(x, places, keep=1))) / 1e9
     cache = big.make_cache(1, x.shape[1] + 1)
     decoder(x, places, None, cache)  # filled; now one more token
     step = flops(lambda: decoder.logits(decoder(x[:, :1], places[:, :1], None, cache))) / 1e9

@@ -527,7 +527,7 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _empty_model(path, config: PaliGemmaConfig) -> PaliGemma:
+def empty_model(path, config: PaliGemmaConfig) -> PaliGemma:
     """The model with shapes and no memory."""
     try:
         with torch.device("meta"), _NoInit():
@@ -538,7 +538,7 @@ def _empty_model(path, config: PaliGemmaConfig) -> PaliGemma:
 
 # %% tags=["nbval-ignore-output"]
 start = time.perf_counter()
-big = _empty_model("", PaliGemmaConfig())
+big = empty_model("", PaliGemmaConfig())
 print(f"3B model built in {1000 * (time.perf_counter() - start):.0f} ms")
 weight = big.language_model.embed_tokens.weight
 print(
@@ -638,7 +638,7 @@ def load_model(
     """
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype!r}; expected torch.float32, torch.bfloat16, … or None")
-    model = _empty_model(path, read_config(path))
+    model = empty_model(path, read_config(path))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     files = weight_files(path)
     _check_generation(path, [name for name, _ in read_tensors(files)], shapes)
@@ -699,7 +699,7 @@ def config_dict(config: PaliGemmaConfig) -> dict:
 # %%
 #| export
 @contextmanager
-def _replacing(path: Path) -> Iterator[Callable[[str], Path]]:
+def replacing(path: Path) -> Iterator[Callable[[str], Path]]:
     """Give out temporary names in a directory; all get their real names at the end, or none."""
     drafts = {}
 
@@ -754,7 +754,7 @@ def save_model(
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if many else [SINGLE]
     dtype = {"dtype": str(model.dtype).removeprefix("torch.")}
-    with _replacing(path) as draft:
+    with replacing(path) as draft:
         for file, shard in zip(names, shards, strict=True):
             whole = {name: tensors[name].cpu().contiguous() for name in shard}
             save_file(whole, draft(file), metadata={"format": "pt"})

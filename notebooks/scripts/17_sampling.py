@@ -39,6 +39,8 @@ model_map("sampling")
 #| export
 """From logits to the next token: greedy, temperature, top-k and top-p."""
 
+import math
+
 import torch
 
 # %% tags=["setup"]
@@ -354,7 +356,7 @@ def _check_logits(logits: torch.Tensor, largest: torch.Tensor) -> None:
             f"logits are {list(logits.shape)}; expected [B, V], one row a text: take the last "
             "position, logits[:, -1]"
         )
-    if not bool(largest.isfinite().all()):
+    if not all(map(math.isfinite, largest.flatten().tolist())):
         raise ValueError(
             "logits hold NaN or infinity, or -infinity only; a weight or an input is broken, or "
             "float16 overflowed: compute in bfloat16 or float32"

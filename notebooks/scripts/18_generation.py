@@ -64,6 +64,7 @@ from paligemma.tokenizer import Tokenizer
 import time
 from importlib import resources
 from itertools import pairwise
+from statistics import median
 
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file
@@ -317,16 +318,16 @@ per_step = operations(lambda: model(slow[:, :1], cache=room))
 print(per_step, "operations for one token,", per_step / len(model.language_model.layers), "a layer")
 
 # %% [markdown]
-# Each costs a microsecond or more before any number is touched: a small model waits for *Python*.
-# What can go?
+# Each costs a microsecond or more: a small model waits for *Python*. What can go?
 #
-# - Norm's $(1 + g)$ and $1/\sqrt{D_h}$: into the matrices, once.
+# - A norm divides by $\sqrt{\lVert x \rVert^2 + D\varepsilon}$: one length, if $x$ has a coordinate
+#   $\sqrt{D\varepsilon}$ more that nothing changes. $\sqrt D\,(1 + g)$ and $1/\sqrt{D_h}$: into
+#   matrices, once.
 # - $q$, $k$, $v$ in one matrix; gate and up in one.
-# - RoPE's quarter turn is a matrix too, $R(Wx) = (RW)x$: one product gives both.
+# - RoPE's quarter turn is a matrix too, $R(Wx) = (RW)x$.
 # - Positions, cosines, masks: known beforehand.
 #
-# Copies of the weights cost memory, so this is for small models. A large one waits for its weights
-# anyway.
+# This copies the weights, so it is for small models. Large ones wait for their weights anyway.
 
 
 # %%
@@ -337,23 +338,30 @@ def quarter_turn(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.cat((-second, first), dim=1).flatten(0, 1)
 
 
-def fold(text: GemmaModel) -> list[tuple[torch.Tensor, ...]]:
-    """Each layer as four matrices `float32[D in, D out]`: into attention, out, into MLP, out."""
-    layers, head_dim = [], text.config.head_dim
+def _after_norm(weight: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    """`float[E, D]` behind a norm, for x of length 1: `float[D + 1, E]`, the last row 0."""
+    return F.pad((weight * (1 + norm.weight) * weight.shape[1] ** 0.5).T, (0, 0, 0, 1))
+
+
+def fold(text: GemmaModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], torch.Tensor]:
+    """Words `float[V, D + 1]`; each layer as (into attention, out, into MLP, out); the head."""
+    layers, c = [], text.config
     for layer in text.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        queries = attention.q_proj.weight * head_dim**-0.5
+        queries = attention.q_proj.weight * c.head_dim**-0.5
         qk = torch.cat((queries, attention.k_proj.weight))
-        into = torch.cat((qk, quarter_turn(qk, head_dim), attention.v_proj.weight))
-        into = into * (1 + layer.input_layernorm.weight)
+        into = torch.cat((qk, quarter_turn(qk, c.head_dim), attention.v_proj.weight))
         wide = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-        wide = wide * (1 + layer.post_attention_layernorm.weight)
-        out, down = attention.o_proj.weight, mlp.down_proj.weight
-        layers.append(tuple(w.detach().T for w in (into, out, wide, down)))
-    return layers
+        into = _after_norm(into, layer.input_layernorm)
+        wide = _after_norm(wide, layer.post_attention_layernorm)
+        out, down = (F.pad(m.weight.T, (0, 1)) for m in (attention.o_proj, mlp.down_proj))
+        layers.append(tuple(w.detach().contiguous() for w in (into, out, wide, down)))
+    words, size = text.embed_tokens.weight.detach(), c.hidden_size
+    head = _after_norm(words, text.norm).detach().contiguous()
+    return F.pad(words * size**0.5, (0, 1), value=(size * c.rms_norm_eps) ** 0.5), layers, head
 
 
-FOLD_BELOW = 64 * 2**20  # bytes of weights in the blocks: copies of more would cost memory
+FOLD_BELOW = 64 * 2**20  # bytes of weights: copies of more would cost memory
 _PLAIN = (
     *(GemmaModel, GemmaDecoderLayer, GroupedQueryAttention, GeGLU, RMSNorm, RotaryEmbedding),
     *(nn.Linear, nn.Embedding, nn.ModuleList),
@@ -372,10 +380,10 @@ def can_fold(model: PaliGemma) -> bool:
     weights = list(text.parameters())
     if any(w.dtype != torch.float32 or w.is_inference() for w in weights):
         return False
-    return sum(w.nbytes for w in text.layers.parameters()) <= FOLD_BELOW
+    return sum(w.nbytes for w in weights) <= FOLD_BELOW
 
 
-def folded(text: GemmaModel) -> list[tuple[torch.Tensor, ...]]:
+def folded(text: GemmaModel) -> tuple:
     """`fold(text)`, kept until a weight changes."""
     version = [(w.data_ptr(), w._version) for w in text.parameters()]
     if _folded.get(text, (None,))[0] != version:
@@ -403,40 +411,45 @@ class FoldedDecoder:
     """
 
     def __init__(self, text: GemmaModel, cache: KVCache, attention_mask: torch.Tensor | None):
-        c, past, weight = text.config, len(cache), text.embed_tokens.weight
-        self.text, self.config, self.layers = text, c, folded(text)
-        self.memory, self.end = list(zip(cache.keys, cache.values)), past
-        both = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
-        self.split = (both, both, c.num_key_value_heads * c.head_dim)
-        steps, rows = cache.max_length - past, len(cache.keys[0])
-        seen, self.hidden = torch.full((rows,), past, device=weight.device), None
+        c, past, steps = text.config, len(cache), cache.max_length - len(cache)
+        heads, kv_heads, Dh = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        batch = len(cache.keys[0])
+        self.words, self.layers, self.head = folded(text)
+        rows = (batch * kv_heads, cache.max_length, Dh)
+        views = ((k.view(rows), v.view(rows)) for k, v in zip(cache.keys, cache.values))
+        self.memory = [(k.transpose(0, 1), v.transpose(0, 1), k.mT, v) for k, v in views]
+        turning, kv = (heads + kv_heads) * Dh, kv_heads * Dh
+        self.sizes, self.parts = (turning, turning, kv), (heads * Dh, kv)
+        self.groups, self.one = (rows[0], heads // kv_heads, Dh), (rows[0], Dh)
+        self.flat, self.end = (batch, heads * Dh), past
+        seen, self.hidden = torch.full((batch,), past, device=self.words.device), None
         if attention_mask is not None:
             seen = attention_mask.sum(-1)
-            self.hidden = weight.new_zeros(rows, 1, 1, cache.max_length)
-            self.hidden[..., :past].masked_fill_(attention_mask[:, None, None] == 0, -torch.inf)
-        places = seen[:, None] + torch.arange(steps, device=weight.device)
-        turns = (t[:, 0].transpose(0, 1)[:, :, None] for t in text.rotary_emb(places))
-        self.turns = iter(list(zip(*turns)))  # cos and sin of each step, (B, 1, Dh)
+            hidden = self.words.new_zeros(batch, 1, cache.max_length)
+            hidden[..., :past].masked_fill_(attention_mask[:, None] == 0, -torch.inf)
+            self.hidden = hidden.repeat_interleave(kv_heads, 0)
+        places = seen + torch.arange(steps, device=seen.device)[:, None]  # (steps, B)
+        turns = (t[:, 0].repeat(1, 1, heads + kv_heads) for t in text.rotary_emb(places))
+        self.turns = zip(*(t.unbind() for t in turns))  # cos and sin of each step, (B, turning)
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """`int64[B]`, the newest token of each row, to `float32[B, V]`."""
-        c, (cos, sin), at = self.config, next(self.turns), self.end
-        self.end += 1
-        heads, norm = c.num_attention_heads, partial(F.rms_norm, eps=c.rms_norm_eps)
-        size, group = (c.hidden_size,), (len(token), c.num_key_value_heads, -1, c.head_dim)
-        x = self.text.embed_tokens(token) * c.hidden_size**0.5  # (B, D)
-        for (into, out, wide, down), (keys, values) in zip(self.layers, self.memory):
-            qk, turned, v = (norm(x, size) @ into).split(self.split, dim=-1)
-            qk = qk.view(len(x), -1, c.head_dim) * cos + turned.view(len(x), -1, c.head_dim) * sin
-            keys[:, :, at], values[:, :, at] = qk[:, heads:], v.view(group)[:, :, 0]
-            scores = qk[:, :heads].view(group) @ keys[:, :, : self.end].mT  # (B, K, G, S + 1)
+        (cos, sin), at = next(self.turns), self.end
+        self.end = end = at + 1
+        length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
+        x = F.embedding(token, self.words)  # (B, D + 1)
+        for (into, out, wide, down), (key, value, keys, values) in zip(self.layers, self.memory):
+            qk, turned, v = ((x / length(x)) @ into).split_with_sizes(self.sizes, -1)
+            q, k = torch.addcmul(qk * cos, turned, sin).split_with_sizes(self.parts, -1)
+            key[at], value[at] = k.reshape(self.one), v.reshape(self.one)
+            scores = torch.bmm(q.reshape(self.groups), keys[:, :, :end])  # (B K, G, S + 1)
             if self.hidden is not None:
-                scores = scores + self.hidden[..., : self.end]
-            seen = scores.softmax(-1) @ values[:, :, : self.end]  # (B, K, G, Dh)
-            x = torch.addmm(x, seen.view(len(x), -1), out)
-            gate, up = (norm(x, size) @ wide).chunk(2, dim=-1)
+                scores = scores + self.hidden[..., :end]
+            seen = torch.bmm(scores.softmax(-1), values[:, :end])  # (B K, G, Dh)
+            x = torch.addmm(x, seen.view(self.flat), out)
+            gate, up = ((x / length(x)) @ wide).chunk(2, dim=-1)
             x = torch.addmm(x, F.gelu(gate, approximate="tanh") * up, down)
-        return F.linear(self.text.norm(x), self.text.embed_tokens.weight)
+        return (x / length(x)) @ self.head
 
 
 # %%
@@ -474,7 +487,7 @@ def _steps(
     if attention_mask is not None and bool(attention_mask.all()):
         attention_mask = None  # no padding: nothing to carry along
     cache = model.make_cache(batch, length + max_new_tokens - 1)  # the last token is never fed
-    done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    done, ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device), False
     fold, decoder = can_fold(model), None
     for _ in range(max_new_tokens):
         with torch.inference_mode():
@@ -485,13 +498,16 @@ def _steps(
             else:
                 how = {"cache": cache, "logits_to_keep": 1, "image_features": image_features}
                 logits = model(input_ids, pixel_values, attention_mask, **how).logits[:, -1]
-            token = choose(logits).masked_fill(done, 0)  # (B,)
+            token = choose(logits)  # (B,)
+            if ended:
+                token = token.masked_fill(done, 0)
             if log_probs is not None:
                 log_prob = logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
                 log_probs.append(log_prob.masked_fill(done, 0))
-            done = done | (token == eos_token_id)
+            if eos_token_id in token.tolist():
+                done, ended = done | (token == eos_token_id), True
         yield token.clone()  # outside: an ordinary tensor, which its reader may change
-        if bool(done.all()):
+        if ended and bool(done.all()):
             return
         input_ids, pixel_values, image_features = token[:, None], None, None
         if attention_mask is not None and not fold:
@@ -777,8 +793,9 @@ for n, (end, word) in enumerate(zip(ends.tolist(), words)):
     if n:
         left = ends[n - 1].item()
         ax.barh(0, end - left, left=left, color=COLOURS["accent"], height=0.6, ec=COLOURS["paper"])
-    ax.text(end, 0.5, word.strip() or "eos", ha="center", fontsize=9, color=COLOURS["accent"])
-ax.set(ylim=(-0.4, 0.75), yticks=[], xlabel="milliseconds since the question")
+    style = {"fontsize": 8, "color": COLOURS["accent"], "rotation": 60, "rotation_mode": "anchor"}
+    ax.text(end, 0.42, word.strip() or "eos", **style)
+ax.set(ylim=(-0.4, 1.0), yticks=[], xlabel="milliseconds since the question")
 ax.spines["left"].set_visible(False)
 save_figure(fig, "18_clock")
 
@@ -830,22 +847,33 @@ times = [best_ms(lambda: torch.nn.functional.linear(torch.randn(n, 2048), weight
 for n, ms in zip(tokens, times):
     print(f"{n:3} tokens take {ms / times[0]:4.1f} times as long as one")
 
-fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+rates = []  # and the whole tiny model: tokens a second with 1, 2, … answers at once
+for rows in tokens:
+    many = {"input_ids": ids.repeat(rows, 1), "pixel_values": pixels.repeat(rows, 1, 1, 1)}
+    steps = generate_steps(model, **many, max_new_tokens=14, eos_token_id=-1)
+    stamps = [time.perf_counter() for _ in steps]
+    rates.append(rows / median(b - a for a, b in pairwise(stamps[2:])))
+
+fig, (ax, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 ax.loglog(tokens, times, "o-", color=COLOURS["language"])
 ax.loglog(tokens, [times[0] * n for n in tokens], ":", color=COLOURS["muted"])
 ax.text(1.1, times[0] * 30, "if each token cost\nas much as the first", color=COLOURS["muted"])
 ax.text(tokens[-1], times[-1] * 0.55, "measured", color=COLOURS["language"], ha="right", va="top")
-ax.set(xlabel="tokens in one call", ylabel="milliseconds", xticks=tokens)
-ax.set_xticks(tokens, tokens)
-ax.minorticks_off()
+ax.set(xlabel="tokens in one call", ylabel="milliseconds", title="one matrix of the 3B model")
+right.loglog(tokens, rates, "o-", color=COLOURS["together"])
+right.set(xlabel="answers at once", ylabel="tokens a second", title="the tiny model, decoding")
+for panel in (ax, right):
+    panel.set_xticks(tokens, tokens)
+    panel.minorticks_off()
 save_figure(fig, "18_tokens_per_call")
 
 # %% [markdown]
-# The measured line stays far below the dotted one: the matrix is read once a call, however many
-# tokens wait for it. The first token pays for the trip, each further one adds much less, until
-# arithmetic fills the time and the line climbs as steeply as the dotted one.
+# Left: the matrix is read once a call, however many tokens wait for it. The first pays for the trip,
+# each further one adds much less, until arithmetic fills the time and the line climbs as steeply as the
+# dotted one. Decode stands at the far left, prefill at the right.
 #
-# Decode stands at the far left. Prefill stands at the right.
+# Right: answering many at once moves decode to the right, and tokens a second grow, until arithmetic
+# says stop.
 
 # %% [markdown]
 # ## At full size
@@ -959,10 +987,12 @@ for answer in (answer_cached, answer_colleague):
 # Before you read on: which line is it?
 #
 # The first line of the loop. Its result is used once and thrown away five times. A check of the
-# *answers* cannot see this; a check of the **work** can. Count the calls of each part with a hook:
+# *answers* cannot see this; a check of the **work** can: count the calls of each part with a hook.
+#
+# And the clock: the four ways to answer of this lesson, each a step of a ladder.
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
 def count_calls(part, function):
     calls = []
     hook = part.register_forward_hook(lambda *_: calls.append(1))
@@ -977,6 +1007,21 @@ for answer in (answer_cached, answer_colleague):
     print(f"{answer.__name__:17} vision tower {vision} times, decoder {decoder} times")
 share = CALLS["vision tower"][0] / CALLS["decode, 1 row"][0]
 print(f"in the 3B model the tower costs as much arithmetic as {share:.0f} decode calls")
+
+LADDER = {
+    "all again for each word": answer_plain,
+    "a cache, the tower each time": answer_colleague,
+    "the tower once": answer_cached,
+    "nothing twice": lambda *given: generate(*given[:3], max_new_tokens=given[3]),
+}
+ms = {name: best_ms(lambda: f(model, ids, pixels, 16)) for name, f in LADDER.items()}
+slowest = max(ms.values())
+fig, ax = plt.subplots(figsize=(7, 1.9), layout="constrained")
+bars = ax.barh(list(ms), list(ms.values()), color=COLOURS["together"], height=0.6)
+ax.bar_label(bars, [f" {slowest / value:.1f} ×" for value in ms.values()])
+ax.set(xlabel="milliseconds an answer", xlim=(0, 1.12 * slowest))
+ax.invert_yaxis()
+save_figure(fig, "18_ladder")
 
 # %% [markdown]
 # ## Exercises

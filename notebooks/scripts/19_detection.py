@@ -762,10 +762,10 @@ print(f"largest difference: {gap:.1e}")
 # %% [markdown]
 # ## See it
 #
-# The tiny model's own answers, drawn, each box with its score. Above each picture stands, for every
-# true object, the IoU of the box that fits it best. A picture without boxes means that no object could
-# be read from the answer. Labels never hide each other: `draw_boxes` (lesson 01) moves a tag as little
-# as it can.
+# The tiny model's own answers, each box with its score. Above each picture stands, for every true
+# object, the IoU of the box that fits it best. Scores are low though boxes are good: training let each
+# edge lie a little to the side (lesson 25), so no single place is likely. A score ranks the boxes of one
+# model; it is not the chance of being right. Labels never hide each other.
 
 # %%
 shown, titles = [], []
@@ -773,8 +773,9 @@ for name in PLACED:
     detections = outcome[name][0]
     ious = box_iou([d.box for d in detections], boxes[name])
     best = [f"{v:.2f}" for v in ious.amax(0)] if detections else ["-"] * len(boxes[name])
-    tags = [f"{d.label} {d.score:.2f}" for d in detections]
-    shown.append(draw_boxes(sample_picture(name), [d.box for d in detections], tags))
+    names, scores = [d.label for d in detections], [d.score for d in detections]
+    drawn = draw_boxes(sample_picture(name), [d.box for d in detections], names, scores)
+    shown.append(drawn)
     titles.append("best IoU: " + ", ".join(best))
 fig = show_images([picture.resize((224, 224)) for picture in shown], titles, height=2.1)
 save_figure(fig, "19_scenes.png")

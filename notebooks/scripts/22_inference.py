@@ -708,10 +708,10 @@ def run_find(
     def draw() -> Image.Image:
         from paligemma.plotting import draw_boxes, draw_masks
 
-        tags = [f"{one.label} {one.score:.2f}" for one in found]
+        labels, scores = [one.label for one in found], [one.score for one in found]
         masks = [one.mask for one in found] if task == "segment" else []
-        picture = draw_masks(image, masks, tags) if masks else image
-        return draw_boxes(picture, [one.box for one in found], tags)
+        picture = draw_masks(image, masks, labels) if masks else image
+        return draw_boxes(picture, [one.box for one in found], labels, scores)
 
     return draw
 
@@ -961,26 +961,27 @@ print("colleague:", [tokenizer.sp.id_to_piece(i) for i in colleague[layout:]])
 #
 # ### A second one: chance where none was meant
 #
-# A demo asks "how many dogs?" and samples with temperature 1, because the caption demo did. The
-# picture holds two dogs.
+# A script fills a catalogue with captions and samples with temperature 1, because a demo did. The
+# same picture, sixty times:
 
 # %%
-question = "answer en how many dogs are there?"
-said = [pg(picture, question, temperature=1.0, seed=seed) for seed in range(60)]
-draws = Counter(text if text.isdigit() else "other" for text in said)
-fig, ax = plt.subplots(figsize=(4.6, 2.4), layout="constrained")
-texts = sorted(draws)
-colours = [COLOURS["good" if text == pg(picture, question) else "muted"] for text in texts]
-ax.bar(texts, [draws[text] for text in texts], color=colours)
-ax.set(xlabel="answer", ylabel="of 60 draws", title="greedy says the green one, always")
+said = [pg(picture, "caption en", temperature=1.0, seed=seed) for seed in range(60)]
+draws = Counter(said).most_common(5)
+fig, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
+greedy = pg(picture, "caption en")
+colours = [COLOURS["good" if text == greedy else "muted"] for text, _ in draws]
+ax.barh([text for text, _ in draws], [count for _, count in draws], color=colours)
+ax.invert_yaxis()
+ax.set(xlabel="of 60 draws", title="greedy says the green one, always")
 save_figure(fig, "22_draws")
 
 # %% [markdown]
-# A draw is right for text that may vary. A question with one answer wants the likeliest token: greedy,
+# A draw is right for text that may vary. Where one answer is wanted, take the likeliest token: greedy,
 # which is why `temperature` is 0 unless asked for, and why the command draws only with
 # `--do_sample`, whatever `--temperature` says.
 #
-# The figure shows one more thing: how sure the model is. Not very.
+# The figure shows one more thing: where the model hesitates. It knows the kinds, and is less sure which
+# of them is the pair.
 
 # %% [markdown]
 # ## Exercises
