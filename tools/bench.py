@@ -349,6 +349,7 @@ def markdown(result: dict) -> str:
             value = f"{result['median'][name][key]:.{digits}f} {unit}"
             cells.append(f"{value} ({ratio(result, key, name):.2f} ×)")
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    once = ", ".join(f"{t:.0f} s ({mode})" for mode, t in result["quantize_seconds"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     seconds = statistics.median(run["seconds"] for run in result["products"])
     ours, theirs = (
@@ -367,10 +368,7 @@ def markdown(result: dict) -> str:
             *lines,
             "",
             "In brackets: how many times better than transformers. "
-            + "".join(
-                f"Quantising and saving once took {seconds:.0f} s ({mode}). "
-                for mode, seconds in result["quantize_seconds"].items()
-            )
+            + (f"Quantising and saving once took {once}. " if once else "")
             + f"{result['model']}: {result['weights']:,} weights in {result['dtype']}; "
             f"{result['prompt']} tokens in ({result['prompt'] - TEXT_TOKENS} of them the "
             f"picture), {result['tokens']} decoded one by one; "
