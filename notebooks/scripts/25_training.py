@@ -1229,14 +1229,14 @@ panels = {
 }
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.1), layout="constrained", sharey=True)
 for ax, (title, names) in zip(axes, panels.items()):
-    for name, colour in zip(names, ("accent", "good", "language", "muted")):
+    for name, colour in zip(names, ("good", "vision", "language", "muted")):
         colour = "accent" if name == "looks first" else colour
         minutes, right = zip(*((p["minutes"], p["caption"]) for p in arms[name]["points"]))
         label = name if "starts" in title else f"{arms[name]['weights'] / 1e6:.1f} M weights"
         ax.plot(minutes, right, color=COLOURS[colour], label=label)
-    ax.set(title=title, xlabel="minutes of one core", ylim=(0, None))
+    ax.set(title=title, xlabel="minutes of one core")
     ax.legend(fontsize=8, loc="upper left")
-axes[0].set_ylabel("captions right, %")
+axes[0].set(ylabel="captions right, %", ylim=(0, None))
 save_figure(fig, "25_comparison")
 
 # %% [markdown]
