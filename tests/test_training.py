@@ -1,8 +1,12 @@
 """Training: batches, the loss, the schedule, runs that go on bit for bit, evaluation."""
 
+import importlib.util
 import json
 import os
 import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,3 +397,42 @@ def test_shuffled_control_asks_about_the_next_picture(monkeypatch):
     figures = evaluate(TINY, 8, ("caption en",))["caption en"]
     chance = np.mean([a == b for a, b in zip(truths, truths[1:] + truths[:1])])
     assert figures["exact"] == 100 and figures["shuffled"] == pytest.approx(100 * chance)
+
+
+# ---------------------------------------------------------------- tools/compare_training.py
+
+
+def test_arms_of_equal_processor_time(tmp_path, monkeypatch):
+    file = Path(__file__).parent.parent / "tools" / "compare_training.py"
+    spec = importlib.util.spec_from_file_location("compare", file)
+    compare = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare", compare)  # its dataclass looks itself up
+    spec.loader.exec_module(compare)
+    widths = {"vision_width": 16, "text_width": 16, "vision_layers": 1, "text_layers": 1}
+    monkeypatch.setattr(compare, "BASE", replace(compare.BASE, batch=2, text_mlp=16, **widths))
+    monkeypatch.setattr(compare, "PAIRS", 8)
+    monkeypatch.setattr(compare, "validate", lambda *_: {"caption": 0.0})
+    monkeypatch.setattr(compare, "RESULT", tmp_path / "comparison.json")
+    names = ("looks first", "contrastive first", "speaks at once")
+    monkeypatch.setattr(compare, "ARMS", {name: compare.ARMS[name] for name in names})
+    runs, threads = {}, torch.get_num_threads()
+    scenes.make_scene(0)  # the sprites, made once, are not what is measured
+    try:
+        for name in names:
+            compare.train_arm(name, tmp_path, minutes=0.02, looks=5)
+            runs[name] = Trainer(compare.BASE, tmp_path / name.replace(" ", "_"))
+            compare.train_arm(name, tmp_path, minutes=0.02, looks=5)  # its time is used up
+    finally:
+        torch.set_num_threads(threads)
+    compare.write(tmp_path)
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    fresh = Trainer(compare.BASE, tmp_path / "fresh")
+    for name, run in runs.items():
+        assert found[name]["points"][-1]["step"] == run.step > 2
+        assert 0.02 <= run.seconds / 60 < 0.04
+        learnt = not torch.equal(run.head.linear.bias, fresh.head.linear.bias)
+        assert learnt == (name == "looks first")  # nobody else has lessons for patches
+    looked = TrainingConfig.read(tmp_path / "looks_first" / "config.json").look_steps
+    assert 0 < looked < runs["looks first"].step
+    # A start takes a fifth of the time; before it nothing is shown.
+    assert min(p["minutes"] for p in found["contrastive first"]["points"]) > 0.006

@@ -204,15 +204,16 @@ def products(model_path: Path, dtype: str | None, threads: int) -> dict:
 
     if threads:
         torch.set_num_threads(threads)
-    found, total = load_model(model_path, dtype=dtype and getattr(torch, dtype)).dtype, 0.0
+    shapes, total, flops = product_shapes(model_path), 0.0, 0
+    found = load_model(model_path, dtype=dtype and getattr(torch, dtype)).dtype
     with torch.inference_mode():
-        for (rows, width, out), times in product_shapes(model_path).items():
+        for (rows, width, out), times in shapes.items():
             x = torch.randn(rows, width, dtype=found)
             weight = torch.randn(out, width, dtype=found)
             multiply = partial(torch.nn.functional.linear, x, weight)
             multiply()
             total += times * timed(multiply)[0]
-    flops = sum(2 * m * k * n * times for (m, k, n), times in product_shapes(model_path).items())
+            flops += times * 2 * rows * width * out
     return {"seconds": total, "flops": flops}
 
 

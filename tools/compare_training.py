@@ -11,11 +11,10 @@ import argparse
 import json
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +26,7 @@ from paligemma.training import (
     TrainingConfig,
     learning_rate,
     make_optimizers,
+    mean_of,
     use_bfloat16_products,
     validate,
 )
@@ -130,7 +130,7 @@ def train_arm(name: str, folder: Path, minutes: float, looks: int = 20) -> None:
     if arm.start == "contrast" and run.step == 0:
         contrast(run, START * budget)
     if settings.exists():
-        run.config = replace(config, look_steps=json.loads(settings.read_text())["look_steps"])
+        run.config = TrainingConfig.read(settings)
     while run.seconds < budget:
         start, share = time.process_time(), run.seconds / budget
         objects = next(numbers for end, numbers in arm.stages if share < end)
@@ -144,10 +144,9 @@ def train_arm(name: str, folder: Path, minutes: float, looks: int = 20) -> None:
             run.update_mean()
         before, run.seconds = run.seconds, run.seconds + time.process_time() - start
         if int(before / budget * looks) < int(run.seconds / budget * looks):
-            means = {k: float(np.mean([f[k] for f in recent if k in f])) for k in recent[-1]}
-            point = {"minutes": run.seconds / 60, "step": run.step} | means
+            point = {"minutes": run.seconds / 60, "step": run.step} | mean_of(recent)
             run.curves.append(point | validate(run.smoothed(), run.batches))
-            settings.write_text(json.dumps({"look_steps": run.config.look_steps}))
+            settings.write_text(json.dumps(asdict(run.config)))
             run.save()
             recent.clear()
             caption = run.curves[-1]["caption"]

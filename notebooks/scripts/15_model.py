@@ -796,8 +796,8 @@ save_figure(fig, "15_shapes.png")
 # ### What it costs
 #
 # PyTorch's counter, on the meta model: operations to read picture and prompt (**prefill**, with the
-# last block's end and logits for the last place only) and to write one more token. A multiplication and its addition are
-# two operations.
+# last block's end and logits for the last place only) and to write one more token. A multiplication
+# and its addition are two operations.
 
 
 # %%

@@ -900,8 +900,9 @@ def decoder_call(new, old=0, rows=1):
         cache.update(layer, *torch.empty(2, rows, 1, old, 256, device="meta").bfloat16())
     x = torch.empty(rows, new, 2048, device="meta").bfloat16()
     places = torch.arange(old, old + new, device="meta").expand(rows, -1)
-    run = lambda: large.language_model.logits(large.language_model(x, places, None, cache)[:, -1:])
-    weights = sum(p.nbytes for p in large.language_model.parameters())
+    text = large.language_model
+    run = lambda: text.logits(text(x, places, None, cache, keep=1))
+    weights = sum(p.nbytes for p in text.parameters())
     return count(run), weights + cache.nbytes
 
 
@@ -920,9 +921,9 @@ for name, (flop, size) in CALLS.items():
     print(f"{name:22} {flop / 1e9:8.0f} {size / 1e9:8.2f} {flop / size:8.1f}")
 
 # %% [markdown]
-# Prefill and decode read the same five gigabytes. Prefill does over two hundred times as much with
-# them. Now the two limits of two machines: the two CPU cores on which this course was made
-# (measured: bfloat16 matrix products and memory reads), and an H100 (its data sheet).
+# Prefill and decode read the same five gigabytes. Prefill does two hundred times as much with them.
+# Now the two limits of two machines: two cores of one on which this course was made (measured: bfloat16
+# matrix products and memory reads; another had half of that), and an H100 (its data sheet).
 
 # %%
 MACHINES = {"2 CPU cores": (0.855e12, 47e9), "H100": (989e12, 3350e9)}

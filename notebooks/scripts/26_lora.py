@@ -518,6 +518,13 @@ def save_lora(model: nn.Module, path: str | os.PathLike) -> None:
         draft(CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+# %% [markdown]
+# ## Load: strictly
+#
+# Reading is where silence does harm (see the bug below), so each tensor has to find its layer, each
+# layer both its matrices, each matrix its shape. Methods that only look like LoRA (DoRA, rsLoRA, PiSSA)
+# are refused by name.
+
 # %%
 #| export
 UNSUPPORTED = (
