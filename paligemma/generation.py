@@ -2,7 +2,9 @@
 """Prefill once, then one token at a time: batches, streaming, stopping."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +22,9 @@ from paligemma.sampling import check_sampling, sample
 from paligemma.tokenizer import Tokenizer
 
 
-def quarter_turn(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The projection that gives each head as `apply_rope` turns it: (a, b) becomes (-b, a)."""
-    first, second = weight.unflatten(0, (-1, head_dim)).chunk(2, dim=1)
-    return torch.cat((-second, first), dim=1).flatten(0, 1)
+def pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of each head, `float[H * Dh, D]`, so that what RoPE turns together are neighbours."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _after_norm(weight: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
@@ -36,9 +37,9 @@ def fold(text: GemmaModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]
     layers, c = [], text.config
     for layer in text.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        queries = attention.q_proj.weight * c.head_dim**-0.5
-        qk = torch.cat((queries, attention.k_proj.weight))
-        into = torch.cat((qk, quarter_turn(qk, c.head_dim), attention.v_proj.weight))
+        queries = pairs(attention.q_proj.weight * c.head_dim**-0.5, c.head_dim)
+        keys = pairs(attention.k_proj.weight, c.head_dim)
+        into = torch.cat((queries, keys, attention.v_proj.weight))
         wide = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
         into = _after_norm(into, layer.input_layernorm)
         wide = _after_norm(wide, layer.post_attention_layernorm)
@@ -50,25 +51,27 @@ def fold(text: GemmaModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]
 
 
 FOLD_BELOW = 64 * 2**20  # bytes of weights: copies of more would cost memory
-_PLAIN = (
+_PLAIN = {
     *(GemmaModel, GemmaDecoderLayer, GroupedQueryAttention, GeGLU, RMSNorm, RotaryEmbedding),
     *(nn.Linear, nn.Embedding, nn.ModuleList),
-)
+}
 _folded = WeakKeyDictionary()
 
 
 def can_fold(model: PaliGemma) -> bool:
     """Whether `FoldedDecoder` does what this model's decoder does: small, float32, unchanged."""
-    text = model.language_model
-    for part in (model, *text.modules()):
+    size = 0
+    for part in (model, *model.language_model.modules()):
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             return False
-    if not all(type(part) in _PLAIN for part in text.modules()):
-        return False
-    weights = list(text.parameters())
-    if any(w.dtype != torch.float32 or w.is_inference() for w in weights):
-        return False
-    return sum(w.nbytes for w in weights) <= FOLD_BELOW
+        if part is not model and type(part) not in _PLAIN:
+            return False
+        for weight in part._parameters.values():
+            if weight is not None:
+                size += weight.nbytes
+                if weight.dtype != torch.float32 or weight.is_inference():
+                    return False
+    return size <= FOLD_BELOW
 
 
 def folded(text: GemmaModel) -> tuple:
@@ -84,7 +87,7 @@ class FoldedDecoder:
 
     Args:
         text: the decoder, as `can_fold` wants it.
-        cache: holds S tokens a row; gains one a step.
+        cache: holds S tokens a row; it is copied, with pairs as `fold` lays them.
         attention_mask: `int64[B, S]`, 0 on padding; None: no padding.
     """
 
@@ -93,13 +96,14 @@ class FoldedDecoder:
         heads, kv_heads, Dh = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         batch = len(cache.keys[0])
         self.words, self.layers, self.head = folded(text)
-        rows = (batch * kv_heads, cache.max_length, Dh)
-        views = ((k.view(rows), v.view(rows)) for k, v in zip(cache.keys, cache.values))
-        self.memory = [(k.transpose(0, 1), v.transpose(0, 1), k.mT, v) for k, v in views]
-        turning, kv = (heads + kv_heads) * Dh, kv_heads * Dh
-        self.sizes, self.parts = (turning, turning, kv), (heads * Dh, kv)
-        self.groups, self.one = (rows[0], heads // kv_heads, Dh), (rows[0], Dh)
-        self.flat, self.end = (batch, heads * Dh), past
+        keys = torch.stack(cache.keys).unflatten(-1, (2, Dh // 2)).transpose(-1, -2).flatten(-2)
+        memory = torch.stack((keys, torch.stack(cache.values)), 1)  # (layers, 2, B, K, room, Dh)
+        self.places = memory.permute(4, 0, 2, 1, 3, 5)  # one token's: (layers, B, 2, K, Dh)
+        keys, self.values = memory.flatten(2, 3).unbind(1)  # (layers, B K, room, Dh)
+        self.keys, self.end = keys.mT, past
+        self.parts, self.new = (heads * Dh, 2 * kv_heads * Dh), (batch, 2, kv_heads, Dh)
+        self.groups, self.flat = (batch * kv_heads, heads // kv_heads, Dh), (batch, heads * Dh)
+        self.halves = (c.intermediate_size, c.intermediate_size)
         seen, self.hidden = torch.full((batch,), past, device=self.words.device), None
         if attention_mask is not None:
             seen = attention_mask.sum(-1)
@@ -107,27 +111,50 @@ class FoldedDecoder:
             hidden[..., :past].masked_fill_(attention_mask[:, None] == 0, -torch.inf)
             self.hidden = hidden.repeat_interleave(kv_heads, 0)
         places = seen + torch.arange(steps, device=seen.device)[:, None]  # (steps, B)
-        turns = (t[:, 0].repeat(1, 1, heads + kv_heads) for t in text.rotary_emb(places))
-        self.turns = zip(*(t.unbind() for t in turns))  # cos and sin of each step, (B, turning)
+        cos, sin = (t[:, 0, :, : Dh // 2] for t in text.rotary_emb(places))
+        turns = torch.complex(cos, sin).repeat(1, 1, heads + kv_heads)
+        self.turns = iter(F.pad(turns, (0, kv_heads * Dh // 2), value=1).unbind())  # v stays
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """`int64[B]`, the newest token of each row, to `float32[B, V]`."""
-        (cos, sin), at = next(self.turns), self.end
+        turn, at = next(self.turns), self.end
         self.end = end = at + 1
+        memory = (self.keys.narrow(3, 0, end), self.values.narrow(2, 0, end), self.places[at])
         length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
         x = F.embedding(token, self.words)  # (B, D + 1)
-        for (into, out, wide, down), (key, value, keys, values) in zip(self.layers, self.memory):
-            qk, turned, v = ((x / length(x)) @ into).split_with_sizes(self.sizes, -1)
-            q, k = torch.addcmul(qk * cos, turned, sin).split_with_sizes(self.parts, -1)
-            key[at], value[at] = k.reshape(self.one), v.reshape(self.one)
-            scores = torch.bmm(q.reshape(self.groups), keys[:, :, :end])  # (B K, G, S + 1)
+        for (into, out, wide, down), k, v, place in zip(self.layers, *(t.unbind() for t in memory)):
+            qkv = ((x / length(x)) @ into).view(torch.complex64) * turn
+            q, new = qkv.view(torch.float32).split_with_sizes(self.parts, -1)
+            place.copy_(new.view(self.new))
+            scores = torch.bmm(q.reshape(self.groups), k)  # (B K, G, S + 1)
             if self.hidden is not None:
                 scores = scores + self.hidden[..., :end]
-            seen = torch.bmm(scores.softmax(-1), values[:, :end])  # (B K, G, Dh)
+            seen = torch.bmm(scores.softmax(-1), v)  # (B K, G, Dh)
             x = torch.addmm(x, seen.view(self.flat), out)
-            gate, up = ((x / length(x)) @ wide).chunk(2, dim=-1)
+            gate, up = ((x / length(x)) @ wide).split_with_sizes(self.halves, -1)
             x = torch.addmm(x, F.gelu(gate, approximate="tanh") * up, down)
         return (x / length(x)) @ self.head
+
+
+_TURN = Lock()
+
+
+@contextmanager
+def thin_products(model: PaliGemma, rows: int) -> Iterator[None]:
+    """While inside, one row of bfloat16 on a CPU is multiplied by PyTorch, not by oneDNN.
+
+    The switch is the whole process's, so threads that decode take turns, step by step.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        yield
+        return
+    with _TURN:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = before and rows > 1
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = before
 
 
 def _steps(
@@ -147,16 +174,17 @@ def _steps(
         attention_mask = None  # no padding: nothing to carry along
     cache = model.make_cache(batch, length + max_new_tokens - 1)  # the last token is never fed
     done, ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device), False
-    fold, decoder = can_fold(model), None
+    fold, decoder, token = can_fold(model), None, None
     for _ in range(max_new_tokens):
         with torch.inference_mode():
-            if fold and len(cache) and decoder is None:
-                decoder = FoldedDecoder(model.language_model, cache, attention_mask)
-            if decoder is not None:
-                logits = decoder(input_ids[:, 0])  # (B, V)
+            if fold and token is not None:
+                if decoder is None:
+                    decoder = FoldedDecoder(model.language_model, cache, attention_mask)
+                logits = decoder(token)  # (B, V)
             else:
                 how = {"cache": cache, "logits_to_keep": 1, "image_features": image_features}
-                logits = model(input_ids, pixel_values, attention_mask, **how).logits[:, -1]
+                with thin_products(model, input_ids.numel()):
+                    logits = model(input_ids, pixel_values, attention_mask, **how).logits[:, -1]
             token = choose(logits)  # (B,)
             if ended:
                 token = token.masked_fill(done, 0)
@@ -168,9 +196,11 @@ def _steps(
         yield token.clone()  # outside: an ordinary tensor, which its reader may change
         if ended and bool(done.all()):
             return
-        input_ids, pixel_values, image_features = token[:, None], None, None
-        if attention_mask is not None and not fold:
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
+        if not fold:
+            input_ids, pixel_values, image_features = token[:, None], None, None
+            if attention_mask is not None:
+                one = attention_mask.new_ones(batch, 1)
+                attention_mask = torch.cat([attention_mask, one], dim=1)
 
 
 def check_options(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> None:

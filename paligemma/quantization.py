@@ -264,14 +264,15 @@ class Int4Linear(QuantizedLinear):
         return rows @ self._columns(part, rows.dtype)
 
     def _columns(self, part: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Some rows of W, transposed: `dtype[K, n]`, computed in float32 and rounded once."""
-        g, block = self.group_size, self.block
-        scales = self.scales[:, part].float()  # (K/g, n, 2)
-        scales = scales.unflatten(1, (-1, block)).permute(3, 1, 0, 2)  # (2, n/block, K/g, block)
-        scale, zero = scales[:, :, :, None].contiguous()
+        """Some rows of W, transposed: `dtype[K, n]`, rounded once (`addcmul` adds in float32)."""
+        g, block, wide = self.group_size, self.block, torch.promote_types(dtype, self.scales.dtype)
+        scales = self.scales[:, part].unflatten(1, (-1, block)).permute(3, 1, 0, 2).to(wide)
+        scale, zero = scales[:, :, :, None].contiguous()  # (n/block, K/g, 1, block)
         packed = self.qweight[part].view(-1, scale.shape[1], g, block // 2)
-        codes = torch.cat([packed & 15, packed >> 4], -1).float()  # (n/block, K/g, g, block)
-        weight = codes.sub_(8).mul_(scale).add_(zero).to(dtype)
+        codes = scale.new_empty(*packed.shape[:-1], block)  # (n/block, K/g, g, block)
+        for half, bits in zip(codes.split(block // 2, -1), (packed & 15, packed >> 4)):
+            half.copy_(bits.view(torch.int8).sub_(8))
+        weight = torch.addcmul(zero, codes, scale).to(dtype)
         return weight.flatten(1, 2).transpose(0, 1).flatten(1)  # (K, n)
 
 
@@ -320,13 +321,14 @@ def _swap(
     language.__class__ = HEADS[type(language)]
     # The largest weight first, while nothing else is in memory yet.
     yield "language_model.embed_tokens.weight", language.embed_tokens.weight, language.lm_head
-    for name, layer in list(language.named_modules()):
-        if isinstance(layer, nn.Linear):
+    tower = "vision_tower." if mode == "int4" else "language_model."
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.startswith(("language_model.", tower)):
             parent, _, child = name.rpartition(".")
-            spared = "attention" in eight and ".self_attn." in name
+            spared = name.startswith("vision") or ("attention" in eight and ".self_attn." in name)
             new = _empty("int8" if spared else mode, layer, dtype, group_size)
-            setattr(language.get_submodule(parent), child, new)
-            yield f"language_model.{name}.weight", layer.weight, new
+            setattr(model.get_submodule(parent), child, new)
+            yield f"{name}.weight", layer.weight, new
 
 
 def _choose(
@@ -358,8 +360,9 @@ def quantize_model(
 ) -> PaliGemma:
     """Quantise the linear layers of the language model and the head's copy of the embedding.
 
-    The vision tower and the projector see many rows once for each picture, where few bits save no
-    time; norms are small; of the embedding only the rows of the prompt are read. All these stay.
+    The vision tower sees many rows once for each picture, where few bits save no time: it stays,
+    except that beside four bits, where it would be a third of the memory, it takes eight.
+    Projector and norms are small; of the embedding only the prompt's rows are read. They stay.
 
     Args:
         model: changed in place.

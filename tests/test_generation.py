@@ -1,6 +1,8 @@
 """Generation: rows that end in their own time, seeds, streams of whole characters, no waste."""
 
 import gc
+import threading
+import time
 import weakref
 
 import pytest
@@ -12,7 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.checkpoint import internal_name, load_model
 from paligemma.gemma import GemmaConfig
-from paligemma.generation import FoldedDecoder, can_fold, generate, generate_steps, stream
+from paligemma.generation import (
+    FoldedDecoder,
+    can_fold,
+    generate,
+    generate_steps,
+    stream,
+    thin_products,
+)
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.siglip import SiglipVisionConfig
 from paligemma.tokenizer import Tokenizer
@@ -368,9 +377,100 @@ def test_a_token_costs_few_operations_and_little_memory():
 
     work(2)  # folds
     few, many = work(3), work(13)
-    assert (many.operations - few.operations) / 10 <= 27 * 4 + 22
+    assert (many.operations - few.operations) / 10 <= 21 * 4 + 22
     weights = sum(w.nbytes for w in model.language_model.parameters())
     assert (many.bytes - few.bytes) / 10 < weights / 10, "a step copies weights or the cache"
+
+
+# ---------------------------------------------------------------- one row of bfloat16
+
+
+@pytest.fixture
+def thin(checkpoints):
+    """A model in bfloat16 on the CPU, and what its switch said in each forward pass."""
+    model, said = load_model(checkpoints["GQA"], dtype=torch.bfloat16), []
+    model.register_forward_pre_hook(lambda *_: said.append(torch.backends.mkldnn.enabled))
+    return model, said
+
+
+def one_row(**options):
+    batch = random_batch(rows=1, **options)
+    return {name: batch[name] for name in ("input_ids", "pixel_values")}
+
+
+def test_one_row_of_bfloat16_is_multiplied_without_onednn(thin):
+    model, said = thin
+    generate(model, **one_row(), max_new_tokens=4, eos_token_id=-1)
+    assert said == [True, False, False, False] and torch.backends.mkldnn.enabled
+
+
+def test_many_rows_and_other_types_keep_onednn(thin):
+    model, said = thin
+    generate(model, **random_batch(), max_new_tokens=3, eos_token_id=-1)
+    assert said == [True] * 3
+    generate(model.double(), **one_row(), max_new_tokens=3, eos_token_id=-1)
+    assert said == [True] * 6
+
+
+def test_who_switched_onednn_off_keeps_it_off(thin):
+    model, said = thin
+    torch.backends.mkldnn.enabled = False
+    try:
+        generate(model, **one_row(), max_new_tokens=3, eos_token_id=-1)
+        assert said == [False] * 3 and not torch.backends.mkldnn.enabled
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+def test_the_switch_is_on_again_between_steps_and_after_an_error(thin):
+    model, said = thin
+    steps = generate_steps(model, **one_row(), max_new_tokens=9, eos_token_id=-1)
+    for _ in range(3):
+        next(steps)
+        assert torch.backends.mkldnn.enabled
+
+    def fail(*_):
+        raise RuntimeError("in the middle of a step")
+
+    model.language_model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        next(steps)
+    assert said[-1] is False, "the error came from a step that had switched nothing"
+    assert torch.backends.mkldnn.enabled
+
+
+def test_threads_that_decode_at_once_leave_the_switch_as_it_was(thin):
+    model, said = thin
+    model.language_model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.003))
+    inputs, answers = one_row(), {}
+
+    def work(name):
+        answers[name] = generate(model, **inputs, max_new_tokens=12, eos_token_id=-1)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)  # so that one reads its prompt while others decode
+    for thread in threads:
+        thread.join()
+    assert said.count(True) == 4 and len(said) == 48, "a prefill ran without oneDNN, or a step with"
+    assert all(torch.equal(answer, answers[0]) for answer in answers.values())
+    assert torch.backends.mkldnn.enabled
+
+
+def test_both_products_round_the_same_sum(thin):
+    """PyTorch's own product and oneDNN's add up in float32 and round once."""
+    generator = torch.Generator().manual_seed(0)
+    for width, out in ((64, 48), (2048, 256), (4096, 2048)):
+        weight = torch.randn(out, width, generator=generator).bfloat16()
+        x = torch.randn(1, width, generator=generator).bfloat16()
+        exact = x.double() @ weight.double().T
+        for rows in (1, 2):
+            with thin_products(thin[0], rows):
+                assert torch.backends.mkldnn.enabled == (rows > 1)
+                y = torch.nn.functional.linear(x, weight)
+            gap = (y.double() - exact).abs() / exact.abs().clamp(min=0.1)
+            assert gap.max() < 2**-8
 
 
 def test_stops_when_the_last_row_has_ended(model, free):

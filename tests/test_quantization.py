@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -247,9 +248,9 @@ def test_model_is_the_model_of_its_dequantised_weights(
     path = gemma2_checkpoint if kind == "gemma2" else checkpoints[kind]
     model = quantize_model(spread(path), mode)
     plain = spread(path)
-    for name, layer in model.language_model.named_modules():
-        if isinstance(layer, QuantizedLinear) and name != "lm_head":
-            plain.language_model.get_submodule(name).weight.data = layer.dequantize()
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear) and not name.endswith("lm_head"):
+            plain.get_submodule(name).weight.data = layer.dequantize()
     batch = random_batch()
     plain_head = model.language_model.lm_head.dequantize()
 
@@ -266,13 +267,17 @@ def test_model_is_the_model_of_its_dequantised_weights(
 
 
 @pytest.mark.parametrize("mode", KINDS)
-def test_only_the_language_model_changes(checkpoints, mode):
+def test_what_changes_and_what_stays(checkpoints, mode):
     model = quantize_model(spread(checkpoints["MQA"]), mode)
     kinds = {n: type(m) for n, m in model.named_modules()}
     quantised = {n for n, kind in kinds.items() if issubclass(kind, QuantizedLinear)}
-    layers = model.config.text_config.num_hidden_layers
-    assert len(quantised) == 7 * layers + 1 and "language_model.lm_head" in quantised
-    assert all(name.startswith("language_model.") for name in quantised)
+    text = {name for name in quantised if name.startswith("language_model.")}
+    assert len(text) == 7 * model.config.text_config.num_hidden_layers + 1
+    assert "language_model.lm_head" in text
+    tower = {name for name in kinds if re.match(r"vision_tower\.(.*_proj|.*\.fc\d)$", name)}
+    assert len(tower) == 6 * model.config.vision_config.num_hidden_layers
+    assert quantised - text == (tower if mode == "int4" else set())
+    assert all(kinds[name] is Int8Linear for name in quantised - text)
     assert not any(kind is nn.Linear for n, kind in kinds.items() if n.startswith("language"))
     assert type(model.language_model.embed_tokens) is nn.Embedding
     assert model.dtype == torch.float32

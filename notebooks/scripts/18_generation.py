@@ -43,7 +43,9 @@ model_map("generation")
 """Prefill once, then one token at a time: batches, streaming, stopping."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -73,6 +75,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.checkpoint import load_model
 from paligemma.gemma import GemmaConfig
+from paligemma.grouped_query_attention import grouped_attention
 from paligemma.model import PaliGemmaConfig
 from paligemma.plotting import COLOURS, check, sample_picture, save_figure
 from paligemma.processor import Processor
@@ -141,18 +144,14 @@ draw_calls(ax, scene, ["bos", *"caption en".split(), "\\n"], "a cat and two dogs
 save_figure(fig, "18_calls.png")
 
 # %% [markdown]
-# The first call reads everything that is known: the picture, 64 patches here, and the prompt. This
-# is the **prefill**. Each later call reads one token, the one that just came out: **decode**.
+# The first call reads all that is known, the picture (64 patches here) and the prompt: the **prefill**.
+# Each later call reads the one token that just came out: **decode**. Two kinds of call, of very different
+# shape.
 #
-# Two kinds of call, of very different shape. This lesson builds the loop, and then asks why the
-# thin calls are so expensive for their size.
-
-# %% [markdown]
 # ## By hand
 #
 # A pencil-sized "model": a table. Row: the last token. Columns: the scores of the next one. (A real
-# model looks at all tokens; ours has a short memory.) Start after the prompt and follow the largest
-# score.
+# model looks at all tokens.) Start after the prompt and follow the largest score.
 
 # %%
 WORDS = ["eos", "prompt", "a", "cat", "and", "two", "dogs"]
@@ -324,18 +323,17 @@ print(per_step, "operations for one token,", per_step / len(model.language_model
 #   $\sqrt{D\varepsilon}$ more that nothing changes. $\sqrt D\,(1 + g)$ and $1/\sqrt{D_h}$: into
 #   matrices, once.
 # - $q$, $k$, $v$ in one matrix; gate and up in one.
-# - RoPE's quarter turn is a matrix too, $R(Wx) = (RW)x$.
+# - RoPE in one complex multiplication (lesson 9); $v$ is turned by 1.
 # - Positions, cosines, masks: known beforehand.
 #
-# This copies the weights, so it is for small models. Large ones wait for their weights anyway.
+# This copies weights: only for small models. Large ones wait for their weights anyway.
 
 
 # %%
 #| export
-def quarter_turn(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The projection that gives each head as `apply_rope` turns it: (a, b) becomes (-b, a)."""
-    first, second = weight.unflatten(0, (-1, head_dim)).chunk(2, dim=1)
-    return torch.cat((-second, first), dim=1).flatten(0, 1)
+def pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of each head, `float[H * Dh, D]`, so that what RoPE turns together are neighbours."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _after_norm(weight: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
@@ -348,9 +346,9 @@ def fold(text: GemmaModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]
     layers, c = [], text.config
     for layer in text.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        queries = attention.q_proj.weight * c.head_dim**-0.5
-        qk = torch.cat((queries, attention.k_proj.weight))
-        into = torch.cat((qk, quarter_turn(qk, c.head_dim), attention.v_proj.weight))
+        queries = pairs(attention.q_proj.weight * c.head_dim**-0.5, c.head_dim)
+        keys = pairs(attention.k_proj.weight, c.head_dim)
+        into = torch.cat((queries, keys, attention.v_proj.weight))
         wide = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
         into = _after_norm(into, layer.input_layernorm)
         wide = _after_norm(wide, layer.post_attention_layernorm)
@@ -362,25 +360,27 @@ def fold(text: GemmaModel) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]
 
 
 FOLD_BELOW = 64 * 2**20  # bytes of weights: copies of more would cost memory
-_PLAIN = (
+_PLAIN = {
     *(GemmaModel, GemmaDecoderLayer, GroupedQueryAttention, GeGLU, RMSNorm, RotaryEmbedding),
     *(nn.Linear, nn.Embedding, nn.ModuleList),
-)
+}
 _folded = WeakKeyDictionary()
 
 
 def can_fold(model: PaliGemma) -> bool:
     """Whether `FoldedDecoder` does what this model's decoder does: small, float32, unchanged."""
-    text = model.language_model
-    for part in (model, *text.modules()):
+    size = 0
+    for part in (model, *model.language_model.modules()):
         if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
             return False
-    if not all(type(part) in _PLAIN for part in text.modules()):
-        return False
-    weights = list(text.parameters())
-    if any(w.dtype != torch.float32 or w.is_inference() for w in weights):
-        return False
-    return sum(w.nbytes for w in weights) <= FOLD_BELOW
+        if part is not model and type(part) not in _PLAIN:
+            return False
+        for weight in part._parameters.values():
+            if weight is not None:
+                size += weight.nbytes
+                if weight.dtype != torch.float32 or weight.is_inference():
+                    return False
+    return size <= FOLD_BELOW
 
 
 def folded(text: GemmaModel) -> tuple:
@@ -406,7 +406,7 @@ class FoldedDecoder:
 
     Args:
         text: the decoder, as `can_fold` wants it.
-        cache: holds S tokens a row; gains one a step.
+        cache: holds S tokens a row; it is copied, with pairs as `fold` lays them.
         attention_mask: `int64[B, S]`, 0 on padding; None: no padding.
     """
 
@@ -415,13 +415,14 @@ class FoldedDecoder:
         heads, kv_heads, Dh = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         batch = len(cache.keys[0])
         self.words, self.layers, self.head = folded(text)
-        rows = (batch * kv_heads, cache.max_length, Dh)
-        views = ((k.view(rows), v.view(rows)) for k, v in zip(cache.keys, cache.values))
-        self.memory = [(k.transpose(0, 1), v.transpose(0, 1), k.mT, v) for k, v in views]
-        turning, kv = (heads + kv_heads) * Dh, kv_heads * Dh
-        self.sizes, self.parts = (turning, turning, kv), (heads * Dh, kv)
-        self.groups, self.one = (rows[0], heads // kv_heads, Dh), (rows[0], Dh)
-        self.flat, self.end = (batch, heads * Dh), past
+        keys = torch.stack(cache.keys).unflatten(-1, (2, Dh // 2)).transpose(-1, -2).flatten(-2)
+        memory = torch.stack((keys, torch.stack(cache.values)), 1)  # (layers, 2, B, K, room, Dh)
+        self.places = memory.permute(4, 0, 2, 1, 3, 5)  # one token's: (layers, B, 2, K, Dh)
+        keys, self.values = memory.flatten(2, 3).unbind(1)  # (layers, B K, room, Dh)
+        self.keys, self.end = keys.mT, past
+        self.parts, self.new = (heads * Dh, 2 * kv_heads * Dh), (batch, 2, kv_heads, Dh)
+        self.groups, self.flat = (batch * kv_heads, heads // kv_heads, Dh), (batch, heads * Dh)
+        self.halves = (c.intermediate_size, c.intermediate_size)
         seen, self.hidden = torch.full((batch,), past, device=self.words.device), None
         if attention_mask is not None:
             seen = attention_mask.sum(-1)
@@ -429,25 +430,27 @@ class FoldedDecoder:
             hidden[..., :past].masked_fill_(attention_mask[:, None] == 0, -torch.inf)
             self.hidden = hidden.repeat_interleave(kv_heads, 0)
         places = seen + torch.arange(steps, device=seen.device)[:, None]  # (steps, B)
-        turns = (t[:, 0].repeat(1, 1, heads + kv_heads) for t in text.rotary_emb(places))
-        self.turns = zip(*(t.unbind() for t in turns))  # cos and sin of each step, (B, turning)
+        cos, sin = (t[:, 0, :, : Dh // 2] for t in text.rotary_emb(places))
+        turns = torch.complex(cos, sin).repeat(1, 1, heads + kv_heads)
+        self.turns = iter(F.pad(turns, (0, kv_heads * Dh // 2), value=1).unbind())  # v stays
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """`int64[B]`, the newest token of each row, to `float32[B, V]`."""
-        (cos, sin), at = next(self.turns), self.end
+        turn, at = next(self.turns), self.end
         self.end = end = at + 1
+        memory = (self.keys.narrow(3, 0, end), self.values.narrow(2, 0, end), self.places[at])
         length = partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
         x = F.embedding(token, self.words)  # (B, D + 1)
-        for (into, out, wide, down), (key, value, keys, values) in zip(self.layers, self.memory):
-            qk, turned, v = ((x / length(x)) @ into).split_with_sizes(self.sizes, -1)
-            q, k = torch.addcmul(qk * cos, turned, sin).split_with_sizes(self.parts, -1)
-            key[at], value[at] = k.reshape(self.one), v.reshape(self.one)
-            scores = torch.bmm(q.reshape(self.groups), keys[:, :, :end])  # (B K, G, S + 1)
+        for (into, out, wide, down), k, v, place in zip(self.layers, *(t.unbind() for t in memory)):
+            qkv = ((x / length(x)) @ into).view(torch.complex64) * turn
+            q, new = qkv.view(torch.float32).split_with_sizes(self.parts, -1)
+            place.copy_(new.view(self.new))
+            scores = torch.bmm(q.reshape(self.groups), k)  # (B K, G, S + 1)
             if self.hidden is not None:
                 scores = scores + self.hidden[..., :end]
-            seen = torch.bmm(scores.softmax(-1), values[:, :end])  # (B K, G, Dh)
+            seen = torch.bmm(scores.softmax(-1), v)  # (B K, G, Dh)
             x = torch.addmm(x, seen.view(self.flat), out)
-            gate, up = ((x / length(x)) @ wide).chunk(2, dim=-1)
+            gate, up = ((x / length(x)) @ wide).split_with_sizes(self.halves, -1)
             x = torch.addmm(x, F.gelu(gate, approximate="tanh") * up, down)
         return (x / length(x)) @ self.head
 
@@ -460,6 +463,35 @@ scores, token = [], slow[:, 0]
 few = operations(lambda: scores.append(decoder(token)))
 torch.testing.assert_close(scores[0][:, None], steps[1], rtol=1e-4, atol=1e-4)
 print(f"{per_step} operations before, {few} now, the same scores")
+
+# %% [markdown]
+# Large models, too, do something for nothing. In bfloat16 a CPU multiplies with the library oneDNN,
+# made for many rows; given one, it reads weights at half the memory's speed. PyTorch has a product of
+# its own that is used when oneDNN is off. Lesson 21 measures both: a 3B token in half the time.
+
+
+# %%
+#| export
+_TURN = Lock()
+
+
+@contextmanager
+def thin_products(model: PaliGemma, rows: int) -> Iterator[None]:
+    """While inside, one row of bfloat16 on a CPU is multiplied by PyTorch, not by oneDNN.
+
+    The switch is the whole process's, so threads that decode take turns, step by step.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        yield
+        return
+    with _TURN:
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = before and rows > 1
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = before
+
 
 # %% [markdown]
 # ## The module
@@ -488,16 +520,17 @@ def _steps(
         attention_mask = None  # no padding: nothing to carry along
     cache = model.make_cache(batch, length + max_new_tokens - 1)  # the last token is never fed
     done, ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device), False
-    fold, decoder = can_fold(model), None
+    fold, decoder, token = can_fold(model), None, None
     for _ in range(max_new_tokens):
         with torch.inference_mode():
-            if fold and len(cache) and decoder is None:
-                decoder = FoldedDecoder(model.language_model, cache, attention_mask)
-            if decoder is not None:
-                logits = decoder(input_ids[:, 0])  # (B, V)
+            if fold and token is not None:
+                if decoder is None:
+                    decoder = FoldedDecoder(model.language_model, cache, attention_mask)
+                logits = decoder(token)  # (B, V)
             else:
                 how = {"cache": cache, "logits_to_keep": 1, "image_features": image_features}
-                logits = model(input_ids, pixel_values, attention_mask, **how).logits[:, -1]
+                with thin_products(model, input_ids.numel()):
+                    logits = model(input_ids, pixel_values, attention_mask, **how).logits[:, -1]
             token = choose(logits)  # (B,)
             if ended:
                 token = token.masked_fill(done, 0)
@@ -509,9 +542,11 @@ def _steps(
         yield token.clone()  # outside: an ordinary tensor, which its reader may change
         if ended and bool(done.all()):
             return
-        input_ids, pixel_values, image_features = token[:, None], None, None
-        if attention_mask is not None and not fold:
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, 1)], dim=1)
+        if not fold:
+            input_ids, pixel_values, image_features = token[:, None], None, None
+            if attention_mask is not None:
+                one = attention_mask.new_ones(batch, 1)
+                attention_mask = torch.cat([attention_mask, one], dim=1)
 
 
 # %% [markdown]
@@ -644,18 +679,6 @@ for row, image, prompt in zip(together, images, prompts):
     alone = generate(model, own["input_ids"], own["pixel_values"])[0]
     assert torch.equal(row[: len(alone)], alone) and not row[len(alone) :].any()
     print(f"{prompt:36} {processor.decode(row):24} {row.tolist()}")
-
-# %% [markdown]
-# ### Chance, repeatable
-#
-# With a temperature above 0 the token is drawn (lesson 17). The draw comes from a `torch.Generator`
-# of our own: its seed repeats the answer, and nobody else's random numbers move.
-
-# %%
-for seed in (1, 1, 2, 3):
-    own = torch.Generator().manual_seed(seed)
-    drawn = generate(model, ids, pixels, temperature=2.0, top_p=0.95, generator=own)
-    print(f"seed {seed}:", processor.decode(drawn[0]))
 
 # %% [markdown]
 # ## Streaming: never half a character
@@ -810,24 +833,18 @@ save_figure(fig, "18_clock")
 # %% [markdown]
 # ## Why is a thin call not cheap?
 #
-# Before a processor can multiply by a weight, the weight has to come from memory. By hand: a matrix
-# of $4 \times 4$, two bytes a number.
+# A weight must come from memory before it multiplies. A $4 \times 4$ matrix, two bytes a number:
 #
-# - One token: $2 \cdot 16 = 32$ operations, 32 bytes to read. One operation a byte.
-# - Eight tokens: 256 operations. The *same* 32 bytes: eight operations a byte.
+# - one token: $2 \cdot 16 = 32$ operations, 32 bytes to read;
+# - eight tokens: 256 operations, the *same* 32 bytes.
 #
-# Operations a byte are called **arithmetic intensity**. With $n$ tokens in a call it is about $n$
-# (in bfloat16).
-
-# %% [markdown]
-# A processor has two speed limits: operations a second ($P$) and bytes a second ($W$). A call takes
-# at least
+# Operations a byte are the **arithmetic intensity**. With $P$ operations and $W$ bytes a second a call
+# takes at least
 #
 # $$\max\left(\frac{\text{operations}}{P},\ \frac{\text{bytes}}{W}\right).$$
 #
-# Below $P / W$ operations a byte it waits for memory (**memory bound**), above it is busy
-# (**compute bound**). Seen on this machine: one matrix of the 3B model's size, with more and more
-# tokens.
+# Below $P / W$ it waits (**memory bound**), above it is busy (**compute bound**). Seen on one matrix of
+# the 3B model:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -921,12 +938,15 @@ for name, (flop, size) in CALLS.items():
     print(f"{name:22} {flop / 1e9:8.0f} {size / 1e9:8.2f} {flop / size:8.1f}")
 
 # %% [markdown]
-# Prefill and decode read the same five gigabytes. Prefill does two hundred times as much with them.
-# Now the two limits of two machines: two cores of one on which this course was made (measured: bfloat16
-# matrix products and memory reads; another had half of that), and an H100 (its data sheet).
+# Prefill and decode read the same five gigabytes. Prefill does two hundred times as much with them. Now
+# the two limits of two machines: this one, as it multiplies and reads right now, and an H100 (its data
+# sheet).
 
-# %%
-MACHINES = {"2 CPU cores": (0.855e12, 47e9), "H100": (989e12, 3350e9)}
+# %% tags=["nbval-ignore-output"]
+wide, rows = torch.randn(16384, 2048).bfloat16(), torch.randn(264, 2048).bfloat16()
+multiply, read = lambda: F.linear(rows, wide), lambda: wide.view(torch.int32).max()
+here = 1e3 * count(multiply) / best_ms(multiply), 1e3 * wide.nbytes / best_ms(read)
+MACHINES = {"this machine": here, "H100": (989e12, 3350e9)}
 for machine, (peak, width) in MACHINES.items():
     print(f"{machine}: memory bound below {peak / width:.0f} operations a byte")
     for name, (flop, size) in CALLS.items():
@@ -950,12 +970,44 @@ ax.set(xlabel="operations a byte", ylabel="Tflop/s, at most", ylim=(3e-4, 4e3), 
 save_figure(fig, "18_roofline")
 
 # %% [markdown]
-# This is called a **roofline**: on the slope the roof is memory, on the flat part arithmetic. For one
-# answer, decode uses a twentieth of the CPU's arithmetic and less than a hundredth of the H100's.
-# *Eight rows cost nearly the same call as one.*
+# A **roofline**: on the slope the roof is memory, on the flat part arithmetic. For one answer, decode
+# uses a small part of the CPU's arithmetic and less than a hundredth of the H100's. *Eight rows cost
+# nearly the same call as one.* One picture cannot fill the H100's prefill. For a single answer only
+# fewer bytes help (lesson 21).
 #
-# And "compute bound" is a property of a call **and** a machine: one picture is too little to fill
-# even the H100's prefill. For a single answer only fewer bytes help: smaller numbers (lesson 21).
+# ### And what helps the prefill?
+#
+# One layer of the 3B model reads 264 tokens, and we take it apart.
+
+# %% tags=["nbval-ignore-output"]
+layer = GemmaDecoderLayer(GemmaConfig(), 0).bfloat16()
+inputs = {width: torch.randn(1, 264, width).bfloat16() for width in (2048, 16384)}
+q, k = (torch.randn(1, heads, 264, 256).bfloat16() for heads in (8, 1))
+cos_sin, gate = RotaryEmbedding(256)(torch.arange(264)[None]), inputs[16384]
+linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
+whole = best_ms(lambda: layer(inputs[2048], *cos_sin))
+times = {
+    "products": best_ms(lambda: [part(inputs[part.in_features]) for part in linears]),
+    "GELU, gate": best_ms(lambda: F.gelu(gate, approximate="tanh") * gate),
+    "attention": best_ms(lambda: grouped_attention(q, k, k)),
+}
+times["norms, RoPE, sums"] = max(0.0, whole - sum(times.values()))
+fig, ax = plt.subplots(figsize=(7.5, 1.5), layout="constrained")
+left, total = 0.0, sum(times.values())
+for (name, value), colour in zip(times.items(), ("together", "language", "vision", "inside")):
+    share = 100 * value / total
+    ax.barh(0, share, left=left, color=COLOURS[colour], ec=COLOURS["paper"], label=name)
+    print(f"{name:18} {value:6.1f} ms, {share:4.1f} %")
+    left += share
+ax.set(yticks=[], xlim=(0, 100), xlabel="percent of a layer's time")
+ax.spines["left"].set_visible(False)
+ax.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+save_figure(fig, "18_layer")
+
+# %% [markdown]
+# Almost all of it are matrix products, by a library that every program here calls. Who makes the same
+# products cannot be much faster; what helps is to make **fewer**: the picture is looked at once, and of
+# the last block only the last position is computed (lesson 12).
 
 # %% [markdown]
 # ## A bug people really make: the picture is looked at again for each word
