@@ -1,9 +1,11 @@
 # Exported from notebooks/18_generation.ipynb — edit there, then run `make sync`.
 """Prefill once, then one token at a time: batches, streaming, stopping."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from statistics import median
 from threading import Lock
 from weakref import WeakKeyDictionary
 
@@ -136,25 +138,52 @@ class FoldedDecoder:
         return (x / length(x)) @ self.head
 
 
-_TURN = Lock()
+_TURN, _PAYS = Lock(), {}
+
+
+@contextmanager
+def _onednn(enabled: bool) -> Iterator[None]:
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and enabled
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def own_product_pays(model: PaliGemma) -> bool:
+    """Whether PyTorch multiplies one row of bfloat16 clearly faster than oneDNN on this machine.
+
+    Tried once for each shape of model and number of threads, in about a token's time.
+    """
+    layers = [[w for w in x.parameters() if w.dim() == 2] for x in model.language_model.layers]
+    weights = [max(layer, key=torch.numel) for layer in layers if layer]
+    key = torch.get_num_threads(), *(w.shape for w in weights)
+    if weights and key not in _PAYS:
+        seconds = {True: [], False: []}  # of oneDNN's product and of PyTorch's
+        for i, weight in enumerate(2 * weights):  # each by both, the others in between
+            enabled = (i % len(weights) + i // len(weights)) % 2 == 0
+            with _onednn(enabled):
+                start = time.perf_counter()
+                F.linear(weight[:1], weight)
+                seconds[enabled].append(time.perf_counter() - start)
+        _PAYS[key] = median(seconds[True]) > 1.2 * median(seconds[False])
+    return _PAYS.get(key, False)
 
 
 @contextmanager
 def thin_products(model: PaliGemma, rows: int) -> Iterator[None]:
-    """While inside, one row of bfloat16 on a CPU is multiplied by PyTorch, not by oneDNN.
+    """While inside, one row of bfloat16 on a CPU is multiplied by whichever product is faster.
 
-    The switch is the whole process's, so threads that decode take turns, step by step.
+    The switch is the whole process's, so threads take turns, step by step.
     """
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         yield
         return
     with _TURN:
-        before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = before and rows > 1
-        try:
+        thin = rows == 1 and torch.backends.mkldnn.enabled
+        with _onednn(not (thin and own_product_pays(model))):
             yield
-        finally:
-            torch.backends.mkldnn.enabled = before
 
 
 def _steps(

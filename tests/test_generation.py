@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import paligemma.generation as generation
 from paligemma.checkpoint import internal_name, load_model
 from paligemma.gemma import GemmaConfig
 from paligemma.generation import (
@@ -19,6 +20,7 @@ from paligemma.generation import (
     can_fold,
     generate,
     generate_steps,
+    own_product_pays,
     stream,
     thin_products,
 )
@@ -386,8 +388,9 @@ def test_a_token_costs_few_operations_and_little_memory():
 
 
 @pytest.fixture
-def thin(checkpoints):
-    """A model in bfloat16 on the CPU, and what its switch said in each forward pass."""
+def thin(checkpoints, monkeypatch):
+    """A model in bfloat16 on a CPU that oneDNN is slow on; what its switch said in each pass."""
+    monkeypatch.setattr(generation, "own_product_pays", lambda model: True)
     model, said = load_model(checkpoints["GQA"], dtype=torch.bfloat16), []
     model.register_forward_pre_hook(lambda *_: said.append(torch.backends.mkldnn.enabled))
     return model, said
@@ -402,6 +405,52 @@ def test_one_row_of_bfloat16_is_multiplied_without_onednn(thin):
     model, said = thin
     generate(model, **one_row(), max_new_tokens=4, eos_token_id=-1)
     assert said == [True, False, False, False] and torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_faster_product_is_found_by_trying(thin, monkeypatch, pays):
+    monkeypatch.undo()
+    tried, linear = [], torch.nn.functional.linear
+
+    def product(x, weight, bias=None):
+        if x.dim() == 2:  # the trial; a model's own have three dimensions
+            tried.append((weight.data_ptr(), torch.backends.mkldnn.enabled))
+            time.sleep(0.03 if torch.backends.mkldnn.enabled is pays else 0.01)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    monkeypatch.setattr(generation, "_PAYS", {})
+    model, said = thin
+    for _ in range(2):
+        generate(model, **one_row(), max_new_tokens=3, eos_token_id=-1)
+    assert said == [True, not pays, not pays] * 2
+    assert torch.backends.mkldnn.enabled
+    layers = model.language_model.layers
+    for count in (len(layers), 2):  # an odd number and an even one
+        assert len(set(tried)) == len(tried) == 2 * count, "each layer by both products, once"
+        tried.clear()
+        model.language_model.layers = layers[:2]
+        assert own_product_pays(model) is pays
+
+
+def test_without_dense_weights_nothing_is_tried(thin, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(generation, "_PAYS", {})
+    model, _ = thin
+    model.language_model.layers = torch.nn.ModuleList()
+    assert own_product_pays(model) is False and generation._PAYS == {}
+
+
+def test_nothing_is_tried_while_onednn_is_off(thin, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(generation, "_PAYS", {})
+    model, _ = thin
+    torch.backends.mkldnn.enabled = False
+    try:
+        generate(model, **one_row(), max_new_tokens=3, eos_token_id=-1)
+    finally:
+        torch.backends.mkldnn.enabled = True
+    assert generation._PAYS == {}, "tried while oneDNN was off: both were the same product"
 
 
 def test_many_rows_and_other_types_keep_onednn(thin):

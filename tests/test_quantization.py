@@ -195,6 +195,37 @@ def test_kernel_and_plain_way_agree_and_are_both_used(kind, monkeypatch):
     assert not called
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "rows", "pairs"),
+    [
+        (2048, 64, 1, True),
+        (2050, 6, 1, True),
+        (4090, 6, 1, False),  # filled up to a page
+        (2048, 63, 1, False),
+        (2048, 64, 2, False),
+        (1024, 64, 1, False),
+        (4096, 64, 1, False),
+    ],
+)
+def test_short_rows_of_eight_bits_are_read_in_pairs(monkeypatch, k, n, rows, pairs):
+    layer, _ = filled("int8", n, k)
+    x, read = torch.randn(rows, k).bfloat16(), []
+    kernel = torch.ops.aten._weight_int8pack_mm
+
+    def spy(x, weight, scales):
+        read.append(weight.shape)
+        assert weight.data_ptr() == layer.qweight.data_ptr(), "a copy of the codes"
+        return kernel(x, weight, scales)
+
+    monkeypatch.setattr(torch.ops.aten, "_weight_int8pack_mm", spy)
+    y = layer(x)
+    filled_up = k + -k % 16
+    assert read == [(n // 2, 2 * filled_up) if pairs else (n, filled_up)]
+    exact = x.double() @ layer.dequantize().double().T
+    gap = (y.double() - exact).abs() / exact.abs().clamp(min=1)
+    assert y.shape == (rows, n) and gap.max() < 2**-7
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_in_any_shape_and_stride(kind):
     layer, _ = filled(kind, 70, 64)
