@@ -138,7 +138,7 @@ class FoldedDecoder:
         return (x / length(x)) @ self.head
 
 
-_TURN, _PAYS = Lock(), {}
+_TURN, _pays = Lock(), WeakKeyDictionary()
 
 
 @contextmanager
@@ -154,12 +154,12 @@ def _onednn(enabled: bool) -> Iterator[None]:
 def own_product_pays(model: PaliGemma) -> bool:
     """Whether PyTorch multiplies one row of bfloat16 clearly faster than oneDNN on this machine.
 
-    Tried once for each shape of model and number of threads, in about a token's time.
+    Tried once for each model and number of threads, in about half a token's time.
     """
-    layers = [[w for w in x.parameters() if w.dim() == 2] for x in model.language_model.layers]
-    weights = [max(layer, key=torch.numel) for layer in layers if layer]
-    key = torch.get_num_threads(), *(w.shape for w in weights)
-    if weights and key not in _PAYS:
+    tried, threads = _pays.setdefault(model, {}), torch.get_num_threads()
+    if threads not in tried:
+        layers = [[w for w in x.parameters() if w.dim() == 2] for x in model.language_model.layers]
+        weights = [max(layer, key=torch.numel) for layer in layers if layer]
         seconds = {True: [], False: []}  # of oneDNN's product and of PyTorch's
         for i, weight in enumerate(2 * weights):  # each by both, the others in between
             enabled = (i % len(weights) + i // len(weights)) % 2 == 0
@@ -167,8 +167,9 @@ def own_product_pays(model: PaliGemma) -> bool:
                 start = time.perf_counter()
                 F.linear(weight[:1], weight)
                 seconds[enabled].append(time.perf_counter() - start)
-        _PAYS[key] = median(seconds[True]) > 1.2 * median(seconds[False])
-    return _PAYS.get(key, False)
+        faster = weights and median(seconds[True]) > 1.2 * median(seconds[False])
+        tried[threads] = bool(faster)
+    return tried[threads]
 
 
 @contextmanager

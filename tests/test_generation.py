@@ -419,7 +419,7 @@ def test_the_faster_product_is_found_by_trying(thin, monkeypatch, pays):
         return linear(x, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", product)
-    monkeypatch.setattr(generation, "_PAYS", {})
+    monkeypatch.setattr(generation, "_pays", weakref.WeakKeyDictionary())
     model, said = thin
     for _ in range(2):
         generate(model, **one_row(), max_new_tokens=3, eos_token_id=-1)
@@ -429,28 +429,29 @@ def test_the_faster_product_is_found_by_trying(thin, monkeypatch, pays):
     for count in (len(layers), 2):  # an odd number and an even one
         assert len(set(tried)) == len(tried) == 2 * count, "each layer by both products, once"
         tried.clear()
+        generation._pays.clear()
         model.language_model.layers = layers[:2]
         assert own_product_pays(model) is pays
 
 
 def test_without_dense_weights_nothing_is_tried(thin, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(generation, "_PAYS", {})
     model, _ = thin
     model.language_model.layers = torch.nn.ModuleList()
-    assert own_product_pays(model) is False and generation._PAYS == {}
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: pytest.fail("a product"))
+    assert own_product_pays(model) is False
 
 
 def test_nothing_is_tried_while_onednn_is_off(thin, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(generation, "_PAYS", {})
+    monkeypatch.setattr(generation, "_pays", weakref.WeakKeyDictionary())
     model, _ = thin
     torch.backends.mkldnn.enabled = False
     try:
         generate(model, **one_row(), max_new_tokens=3, eos_token_id=-1)
     finally:
         torch.backends.mkldnn.enabled = True
-    assert generation._PAYS == {}, "tried while oneDNN was off: both were the same product"
+    assert not generation._pays, "tried while oneDNN was off: both were the same product"
 
 
 def test_many_rows_and_other_types_keep_onednn(thin):

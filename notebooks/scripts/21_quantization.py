@@ -1071,9 +1071,8 @@ def wide_layer(mode):
 
 
 dense = nn.Linear(2048, 16384, bias=False, dtype=torch.bfloat16)
-one_of_each = {"16 bits, PyTorch": dense, "16 bits, oneDNN": dense} | {
-    m: wide_layer(m) for m in MODES
-}
+one_of_each = {"16 bits, PyTorch": dense, "16 bits, oneDNN": dense}
+one_of_each |= {mode: wide_layer(mode) for mode in MODES}
 threads = torch.get_num_threads()
 torch.set_num_threads(1)
 x, measured = torch.randn(1, 2048).bfloat16(), {}
@@ -1143,7 +1142,7 @@ save_figure(fig, "21_rows")
 
 # %% [markdown]
 # What to notice: the kernel starts lowest and rises with every row; the chunks start high, at the price of
-# unpacking, and end near the ordinary product. The layer changes over at the dotted line. For many
+# unpacking, and hardly rise. The layer changes over at the dotted line. For many
 # rows few bits bring **nothing**: prefill does not get faster.
 
 # %% [markdown]
