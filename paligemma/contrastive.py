@@ -1,4 +1,4 @@
-# Exported from notebooks/24_contrastive.ipynb — edit there, then run `make sync`.
+# Exported from notebooks/26_contrastive.ipynb — edit there, then run `make sync`.
 """The sigmoid image–text loss that trained SigLIP, and the two towers that it trains."""
 
 import math

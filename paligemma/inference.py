@@ -1,4 +1,4 @@
-# Exported from notebooks/22_inference.ipynb — edit there, then run `make sync`.
+# Exported from notebooks/24_inference.ipynb — edit there, then run `make sync`.
 """The whole model behind one object and one command."""
 
 import argparse
@@ -215,7 +215,7 @@ def load(
         device: "cpu", "cuda", "mps".
         dtype: to compute in; None: float32 for a small checkpoint, else the type it is stored in
             (quantised weights: always that).
-        quantize: "int8" or "int4": fewer bits a weight in the language model (lesson 21); None: as
+        quantize: "int8" or "int4": fewer bits a weight in the language model (lesson 22); None: as
             the checkpoint is. What `save_quantized` wrote is recognised.
         progress: show a bar on standard error while loading.
 

@@ -1,4 +1,4 @@
-# Exported from notebooks/26_lora.ipynb — edit there, then run `make sync`.
+# Exported from notebooks/29_lora.ipynb — edit there, then run `make sync`.
 """LoRA: leave the weights alone and learn a small correction of low rank beside them."""
 
 import json

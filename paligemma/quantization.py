@@ -1,4 +1,4 @@
-# Exported from notebooks/21_quantization.ipynb — edit there, then run `make sync`.
+# Exported from notebooks/22_quantization.ipynb — edit there, then run `make sync`.
 """Weights in eight or four bits: a smaller model that decodes faster, because it reads less."""
 
 import json

@@ -1,4 +1,4 @@
-# Exported from notebooks/23_scenes.ipynb — edit there, then run `make sync`.
+# Exported from notebooks/25_scenes.ipynb — edit there, then run `make sync`.
 """Composed emoji scenes whose captions, counts, places, boxes and masks are true by design."""
 
 import itertools

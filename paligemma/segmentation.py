@@ -1,4 +1,4 @@
-# Exported from notebooks/20_segmentation.ipynb — edit there, then run `make sync`.
+# Exported from notebooks/21_segmentation.ipynb — edit there, then run `make sync`.
 """Masks as words: a learned codec of sixteen codes a mask, and objects with masks in an answer."""
 
 import os

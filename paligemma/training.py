@@ -1,4 +1,4 @@
-# Exported from notebooks/25_training.ipynb — edit there, then run `make sync`.
+# Exported from notebooks/27_training.ipynb — edit there, then run `make sync`.
 """Training a PaliGemma: batches, the prefix-LM loss, the schedule, checkpoints, evaluation."""
 
 import argparse

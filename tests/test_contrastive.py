@@ -1,4 +1,4 @@
-"""Lesson 24: the sigmoid loss, its chunked form, and the two towers."""
+"""Lesson 26: the sigmoid loss, its chunked form, and the two towers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Lesson 23: the scenes are what they say, the same everywhere, and apart between splits."""
+"""Lesson 25: the scenes are what they say, the same everywhere, and apart between splits."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""Lesson 20: masks as words. The published file's shapes, the codec that ships, untrusted text."""
+"""Lesson 21: masks as words. The published file's shapes, the codec that ships, untrusted text."""
 
 import importlib.util
 import math
@@ -418,7 +418,7 @@ def test_the_places_in_the_lesson_are_those_of_the_scene():
     spec = importlib.util.spec_from_file_location("scene_tool", ROOT / "tools" / "make_assets.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    pair = (ROOT / "notebooks" / "scripts" / "20_segmentation.py").read_text()
+    pair = (ROOT / "notebooks" / "scripts" / "21_segmentation.py").read_text()
     (line,) = (line for line in pair.split("\n") if line.startswith("PLACED = "))
     kinds, places, *_ = tool.DEMOS["scene"]
     assert eval(line.removeprefix("PLACED = ")) == [(k, *p) for k, p in zip(kinds, places)]

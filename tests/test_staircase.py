@@ -43,7 +43,7 @@ def lessons_of(names):
 def too_late(stem, names):
     """Imports that break the order: a lesson not before `stem`, or the package as a whole.
 
-    `import paligemma` brings in `load` of lesson 22, so only later lessons may use it.
+    `import paligemma` brings in `load` of lesson 24, so only later lessons may use it.
     """
     number = NUMBERS[stem]
     whole = NUMBERS.get("inference", 22)

@@ -4,7 +4,7 @@ Each runs in a process of one thread until it has used up its minutes of process
 clock on the wall: a busy machine changes nothing), validation not counted, at a constant rate.
 
     python tools/compare_training.py runs/compare            # train all, two at a time, or go on
-    python tools/compare_training.py runs/compare --write    # their curves, for lesson 25
+    python tools/compare_training.py runs/compare --write    # their curves, for lesson 27
 """
 
 import argparse
@@ -80,7 +80,7 @@ def captions(made: list, tokenizer) -> tuple[list[int], torch.Tensor]:
 
 
 def contrast(run: Trainer, seconds: float) -> None:
-    """Train the vision tower on pairs of scene and caption, with SigLIP's loss (lesson 24)."""
+    """Train the vision tower on pairs of scene and caption, with SigLIP's loss (lesson 26)."""
     config, tokenizer = run.config, run.processor.tokenizer
     text = SiglipTextConfig(
         vocab_size=run.model.config.text_config.vocab_size,

@@ -85,7 +85,7 @@ The first eight test scenes whose caption is not right in every word.
 * Data: `paligemma.scenes`, composed while training, {seen:,} pictures in all. One pair of kinds
   in ten never stands together in a training scene.
 * Masks: `mask_codec.safetensors`, a VQ-VAE of {codec:,} parameters (`tools/train_codec.py`,
-  lesson 20). Masks of test scenes come back from their sixteen codes with a mean overlap of
+  lesson 21). Masks of test scenes come back from their sixteen codes with a mean overlap of
   {codec_overlap:.3f}: the ceiling of the row "segment".
 * {look_steps} steps: the vision tower alone learns what each patch shows (a linear head, thrown
   away after). Then {speak_steps} steps of the prefix-LM loss, {questions} short questions and

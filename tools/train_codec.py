@@ -3,7 +3,7 @@
 Masks come from two places, half and half: what is visible of objects in training scenes (lesson
 23), and every shape of Noto emoji (npm package `emoji-datasource-google`) turned, stretched and
 partly covered. Of the emoji that are no kind of the scenes, every eighth is never trained on: they
-measure the codec (arrows, letters and other signs left out), and lesson 20 shows 48 of them, from
+measure the codec (arrows, letters and other signs left out), and lesson 21 shows 48 of them, from
 `paligemma/assets/mask_codec/held_out.png`.
 
     python tools/train_codec.py --work build/codec          # npm pack, then about ten minutes
@@ -271,7 +271,7 @@ def polish(codec, pools, held, steps, batch=128, peak=1e-3):
 
 
 def show_held_out(held):
-    """Write the picture of held-out shapes that lesson 20 reads."""
+    """Write the picture of held-out shapes that lesson 21 reads."""
     HELD_OUT.parent.mkdir(parents=True, exist_ok=True)
     chosen = held[torch.linspace(0, len(held) - 1, SHOWN).round().long()]
     sheet = chosen.unflatten(0, (-1, 8)).permute(0, 2, 1, 3).flatten(0, 1).flatten(1)

@@ -83,8 +83,8 @@ _ = torch.manual_seed(0)
 #
 # ### Picture and prompt become tensors
 #
-# The **image processor** (lesson 02) squashes the picture to a square and scales its numbers to
-# −1 … 1. The **tokenizer** (lesson 06) cuts the prompt into pieces. The **processor** (lesson 14)
+# The **image processor** ([lesson 02](02_image_processor.ipynb)) squashes the picture to a square and scales its numbers to
+# −1 … 1. The **tokenizer** ([lesson 06](06_tokenizer.ipynb)) cuts the prompt into pieces. The **processor** ([lesson 14](14_processor.ipynb))
 # lays both out in one row.
 
 # %%
@@ -106,7 +106,7 @@ print([processor.tokenizer.sp.id_to_piece(i) for i in ids[count:]])
 # ### The picture becomes 64 vectors
 #
 # The **vision tower** (lessons 03–05) cuts 8 × 8 patches of 14 × 14 pixels and lets them look at
-# each other. The **projector** (lesson 15) brings the result to the language model's width.
+# each other. The **projector** ([lesson 15](15_model.ipynb)) brings the result to the language model's width.
 
 # %%
 with torch.no_grad():
@@ -119,8 +119,8 @@ print(
 # %% [markdown]
 # ### One sequence
 #
-# The prompt's pieces are looked up in a table (the **embedding**, lesson 12) and the picture's
-# vectors take the places that were kept free (lesson 15).
+# The prompt's pieces are looked up in a table (the **embedding**, [lesson 12](12_gemma.ipynb)) and the picture's
+# vectors take the places that were kept free ([lesson 15](15_model.ipynb)).
 
 # %%
 with torch.no_grad():
@@ -132,7 +132,7 @@ print(tuple(sequence.shape), "=", count, "image vectors +", len(ids) - count, "t
 #
 # In the language model every vector looks at others, but not at all of them. Picture and prompt see
 # each other in both directions; an answer sees them and its own past. That is the **prefix-LM
-# mask** (lesson 15). Here with 4 image tokens, 3 of the prompt and 3 of the answer:
+# mask** ([lesson 15](15_model.ipynb)). Here with 4 image tokens, 3 of the prompt and 3 of the answer:
 
 # %%
 types = torch.tensor([[0] * 7 + [1] * 3])  # 0 prefix, 1 answer
@@ -191,7 +191,7 @@ print(text)
 # ## The fast way
 #
 # `pg(...)` reads picture and prompt once, remembers the keys and values of attention (the **KV
-# cache**, lesson 11) and then reads one piece a step (lesson 18). The words are the same; that is
+# cache**, [lesson 11](11_kv_cache.ipynb)) and then reads one piece a step ([lesson 18](18_generation.ipynb)). The words are the same; that is
 # the point of a cache.
 
 # %%
@@ -289,7 +289,7 @@ show_images(photographs, guesses, height=2.6)
 # %% [markdown]
 # Nothing in its training looked like a photograph *of* something; photographs were only background.
 # PaliGemma itself is the same program with far more numbers in it, learned from a billion pictures.
-# Its weights can be downloaded, and lesson 22 loads them.
+# Its weights can be downloaded, and [lesson 24](24_inference.ipynb) loads them.
 
 # %% [markdown]
 # ## At full size

@@ -689,7 +689,7 @@ show_images([boxes, masks, draw_caption(cat, "a cat looks past the camera")], he
 # ### Where a model looks
 #
 # A vision transformer does not read pixels one by one. It cuts the picture into square *patches*
-# and gives each a vector (lesson 03). Attention is then one weight for each patch.
+# and gives each a vector ([lesson 03](03_patch_embedding.ipynb)). Attention is then one weight for each patch.
 # `show_attention` lights up the picture where the weights are high.
 
 

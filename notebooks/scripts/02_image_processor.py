@@ -33,7 +33,7 @@ model_map("image_processor")
 # %% [markdown]
 # ## Setup
 #
-# From lesson 01 we take the sample photographs and the drawing helpers. Pillow reads the files; NumPy calculates. Nothing here is random.
+# From [lesson 01](01_plotting.ipynb) we take the sample photographs and the drawing helpers. Pillow reads the files; NumPy calculates. Nothing here is random.
 
 # %%
 #| export
@@ -257,7 +257,7 @@ assert gap.max() <= 1 and (gap > 0).sum() <= 10
 # %% [markdown]
 # ### From bytes to floats, and back
 #
-# The rest is short. Bytes 0…255 become $[0, 1]$, then $(x - 0.5) / 0.5$ brings them to $[-1, 1]$: grey is 0, and dark and bright are equally far from it. At last, channels first (lesson 01).
+# The rest is short. Bytes 0…255 become $[0, 1]$, then $(x - 0.5) / 0.5$ brings them to $[-1, 1]$: grey is 0, and dark and bright are equally far from it. At last, channels first ([lesson 01](01_plotting.ipynb)).
 #
 # Everything after the resize can be undone without loss. This gives us the most useful tool of the lesson: a function that shows **what the model received**.
 
@@ -723,7 +723,7 @@ for size in (224, 448, 896):
     print(f"resize and normalise, {size}: {speed(how):.0f} ms")
 
 # %% [markdown]
-# The first pass dominates: it touches every pixel of the photograph, whatever the new size. The vision tower (lesson 05) has hundreds of times as much to do.
+# The first pass dominates: it touches every pixel of the photograph, whatever the new size. The vision tower ([lesson 05](05_siglip.ipynb)) has hundreds of times as much to do.
 #
 # In time, measured on this machine, most goes into the large photograph too: decoding it, and the first pass. Who trains on large photographs stores them small; otherwise the accelerator waits for JPEG.
 
@@ -763,7 +763,7 @@ save_figure(show_images(pictures, titles, columns=6, height=1.5), "02_bug.png")
 # %% [markdown]
 # Both complaints in one look. **A** swaps red and blue (BGR). **B** forgot the last step: no pixel is darker than mid-grey. *Fog* was an exact description.
 #
-# How bad is it? For colour: which of seven names is nearest to the suit's mean? For fog: cut the picture into patches, as lesson 03 will. What *differs* between patches is information. Which share of the numbers' energy (sum of squares) is it?
+# How bad is it? For colour: which of seven names is nearest to the suit's mean? For fog: cut the picture into patches, as [lesson 03](03_patch_embedding.ipynb) will. What *differs* between patches is information. Which share of the numbers' energy (sum of squares) is it?
 
 # %%
 NAMES = {

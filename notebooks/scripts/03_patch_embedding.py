@@ -33,8 +33,8 @@ model_map("patch_embedding")
 # %% [markdown]
 # ## Setup
 #
-# From earlier lessons we need the drawing helpers (lesson 01) and the `ImageProcessor`, which
-# turns a picture file into numbers between −1 and 1 (lesson 02).
+# From earlier lessons we need the drawing helpers ([lesson 01](01_plotting.ipynb)) and the `ImageProcessor`, which
+# turns a picture file into numbers between −1 and 1 ([lesson 02](02_image_processor.ipynb)).
 
 # %%
 #| export
@@ -69,7 +69,7 @@ _ = torch.manual_seed(0)
 # A transformer reads a **sequence of vectors**: token 0, token 1, token 2 … A picture is a grid of
 # pixels, and each pixel is only three numbers. Something has to stand between the two.
 #
-# One token for each pixel? Attention (lesson 04) compares each token with each other token, so the
+# One token for each pixel? Attention ([lesson 04](04_siglip_attention.ipynb)) compares each token with each other token, so the
 # work grows with the *square* of their number. Let us count.
 
 # %%
@@ -478,7 +478,7 @@ print(f"{patch_part:,} of {tower:,} parameters: {patch_part / tower:.2%}")
 # %% [markdown]
 # Twice the side: four times the tokens, FLOPs and output; of the weights only the table grows.
 # Last line: the part's share of the whole tower at 224, whose 27 blocks are counted by formula
-# (lesson 05 builds them). The part is nearly free; its *choice* is dear, since it fixes how many
+# ([lesson 05](05_siglip.ipynb) builds them). The part is nearly free; its *choice* is dear, since it fixes how many
 # tokens all later layers carry.
 #
 # Now the time on this machine: the module at each size, then the three ways at 448.

@@ -33,8 +33,8 @@ model_map("siglip_attention")
 # %% [markdown]
 # ## Setup
 #
-# From earlier lessons: the drawing helpers (lesson 01) and the `ImageProcessor` (lesson 02).
-# Patches are cut with `F.unfold`, as in lesson 03. The cells that begin with `#| export` become the
+# From earlier lessons: the drawing helpers ([lesson 01](01_plotting.ipynb)) and the `ImageProcessor` ([lesson 02](02_image_processor.ipynb)).
+# Patches are cut with `F.unfold`, as in [lesson 03](03_patch_embedding.ipynb). The cells that begin with `#| export` become the
 # file [siglip_attention.py](../paligemma/siglip_attention.py).
 
 # %%
@@ -69,7 +69,7 @@ _ = torch.manual_seed(4)
 # %% [markdown]
 # ## The problem
 #
-# After lesson 03 each patch is a vector, made from its own 14 × 14 pixels and nothing else. Look at
+# After [lesson 03](03_patch_embedding.ipynb) each patch is a vector, made from its own 14 × 14 pixels and nothing else. Look at
 # the three patches on the left, alone. What do they show? Then look at where they come from.
 
 # %%
@@ -360,7 +360,7 @@ class SiglipAttention(nn.Module):
 
 # %% [markdown]
 # Three checks: equal to the loop; shuffled patches come out shuffled alike, since attention knows
-# no order; and mixing happens: change one patch, see which outputs move. After lesson 03 it was
+# no order; and mixing happens: change one patch, see which outputs move. After [lesson 03](03_patch_embedding.ipynb) it was
 # one.
 
 # %%
@@ -878,7 +878,7 @@ check(test_3, attend_stream)
 # </details>
 
 # %% [markdown]
-# **2.** Lesson 03 added positions to the patches. What would this layer do without them?
+# **2.** [Lesson 03](03_patch_embedding.ipynb) added positions to the patches. What would this layer do without them?
 #
 # <details><summary>Answer</summary>
 #

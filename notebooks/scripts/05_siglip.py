@@ -68,7 +68,7 @@ _ = torch.manual_seed(5)
 # %% [markdown]
 # ## The problem
 #
-# One round of attention (lesson 04) is not enough: an ear is found from edges, a head from ears and
+# One round of attention ([lesson 04](04_siglip_attention.ipynb)) is not enough: an ear is found from edges, a head from ears and
 # eyes. So we stack rounds. But attention only *averages*. Let us do it 27 times with the cat: each
 # patch begins as its mean colour, and in each round becomes a weighted mean of all.
 
@@ -224,7 +224,7 @@ def mlp_loop(x, fc1, fc2):
 
 
 # %% [markdown]
-# A whole block, on $N = 5$ patches of width $D = 6$ with 9 neurons. Attention is lesson 04's.
+# A whole block, on $N = 5$ patches of width $D = 6$ with 9 neurons. Attention is [lesson 04](04_siglip_attention.ipynb)'s.
 # Everything gets random weights, the norms too: a norm of ones and zeros would hide mistakes.
 
 # %%
@@ -515,7 +515,7 @@ assert all(gap <= 1e-5 for gap in gaps)
 #
 # Random weights have nothing to show. But a small PaliGemma ships with this course, trained on
 # pictures of emoji: 4 blocks of width 128, pictures of 112 pixels, $8 \times 8$ patches. We take its
-# vision weights straight from the file. (Lesson 16 does this for whole models.)
+# vision weights straight from the file. ([Lesson 16](16_checkpoint.ipynb) does this for whole models.)
 
 # %%
 tiny_config = SiglipVisionConfig(
@@ -673,7 +673,7 @@ save_figure(fig, "05_additions.png")
 # last MLP writes most. The things show in the MLPs, as brighter or darker than their surroundings.
 #
 # Long is not the same as important. But this exact sum is what many methods of looking inside start
-# from (lesson 28).
+# from.
 
 # %% [markdown]
 # ## At full size
@@ -738,7 +738,7 @@ print(f"27 blocks: about {27 * one:.1f} s a picture here, {27 * work / 1e9:.0f} 
 
 # %% [markdown]
 # This is paid once a picture. The vision tower does *not* run again for each word of the answer
-# (lesson 18); implementations that forget this pay it dozens of times.
+# ([lesson 18](18_generation.ipynb)); implementations that forget this pay it dozens of times.
 
 # %% [markdown]
 # ## A bug people really make: almost the same GELU
@@ -1000,7 +1000,7 @@ check(test_3, SneakyLayer)
 # <details><summary>Answer</summary>
 #
 # Those norms were for the branches; the stream itself was never normalised and has grown. Whoever
-# reads it next (here the projector of lesson 15) gets numbers of a known size, as every branch did.
+# reads it next (here the projector of [lesson 15](15_model.ipynb)) gets numbers of a known size, as every branch did.
 #
 # </details>
 

@@ -33,7 +33,7 @@ model_map("tokenizer")
 # %% [markdown]
 # ## Setup
 #
-# Only the drawing helpers of lesson 01 are needed. `sentencepiece` is the library behind the published tokenizer. Training it on a few sentences takes a fraction of a second.
+# Only the drawing helpers of [lesson 01](01_plotting.ipynb) are needed. `sentencepiece` is the library behind the published tokenizer. Training it on a few sentences takes a fraction of a second.
 
 # %%
 #| export
@@ -544,7 +544,7 @@ print(f"{count} texts, {sum(stored[f'ids_{i}'].numel() for i in range(count))} i
 # %% [markdown]
 # ## See it
 #
-# A box as text. A box has four numbers: how far down and how far right its first corner lies, then the second. Each is a share of the height or the width; we give it one of 1024 steps, and each step is a *word*. (Lesson 19 does it with care.)
+# A box as text. A box has four numbers: how far down and how far right its first corner lies, then the second. Each is a share of the height or the width; we give it one of 1024 steps, and each step is a *word*. ([Lesson 19](19_detection.ipynb) does it with care.)
 
 # %%
 cat = sample_picture("cat")

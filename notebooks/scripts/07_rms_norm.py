@@ -147,7 +147,7 @@ print("10 x / rms:  ", 10 * x / rms(10 * x))
 #
 # ### The older one: LayerNorm
 #
-# SigLIP (lesson 05) uses LayerNorm. It first subtracts the mean, here 2, and then divides by the
+# SigLIP ([lesson 05](05_siglip.ipynb)) uses LayerNorm. It first subtracts the mean, here 2, and then divides by the
 # root mean square of what is left:
 #
 # $$\text{LayerNorm: } \frac{x - \bar x}{\operatorname{rms}(x - \bar x)} \qquad
@@ -232,7 +232,7 @@ print("size of each row after: ", rms(slow))
 
 # %% [markdown]
 # Each token is normalised **alone**: no statistic mixes tokens, pictures or the batch. So the
-# result for a token does not depend on who else is in the batch, and a cached token (lesson 11)
+# result for a token does not depend on who else is in the batch, and a cached token ([lesson 11](11_kv_cache.ipynb))
 # stays valid.
 #
 # ## Vectorised
@@ -412,7 +412,7 @@ print("bfloat16      equal, bit for bit")
 # ## See it: a picture through the norm
 #
 # The vectors of a language model cannot be looked at. But a patch of pixels is a vector too, of
-# numbers between −1 (black) and 1 (white). So cut a grey cat into patches (lesson 03; 196 numbers
+# numbers between −1 (black) and 1 (white). So cut a grey cat into patches ([lesson 03](03_patch_embedding.ipynb); 196 numbers
 # each without colour), normalise each one, and draw it again.
 
 # %%
@@ -470,7 +470,7 @@ print(f"ratio of FLOPs 1 : {linear_flops // norm_flops}")
 # A processor can do tens of operations while one byte arrives. A norm asks for *one*: it is
 # **memory bound**, its time is the time to move the vector. So it costs more time than its FLOPs
 # suggest. A fused kernel, which reads once and writes once, helps; our lines walk over the vector
-# several times. Beside an MLP (lesson 08) it stays small all the same. Measured here, in float32:
+# several times. Beside an MLP ([lesson 08](08_geglu.ipynb)) it stays small all the same. Measured here, in float32:
 
 
 # %% tags=["nbval-ignore-output"]

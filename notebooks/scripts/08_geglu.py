@@ -64,7 +64,7 @@ torch.set_printoptions(precision=3, sci_mode=False)
 #
 # Attention moves information *between* tokens. Then each token has to think about what it
 # collected, **alone**. That is the work of the **MLP** (multi-layer perceptron): widen the vector to
-# many *neurons*, bend each number, narrow back. In SigLIP (lesson 05) a neuron computes
+# many *neurons*, bend each number, narrow back. In SigLIP ([lesson 05](05_siglip.ipynb)) a neuron computes
 #
 # $$\text{gelu}(u \cdot x)$$
 #
@@ -436,7 +436,7 @@ save_figure(fig, "08_share")
 
 # %% [markdown]
 # PaliGemma is mostly GeGLU. (Projector and norms are too thin to label.) Whoever wants a smaller or
-# faster model starts here: quantisation (lesson 21) is mainly about these matrices.
+# faster model starts here: quantisation ([lesson 22](22_quantization.ipynb)) is mainly about these matrices.
 #
 # A weight costs two FLOPs a token. And each must be *read*, once for all tokens that are
 # processed together. We measure a quarter of a layer (4,096 neurons, float32), to keep the notebook

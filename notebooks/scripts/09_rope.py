@@ -85,7 +85,7 @@ for order in orders:
 #
 # ## Add a vector, or turn one?
 #
-# SigLIP *added* a learned vector for each place (lesson 03): a table with a last row. In text
+# SigLIP *added* a learned vector for each place ([lesson 03](03_patch_embedding.ipynb)): a table with a last row. In text
 # the useful fact is relative: *two words before me*. RoPE (rotary position embedding) **turns**
 # queries and keys by an angle proportional to their position.
 
@@ -790,7 +790,7 @@ check(test_3, half_order)
 # </details>
 
 # %% [markdown]
-# **2.** The prompt's keys are in a cache (lesson 11), already turned. A new token arrives. Must
+# **2.** The prompt's keys are in a cache ([lesson 11](11_kv_cache.ipynb)), already turned. A new token arrives. Must
 # the cached keys be turned again?
 #
 # <details><summary>Answer</summary>

@@ -116,7 +116,7 @@ save_figure(fig, "10_query_groups")
 # Three tokens of width 4, two query heads, **one** key/value head. To keep the arithmetic in whole
 # numbers we choose the projections ourselves: head 0 asks with the token as it is, head 1 with its
 # channels in reverse; the key is twice the token, the value is the token. (No rotation here;
-# lesson 09 did that.)
+# [lesson 09](09_rope.ipynb) did that.)
 
 # %%
 x = torch.tensor([[1.0, 0, 0, 1], [0, 2, 0, 0], [1, 0, 1, 0]])  # (L, D) = (3, 4)
@@ -396,7 +396,7 @@ print("out            ", tuple(layer(hidden, cos, sin).shape))
 
 # %% [markdown]
 # The cache argument is a promise, not a class: anything with `update(layer_idx, k, v)` that
-# returns all keys and values so far. Lesson 11 builds a good one. Three lines are enough to test
+# returns all keys and values so far. [Lesson 11](11_kv_cache.ipynb) builds a good one. Three lines are enough to test
 # the promise: one token at a time has to give the same as all tokens at once under a causal mask.
 
 

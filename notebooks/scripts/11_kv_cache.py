@@ -159,7 +159,7 @@ class Toy(nn.Module):
 
 # %% [markdown]
 # The mask for `new` tokens that follow `old` ones: new token $i$ sees all old tokens, the new ones
-# before it, and itself. (True = may look, as in lesson 10.)
+# before it, and itself. (True = may look, as in [lesson 10](10_grouped_query_attention.ipynb).)
 
 
 # %%
@@ -171,7 +171,7 @@ print(causal(2, old=3).int()[0, 0])
 
 # %% [markdown]
 # The plainest loop: all words so far go in, the scores after the last word decide, the best word is
-# appended. (Always taking the best is called **greedy**; lesson 17 has other ways.)
+# appended. (Always taking the best is called **greedy**; [lesson 17](17_sampling.ipynb) has other ways.)
 
 
 # %%
@@ -213,7 +213,7 @@ def answer_cached(model, ids, steps, cache):
 
 
 # %% [markdown]
-# The first cache is the table from above, one for each layer. Lesson 10 fixed the contract:
+# The first cache is the table from above, one for each layer. [Lesson 10](10_grouped_query_attention.ipynb) fixed the contract:
 # `update(layer_idx, k, v)` takes the new keys and values and returns all of them.
 
 
@@ -553,7 +553,7 @@ save_figure(fig, "11_slots.png")
 # ### What is saved
 #
 # An answer of 100 tokens, in tokens that pass through the 3B model. Each costs about two operations
-# for each of its 2.5 billion weights (lesson 12 counts them).
+# for each of its 2.5 billion weights ([lesson 12](12_gemma.ipynb) counts them).
 
 # %%
 prompt_length, steps = 264, 100
@@ -709,7 +709,7 @@ check(test_1, answer)
 
 # %% [markdown]
 # So one cannot keep the keys of a picture and ask a second question about it: in PaliGemma picture
-# and prompt see each other (lesson 15), and from layer 1 on the picture's keys know the question.
+# and prompt see each other ([lesson 15](15_model.ipynb)), and from layer 1 on the picture's keys know the question.
 
 # %% [markdown]
 # ### Exercise 2 (fill in): how many answers fit?

@@ -34,8 +34,8 @@ model_map("gemma")
 # %% [markdown]
 # ## Setup
 #
-# Everything comes together: norm ([7](07_rms_norm.ipynb)), GeGLU ([8](08_geglu.ipynb)), RoPE
-# ([9](09_rope.ipynb)), attention ([10](10_grouped_query_attention.ipynb)) and cache
+# Everything comes together: norm ([07](07_rms_norm.ipynb)), GeGLU ([08](08_geglu.ipynb)), RoPE
+# ([09](09_rope.ipynb)), attention ([10](10_grouped_query_attention.ipynb)) and cache
 # ([11](11_kv_cache.ipynb)). The cells with `#| export` become
 # [gemma.py](../paligemma/gemma.py); the first is its opening.
 
@@ -173,7 +173,7 @@ print(f"scores of a random normalised vector: {size(table @ torch.randn(D)):.1f}
 # %% [markdown]
 # The published weights were trained with the factor rounded to *their* type. In bfloat16, which
 # keeps 8 significant bits, $\sqrt{2048}$ is another number, and the reference multiplies by that
-# one. (Positions must not be rounded so: bfloat16 cannot count above 256, lesson 9.)
+# one. (Positions must not be rounded so: bfloat16 cannot count above 256, [lesson 09](09_rope.ipynb).)
 
 # %%
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -184,7 +184,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 #
 # A whole Gemma, as plainly as possible: one token, one layer, one head at a time, and no class.
 # The weights are a dictionary; its names are those of the published files. All sizes differ, so
-# that none can be mistaken for another. Then norm and rotation (lessons 7 and 9), in a line or two.
+# that none can be mistaken for another. Then norm and rotation (lessons [07](07_rms_norm.ipynb) and [09](09_rope.ipynb)), in a line or two.
 
 # %%
 V, D, WIDE, LAYERS, H, K, Dh = 11, 16, 40, 2, 4, 2, 6
@@ -217,7 +217,7 @@ def turn(x, position):
 
 # %% [markdown]
 # One block for one token. `kept` is the list of keys and values of this layer, one entry for each
-# token so far: lesson 11's table. The loop is causal by construction: what comes later is not in
+# token so far: [lesson 11](11_kv_cache.ipynb)'s table. The loop is causal by construction: what comes later is not in
 # the list yet.
 
 
@@ -538,7 +538,7 @@ print(f"untrained, it repeats its last letter in {repeats:.0%} of all places")
 # %% [markdown]
 # The pencil was right: untrained blocks add little, so it repeats. Now the training. In each step
 # the model sees the whole rhyme and is asked, at *every* position, for the next letter; the causal
-# mask makes this fair. (Lesson 25 treats training properly.)
+# mask makes this fair. ([Lesson 27](27_training.ipynb) treats training properly.)
 
 # %% tags=["nbval-ignore-output"]
 optimizer = torch.optim.Adam(micro.parameters(), lr=3e-3)
@@ -732,7 +732,7 @@ print(
 
 # %% [markdown]
 # A quarter more work for numbers that nobody reads. That is why `logits` is a method of its own:
-# lesson 15 hands it one position.
+# [lesson 15](15_model.ipynb) hands it one position.
 #
 # The same thought one floor down: of the **last block** all keys and values are wanted, because later
 # tokens look at them, but only one query and one MLP. `model(x, positions, keep=1)` leaves out the rest:
@@ -798,12 +798,12 @@ save_figure(fig, "12_patients")
 
 # %% [markdown]
 # - **A** is healthy up to the last norm: a separate head was made and never filled (loading was
-#   not strict, lesson 16).
+#   not strict, [lesson 16](16_checkpoint.ipynb)).
 # - **B** embeds rightly, then the first block is wrong: $w$ alone is close to 0, so every norm
 #   silences its part, the last one the logits.
 # - **C** is wrong from the first number on: $\sqrt D$ is missing. It never recovers.
 #
-# The lesson: loss says *that*, the first difference says *where*. (Lesson 28 makes a tool of it.)
+# The lesson: loss says *that*, the first difference says *where*.
 
 # %% [markdown]
 # ## Exercises

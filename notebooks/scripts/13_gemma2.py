@@ -197,7 +197,7 @@ ax.set_xticks(range(4), words)
 _ = ax.legend()
 
 # %% [markdown]
-# The order stays, so the **greedy answer stays**. The certainty does not: sampling (lesson 17) picks
+# The order stays, so the **greedy answer stays**. The certainty does not: sampling ([lesson 17](17_sampling.ipynb)) picks
 # "kitten" far more often. Whoever leaves this cap out gets the right greedy text and the wrong
 # probabilities.
 
@@ -348,7 +348,7 @@ class Gemma2Config:
 
 
 # %% [markdown]
-# Then attention itself. Heads of a group are laid along the sequence, as in lesson 10, so that no key
+# Then attention itself. Heads of a group are laid along the sequence, as in [lesson 10](10_grouped_query_attention.ipynb), so that no key
 # is copied.
 
 
@@ -445,7 +445,7 @@ print("the tenth token sees:", step[0, 0, 0].nonzero()[:, 0].tolist())
 print("nothing to cut, same mask:", window_mask(None, 1, 4, W) is None)
 
 # %% [markdown]
-# Attention as a class: the four matrices come from lesson 10 unchanged. Even layers have a window.
+# Attention as a class: the four matrices come from [lesson 10](10_grouped_query_attention.ipynb) unchanged. Even layers have a window.
 
 
 # %%
@@ -569,7 +569,7 @@ save_figure(fig, "13_norms")
 # ### The model
 #
 # Embedding, rotation and tied head as before; the head ends in the cap. The four methods have the
-# signatures of `GemmaModel`, so lesson 15 can put either into PaliGemma.
+# signatures of `GemmaModel`, so [lesson 15](15_model.ipynb) can put either into PaliGemma.
 
 
 # %%
@@ -956,13 +956,13 @@ check(test_3, answer)
 # </details>
 
 # %% [markdown]
-# **3.** Someone loads PaliGemma 2 weights into lesson 12's `GemmaModel` of the same widths, with
+# **3.** Someone loads PaliGemma 2 weights into [lesson 12](12_gemma.ipynb)'s `GemmaModel` of the same widths, with
 # `strict=False`. What happens?
 #
 # <details><summary>Answer</summary>
 #
 # All shapes that exist in both fit. The two feed-forward norms of each block are dropped silently, and
-# `post_attention_layernorm` lands before the GeGLU. It runs, and speaks nonsense. Lesson 16 refuses to
+# `post_attention_layernorm` lands before the GeGLU. It runs, and speaks nonsense. [Lesson 16](16_checkpoint.ipynb) refuses to
 # mix the two.
 #
 # </details>

@@ -139,7 +139,7 @@ ax.set_axis_off()
 save_figure(fig, "14_strips.png")
 
 # %% [markdown]
-# Blue: places that the picture's vectors will fill (lesson 15). Green: control tokens, which no user
+# Blue: places that the picture's vectors will fill ([lesson 15](15_model.ipynb)). Green: control tokens, which no user
 # text can spell. Orange: the **prompt**. Purple: the answer to learn, the **suffix**. Grey:
 # **padding**, because a tensor has to be rectangular. Picture and prompt with their control tokens
 # are the **prefix**.
@@ -172,7 +172,7 @@ for name, row in (("ids", ids), ("types", types), ("labels", labels)):
 
 # %% [markdown]
 # Note that a label stands *at* its token, not before it. The model predicts the **next** token, so
-# something has to shift by one; that is done once, in the loss (lesson 15).
+# something has to shift by one; that is done once, in the loss ([lesson 15](15_model.ipynb)).
 #
 # Eos is labelled: a model that never learns to stop never stops. The newline is not: it is given,
 # and it tells the model "now you".
@@ -508,7 +508,7 @@ for prompt in ("cap en", "caption en", "ocr", "answer en how many?", "detect cat
     print(f"{prompt:20}", " | ".join(spell(i) for i in ids))
 
 # %% [markdown]
-# The mark `▁` is a space (lesson 06). The tiny tokenizer knows few words and spells the rest.
+# The mark `▁` is a space ([lesson 06](06_tokenizer.ipynb)). The tiny tokenizer knows few words and spells the rest.
 # Nothing in the code knows what a task is: `detect` is a word like any other, to which the model
 # learned to reply with `<loc>` tokens.
 #
@@ -757,7 +757,7 @@ check(test_1, answer)
 # %% [markdown]
 # ### Exercise 2 (fill in): where does each token stand?
 #
-# RoPE (lesson 09) turns each token by its position. Padding must not shift anybody: the first *real*
+# RoPE ([lesson 09](09_rope.ipynb)) turns each token by its position. Padding must not shift anybody: the first *real*
 # token is at 0, the next at 1. Make the positions from the attention mask alone, without a loop.
 # What a padded place gets does not matter, but it must not be negative.
 
@@ -893,7 +893,7 @@ check(test_3, sound)
 #
 # <details><summary>Answer</summary>
 #
-# The pictures give 1024 vectors and the ids hold 256 places. Our model refuses (lesson 15). A
+# The pictures give 1024 vectors and the ids hold 256 places. Our model refuses ([lesson 15](15_model.ipynb)). A
 # careless one would fill the 256 places with the first quarter of the picture: its top.
 #
 # </details>

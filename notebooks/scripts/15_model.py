@@ -33,8 +33,8 @@ model_map("model")
 # %% [markdown]
 # ## Setup
 #
-# This is where everything meets: the vision tower (lesson 05), the decoder (lesson 12), the cache
-# (lesson 11), and in the notebook also `ImageProcessor` (02) and `collate` (14). The cells that
+# This is where everything meets: the vision tower ([lesson 05](05_siglip.ipynb)), the decoder ([lesson 12](12_gemma.ipynb)), the cache
+# ([lesson 11](11_kv_cache.ipynb)), and in the notebook also `ImageProcessor` (02) and `collate` (14). The cells that
 # begin with `#| export` become [model.py](../paligemma/model.py).
 
 # %%
@@ -125,7 +125,7 @@ save_figure(fig, "15_sequence.png")
 # the **projector**. For the place, the ids hold a placeholder for each picture vector: here id 9.
 #
 # Our word table is easy to recognise: row $i$ is filled with $i$. Gemma multiplies **words** by
-# $\sqrt D$, here 2 (lesson 12). The picture's vectors enter **as they are**.
+# $\sqrt D$, here 2 ([lesson 12](12_gemma.ipynb)). The picture's vectors enter **as they are**.
 
 # %%
 seen = torch.tensor([[1.0, 0, 2], [0, 1, 1]])  # (N, 3), from the vision tower
@@ -363,7 +363,7 @@ print("equal to the loop; with 3 cached tokens: its last 3 rows")
 # neither parent.
 #
 # The loss compares the logits at place $t$ with the token at place $t + 1$. Labels stand at the
-# *same* place as their token (lesson 14), so somebody has to shift them by one. Here it is done
+# *same* place as their token ([lesson 14](14_processor.ipynb)), so somebody has to shift them by one. Here it is done
 # **once, and nowhere else**. Places labelled −100 do not count.
 
 

@@ -552,7 +552,7 @@ print(
 #
 # First of all: is it PaliGemma 1 or 2? Only 2 has four norms.
 #
-# One exception: PaliGemma's head *is* its embedding (lesson 12: tied). Some files store it a second time. That is fine, if it is the same.
+# One exception: PaliGemma's head *is* its embedding ([lesson 12](12_gemma.ipynb): tied). Some files store it a second time. That is fine, if it is the same.
 
 # %%
 #| export

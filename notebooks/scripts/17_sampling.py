@@ -590,7 +590,7 @@ print("float16, T = 0.0002:", (close.half() / 0.0002).softmax(-1).tolist())
 print("sample:             ", sample(close.half()[None], temperature=0.0002).tolist())
 
 # %% [markdown]
-# Another word wins in bfloat16. That is why the model returns its logits in float32 (lesson 15), and why `sample` converts before it divides. (In float16, 20.00 and 20.05 still differ, so `sample` finds the winner; the division alone would have made infinities.)
+# Another word wins in bfloat16. That is why the model returns its logits in float32 ([lesson 15](15_model.ipynb)), and why `sample` converts before it divides. (In float16, 20.00 and 20.05 still differ, so `sample` finds the winner; the division alone would have made infinities.)
 
 # %% [markdown]
 # ## Exercises

@@ -101,7 +101,7 @@ print("prompt:", tokenizer.decode(ids[0]).strip(), "| tokens:", ids.shape[1], "|
 # %% [markdown]
 # ## The problem
 #
-# The model of lesson 15 gives, for a picture and some words, the scores of **one** next token. An
+# The model of [lesson 15](15_model.ipynb) gives, for a picture and some words, the scores of **one** next token. An
 # answer has many. And nobody tells us how many: the model itself says "the end", with the token
 # `eos`.
 #
@@ -209,7 +209,7 @@ print("answer:", tokenizer.decode(slow[0]))
 # %% [markdown]
 # ## With a cache
 #
-# Lesson 11 showed that nothing of this has to be computed twice. The loop now has two phases, and
+# [Lesson 11](11_kv_cache.ipynb) showed that nothing of this has to be computed twice. The loop now has two phases, and
 # they are the same line of code with other arguments: first the prompt and the picture, then the
 # newest token and no picture. (With a filled cache, what is new counts as answer; no types needed.)
 
@@ -324,7 +324,7 @@ print(per_step, "operations for one token,", per_step / len(model.language_model
 #   $\sqrt{D\varepsilon}$ more that nothing changes. $\sqrt D\,(1 + g)$ and $1/\sqrt{D_h}$: into
 #   matrices, once.
 # - $q$, $k$, $v$ in one matrix; gate and up in one.
-# - RoPE in one complex multiplication (lesson 9); $v$ is turned by 1.
+# - RoPE in one complex multiplication ([lesson 09](09_rope.ipynb)); $v$ is turned by 1.
 # - Positions, cosines, masks: known beforehand.
 #
 # This copies weights: only for small models. Large ones wait for their weights anyway.
@@ -393,11 +393,11 @@ def folded(text: GemmaModel) -> tuple:
 
 
 # %% [markdown]
-# The short way is taken only if every part is the plain one: a layer that lesson 21 or 26 replaced,
+# The short way is taken only if every part is the plain one: a layer that [lesson 22](22_quantization.ipynb) or 26 replaced,
 # or a hook, must not be passed by. And the copies are made anew when a weight has changed; PyTorch
 # counts the changes of each tensor.
 #
-# The step itself. Compare it with lesson 12: the same formula, and nothing around it.
+# The step itself. Compare it with [lesson 12](12_gemma.ipynb): the same formula, and nothing around it.
 
 
 # %%
@@ -469,7 +469,7 @@ print(f"{per_step} operations before, {few} now, the same scores")
 # Large models, too, do something for nothing. In bfloat16 a CPU multiplies with the library oneDNN,
 # made for many rows. Given one, it reads weights at the memory's speed on some processors, on others
 # at half of it. PyTorch has a product of its own, used when oneDNN is off. Which is faster here? We
-# try both, once, on the largest matrix of each layer. (Lesson 21 measures more.)
+# try both, once, on the largest matrix of each layer. ([Lesson 22](22_quantization.ipynb) measures more.)
 
 
 # %%
@@ -584,7 +584,7 @@ def _steps(
 # `yield`: otherwise the *reader's* code would run in it too, and a training loop that samples
 # between two steps would silently stop learning.
 #
-# `log_probs` is a list that tells the caller how sure the model was (lesson 19).
+# `log_probs` is a list that tells the caller how sure the model was ([lesson 19](19_detection.ipynb)).
 #
 # The public function checks the options at once. Inside a generator nothing runs before the first
 # token is asked for, and an error that late is hard to place.
@@ -1005,7 +1005,7 @@ save_figure(fig, "18_roofline")
 # A **roofline**: on the slope the roof is memory, on the flat part arithmetic. For one answer, decode
 # uses a small part of the CPU's arithmetic and less than a hundredth of the H100's. *Eight rows cost
 # nearly the same call as one.* One picture cannot fill the H100's prefill. For a single answer only
-# fewer bytes help (lesson 21).
+# fewer bytes help ([lesson 22](22_quantization.ipynb)).
 #
 # ### And what helps the prefill?
 #
@@ -1039,7 +1039,7 @@ save_figure(fig, "18_layer")
 # %% [markdown]
 # Most of it is matrix products, by a library that every program here calls. Who makes the same
 # products cannot be much faster; what helps is to make **fewer**: the picture is looked at once, and of
-# the last block only the last position is computed (lesson 12).
+# the last block only the last position is computed ([lesson 12](12_gemma.ipynb)).
 
 # %% [markdown]
 # ## A bug people really make: the picture is looked at again for each word

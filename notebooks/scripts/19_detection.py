@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Segmentation →](20_segmentation.ipynb)
+# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Segmentation →](21_segmentation.ipynb)
 
 # %% [markdown]
 # # 19 · Detection: how does a sentence become boxes, and how good are they?
@@ -764,7 +764,7 @@ print(f"largest difference: {gap:.1e}")
 #
 # The tiny model's own answers, each box with its score. Above each picture stands, for every true
 # object, the IoU of the box that fits it best. Scores are low though boxes are good: training let each
-# edge lie a little to the side (lesson 25), so no single place is likely. A score ranks the boxes of one
+# edge lie a little to the side ([lesson 27](27_training.ipynb)), so no single place is likely. A score ranks the boxes of one
 # model; it is not the chance of being right. Labels never hide each other.
 
 # %%
@@ -1047,4 +1047,4 @@ check(test_3, say_once)
 # - big_vision: `pp/proj/paligemma`, the published preprocessing of boxes.
 
 # %% [markdown] tags=["navigation"]
-# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Segmentation →](20_segmentation.ipynb)
+# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Segmentation →](21_segmentation.ipynb)

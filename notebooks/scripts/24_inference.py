@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Quantization](21_quantization.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
+# [← Quantization](22_quantization.ipynb) | [contents](00_overview.ipynb) | [Scenes →](25_scenes.ipynb)
 
 # %% [markdown]
-# # 22 · Inference: how does a folder of weights become a command that answers?
+# # 24 · Inference: how does a folder of weights become a command that answers?
 #
 # *30 minutes* · part IV, Answering
 #
@@ -110,7 +110,7 @@ for x, (what, lesson, colour, wrong) in enumerate(STEPS):
         ax.annotate("", (x - 0.36, 1), (x - 0.64, 1), arrowprops=line)
 ax.set(xlim=(-0.55, 4.55), ylim=(-0.1, 1.85))
 ax.set_axis_off()
-save_figure(fig, "22_steps")
+save_figure(fig, "24_steps")
 
 # %% [markdown]
 # This lesson builds two things from these parts: an object that hides the tensors (`Pipeline`), and
@@ -187,7 +187,7 @@ for (name, seconds), colour in zip(parts.items(), ("muted", "together", "vision"
 ax.set(yticks=[], xlabel="seconds from the first line to the last word", xlim=(0, left))
 ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 0.95), fontsize=8)
 ax.spines["left"].set_visible(False)
-save_figure(fig, "22_time")
+save_figure(fig, "24_time")
 
 # %% [markdown]
 # What to notice: the answer itself is a thin line at the end. Nearly everything is preparation:
@@ -199,7 +199,7 @@ save_figure(fig, "22_time")
 # ## Several at once
 #
 # The other way to use what is loaded: several pictures in one call, padded to one length. Greedy
-# answers are the same as one by one (lesson 18). Both forms, with the loading outside:
+# answers are the same as one by one ([lesson 18](18_generation.ipynb)). Both forms, with the loading outside:
 
 # %%
 names = ["scene", "scene2", "scene3"]
@@ -414,9 +414,9 @@ assert pg.batch(pictures, ["caption en"] * 3) == together
 print(list(pg.stream(picture, "caption en")))
 
 # %% [markdown]
-# `detect` is lesson 19 in three lines: the picture's own size, the answer with its log-probabilities,
+# `detect` is [lesson 19](19_detection.ipynb) in three lines: the picture's own size, the answer with its log-probabilities,
 # the objects read from it. Whatever the model writes, this is a list; what is no object is not in it.
-# `segment` is lesson 20 in the same way. And `encode` looks at the picture once for all.
+# `segment` is [lesson 21](21_segmentation.ipynb) in the same way. And `encode` looks at the picture once for all.
 
 # %%
 once = pg.encode(picture)
@@ -431,7 +431,7 @@ for found in pg.segment(once, "dog"):
 # ### Loading, and in which type to compute
 #
 # Weights are stored in bfloat16, two bytes a number. Compute in it, or in float32? On a CPU small
-# products in bfloat16 bring nothing, and float32 compares well with any reference. But a 3B model in float32 is 12 GB, and decode reads all of it for each token (lesson 18).
+# products in bfloat16 bring nothing, and float32 compares well with any reference. But a 3B model in float32 is 12 GB, and decode reads all of it for each token ([lesson 18](18_generation.ipynb)).
 #
 # So: **float32 while it is small, as stored when it is large.** The line is drawn at 1 GB of files.
 
@@ -454,7 +454,7 @@ def load(
         device: "cpu", "cuda", "mps".
         dtype: to compute in; None: float32 for a small checkpoint, else the type it is stored in
             (quantised weights: always that).
-        quantize: "int8" or "int4": fewer bits a weight in the language model (lesson 21); None: as
+        quantize: "int8" or "int4": fewer bits a weight in the language model (lesson 22); None: as
             the checkpoint is. What `save_quantized` wrote is recognised.
         progress: show a bar on standard error while loading.
 
@@ -884,13 +884,13 @@ for name, task in (
     assert code == 0
     shown.append(open_image(Path(FOLDER.name, "out.png")))
 fig = show_images(shown, columns=2, height=2.7)
-save_figure(fig, "22_tasks.png")
+save_figure(fig, "24_tasks.png")
 
 # %% [markdown]
 # What to notice: words, boxes and shapes say the same of the scene, and of the cat of fur the model
 # talks nonsense. It knows 48 emoji; it was never taught to say "I do not know". A confident tone is no
 # evidence. Nor is a modest one: boxes score low because training spread each edge over its
-# neighbours (lesson 25), so no single location word is likely.
+# neighbours ([lesson 27](27_training.ipynb)), so no single location word is likely.
 
 # %% [markdown]
 # ## At full size
@@ -973,7 +973,7 @@ colours = [COLOURS["good" if text == greedy else "muted"] for text, _ in draws]
 ax.barh([text for text, _ in draws], [count for _, count in draws], color=colours)
 ax.invert_yaxis()
 ax.set(xlabel="of 60 draws", title="greedy says the green one, always")
-save_figure(fig, "22_draws")
+save_figure(fig, "24_draws")
 
 # %% [markdown]
 # A draw is right for text that may vary. Where one answer is wanted, take the likeliest token: greedy,
@@ -1126,7 +1126,7 @@ check(test_3, arguments)
 # ## Quiz
 #
 # **1.** `pg.stream(...)` returns at once, but a wrong `top_p` raises in that very line, not at the first
-# piece. How, if `stream` of lesson 18 is a generator?
+# piece. How, if `stream` of [lesson 18](18_generation.ipynb) is a generator?
 #
 # <details><summary>Answer</summary>
 #
@@ -1167,4 +1167,4 @@ check(test_3, arguments)
 # - transformers: `models/paligemma/processing_paligemma.py`, function `build_string_from_input`.
 
 # %% [markdown] tags=["navigation"]
-# [← Quantization](21_quantization.ipynb) | [contents](00_overview.ipynb) | [Scenes →](23_scenes.ipynb)
+# [← Quantization](22_quantization.ipynb) | [contents](00_overview.ipynb) | [Scenes →](25_scenes.ipynb)

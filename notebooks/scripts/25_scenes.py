@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Inference](22_inference.ipynb) | [contents](00_overview.ipynb) | [Contrastive learning →](24_contrastive.ipynb)
+# [← Inference](24_inference.ipynb) | [contents](00_overview.ipynb) | [Contrastive learning →](26_contrastive.ipynb)
 
 # %% [markdown]
-# # 23 · Scenes: where do a million captioned pictures come from?
+# # 25 · Scenes: where do a million captioned pictures come from?
 #
 # *30 minutes* · part V, Learning
 #
@@ -474,7 +474,7 @@ axis.set_xticks(range(len(NAMES)), NAMES, rotation=90, fontsize=6.5)
 axis.set_yticks(range(len(NAMES)), NAMES, fontsize=6.5)
 print(len(HELD_OUT), "of", len(NAMES) * (len(NAMES) - 1) // 2, "pairs are held out;",
       f"each kind misses {int(matrix.sum(0).min())} to {int(matrix.sum(0).max())} partners")  # fmt: skip
-save_figure(figure, "23_held_out")
+save_figure(figure, "25_held_out")
 
 # %% [markdown]
 # Every kind keeps dozens of partners in training; only combinations are new.
@@ -555,7 +555,7 @@ views.append(draw_boxes(views[0], scene.boxes * 4, labels))
 views.append(draw_masks(views[0], [large(mask) for mask in scene.masks], labels))
 views.append(np.array(plt.get_cmap("viridis")(large(scene.owner) / len(labels)))[..., :3])
 titles = ["the picture", "boxes", "masks", "the owner map: all truth in one array"]
-save_figure(show_images(views, titles, columns=2, height=2.8), "23_truth.png")
+save_figure(show_images(views, titles, columns=2, height=2.8), "25_truth.png")
 
 # %% [markdown]
 # For a vision tower alone there is a simpler truth: what does each of the 64 patches show? And for
@@ -820,7 +820,7 @@ for item in items:
     answer = item["answer"].replace("><", "> <")
     titles.append(textwrap.fill(item["prompt"], 25) + "\n" + textwrap.fill("→ " + answer, 25))
 pictures = [Image.fromarray(item["image"]).resize((168, 168)) for item in items]
-save_figure(show_images(pictures, titles, columns=4, height=1.9), "23_contact_sheet.png")
+save_figure(show_images(pictures, titles, columns=4, height=1.9), "25_contact_sheet.png")
 
 # %% [markdown]
 # **What to notice.** Read each answer against its picture. Where two objects touch, the right one
@@ -882,7 +882,7 @@ for axis, (name, counter) in zip(axes, counts.items()):
     axis.set_title(f"{name} …?")
     axis.tick_params(axis="x", rotation=60 if name == "where" else 0)
 axes[0].set_ylabel("share of answers")
-save_figure(figure, "23_priors")
+save_figure(figure, "25_priors")
 
 # %% [markdown]
 # Yes and no are balanced by design. "1" leads the counts, because we ask about a kind that is
@@ -1208,4 +1208,4 @@ check(test_3, disguise)
 # - PyTorch: `torch.utils.data`, section on multi-process loading.
 
 # %% [markdown] tags=["navigation"]
-# [← Inference](22_inference.ipynb) | [contents](00_overview.ipynb) | [Contrastive learning →](24_contrastive.ipynb)
+# [← Inference](24_inference.ipynb) | [contents](00_overview.ipynb) | [Contrastive learning →](26_contrastive.ipynb)

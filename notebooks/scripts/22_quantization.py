@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Segmentation](20_segmentation.ipynb) | [contents](00_overview.ipynb) | [Inference →](22_inference.ipynb)
+# [← Segmentation](21_segmentation.ipynb) | [contents](00_overview.ipynb) | [Inference →](24_inference.ipynb)
 
 # %% [markdown]
-# # 21 · Quantization: how few bits can a weight have?
+# # 22 · Quantization: how few bits can a weight have?
 #
 # *45 minutes* · part IV, Answering
 #
@@ -92,7 +92,7 @@ _ = torch.manual_seed(21), torch.set_grad_enabled(False)  # we only answer; noth
 #
 # To write one token, a model multiplies one row of numbers with **every** weight of its language part.
 # Each weight travels from memory to the processor, is used in one multiplication, and is dropped. The
-# processor waits for memory, not the other way round (lesson 18's roofline).
+# processor waits for memory, not the other way round ([lesson 18](18_generation.ipynb)'s roofline).
 #
 # So the time of a token is the *bytes* of the weights divided by the memory's speed. Where are the
 # bytes of PaliGemma 3B?
@@ -251,7 +251,7 @@ span = 1.15 * float(most)
 ax.set(xlim=(-span, span), ylim=(-0.6, 3.5), xlabel="value of a weight")
 ax.set_yticks([3, 2, 1, 0], ["32 weights of a row", *(name for name, *_ in grids)])
 ax.tick_params(left=False)
-save_figure(fig, "21_grid")
+save_figure(fig, "22_grid")
 
 # %% [markdown]
 # What to notice: a few large weights *elsewhere* stretch the grid for all, and only some values fall where
@@ -288,7 +288,7 @@ for bits, colour in ((3, "accent"), (4, "language"), (5, "together")):
     print(bits, "bits:", [f"{c:.2f} → {100 * e:.1f} %" for c, e in zip(cost, errors)])
 ax.set(xlabel="bits a weight, scales included", ylabel="error / weight", ylim=(0, None))
 ax.legend(fontsize=8)
-save_figure(fig, "21_bits")
+save_figure(fig, "22_bits")
 
 # %% [markdown]
 # One bit more halves the error. Smaller groups help too, but each bit buys less. Eight bits need none.
@@ -825,7 +825,7 @@ ax.plot(bits_tried, shift, "o-", color=COLOURS["vision"], label="change of the l
 ax.set(xlabel="bits a weight", ylabel="share", ylim=(0, 1.05), xticks=bits_tried)
 ax.invert_xaxis()
 fig.legend(loc="outside upper center", ncols=2, fontsize=8)
-save_figure(fig, "21_fewer_bits")
+save_figure(fig, "22_fewer_bits")
 
 # %% [markdown]
 # What to notice: the logits' error about doubles with each bit that is taken, as the grid's step does. The
@@ -860,7 +860,7 @@ print(
     f"together: {100 * shift[bits_tried.index(4)]:.0f} %, "
     f"root of the sum of squares: {sum(s**2 for s in shifts) ** 0.5:.0f} %"
 )
-save_figure(fig, "21_layers")
+save_figure(fig, "22_layers")
 
 # %% [markdown]
 # The errors are nearly independent: together they grow about like the root of the sum of squares. Compare the length of a
@@ -872,7 +872,7 @@ save_figure(fig, "21_layers")
 # ## Files: quantise once, map for ever
 #
 # A 3B checkpoint has 5.8 GB. Whoever quantises because memory is short must not need all of it. So each
-# weight is mapped (lesson 16), quantised, and let go. Let go *really*: a page that was read stays in memory as
+# weight is mapped ([lesson 16](16_checkpoint.ipynb)), quantised, and let go. Let go *really*: a page that was read stays in memory as
 # long as its mapping lives. So each weight gets a mapping of its own.
 
 
@@ -937,7 +937,7 @@ def _reader(path: str | os.PathLike) -> Callable[[str], torch.Tensor]:
 
 # %% [markdown]
 # The result can be saved. `config.json` says how it was made, so that no one takes codes for weights, and
-# all is written under other names first, as in lesson 16. Loading is strict, as ever.
+# all is written under other names first, as in [lesson 16](16_checkpoint.ipynb). Loading is strict, as ever.
 
 # %%
 #| export
@@ -1050,7 +1050,7 @@ with tempfile.TemporaryDirectory() as folder:
 # One feed-forward matrix of the 3B model, 2048 × 16,384, times one row, on **one** core. We take processor
 # time, which other programs disturb least, and several copies in turn: a single packed matrix would stay in
 # the processor's cache and look too fast. The pace of the model is its bytes for each token, divided by the
-# reading speed. For bfloat16 there are two products: oneDNN's, and PyTorch's own (lesson 18).
+# reading speed. For bfloat16 there are two products: oneDNN's, and PyTorch's own ([lesson 18](18_generation.ipynb)).
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1101,7 +1101,7 @@ for (name, (size, speed)), colour in zip(measured.items(), ("inside", "bad", "vi
 ax.set(xlabel="GB read for a token of PaliGemma 3B", ylabel="tokens a second")
 ax.set(xlim=(1, 7.6), ylim=(0, 1.1 * best / 1e9))
 ax.legend(fontsize=8)
-save_figure(fig, "21_roofline")
+save_figure(fig, "22_roofline")
 
 # %% [markdown]
 # What to notice: bytes are a promise, and the kernel keeps it or not. A point below the line waits for its
@@ -1138,7 +1138,7 @@ for ax, mode in zip(axes, MODES):
 axes[0].set_ylabel("ms")
 axes[0].legend(fontsize=8)
 torch.set_num_threads(threads)
-save_figure(fig, "21_rows")
+save_figure(fig, "22_rows")
 
 # %% [markdown]
 # What to notice: the kernel starts lowest and rises with every row; the chunks start high, at the price of
@@ -1361,4 +1361,4 @@ check(test_3, bad_row)
 # - PyTorch: `aten/src/ATen/native/cpu/int8mm_kernel.cpp` and `int4mm_kernel.cpp`, the two kernels.
 
 # %% [markdown] tags=["navigation"]
-# [← Segmentation](20_segmentation.ipynb) | [contents](00_overview.ipynb) | [Inference →](22_inference.ipynb)
+# [← Segmentation](21_segmentation.ipynb) | [contents](00_overview.ipynb) | [Inference →](24_inference.ipynb)

@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Contrastive learning](24_contrastive.ipynb) | [contents](00_overview.ipynb) | [LoRA →](26_lora.ipynb)
+# [← Contrastive learning](26_contrastive.ipynb) | [contents](00_overview.ipynb) | [LoRA →](29_lora.ipynb)
 
 # %% [markdown]
-# # 25 · Training: how does a model learn to look before it speaks?
+# # 27 · Training: how does a model learn to look before it speaks?
 #
 # *45 minutes* · part V, Learning
 #
@@ -116,7 +116,7 @@ ax.text(-0.8, 1.7, "input", ha="right", va="center")
 ax.text(-0.8, 0.4, "labels", ha="right", va="center")
 ax.set(xlim=(-2.6, len(pieces)), ylim=(0, 2.2))
 ax.set_axis_off()
-save_figure(fig, "25_labels")
+save_figure(fig, "27_labels")
 
 # %% [markdown]
 # Blue: image tokens (61 more to the left). Orange: the prompt, from bos (▸) to newline (↵). Purple:
@@ -216,7 +216,7 @@ right.plot(misses, -(sharp @ hard), color=COLOURS["muted"], label="hard target, 
 right.plot(misses, -(bells @ soft[500]), color=COLOURS["accent"], label="soft target, bell guess")
 right.set(xlabel="the guess is off by … bins (9 bins = 1 pixel)", ylabel="loss", ylim=(0, None))
 right.legend(fontsize=8)
-save_figure(fig, "25_soft")
+save_figure(fig, "27_soft")
 
 # %% [markdown]
 # Grey jumps and stays flat: no hint *which way* to go. Purple is a valley. It cannot reach 0: the best
@@ -443,7 +443,7 @@ for y in range(8):
         style = {"arrowstyle": "-", "color": COLOURS["accent"], "lw": 0.9}
         axes[1].annotate("", target, centre, arrowprops=style)
         axes[1].plot(*centre, ".", color=COLOURS["accent"], markersize=4)
-save_figure(fig, "25_patches.png")
+save_figure(fig, "27_patches.png")
 
 # %% [markdown]
 # All patches of an object point to one corner: attention's work.
@@ -591,7 +591,7 @@ class Batches(Layout):
 # %% [markdown]
 # ### The whole loss
 #
-# `answer_logits` is the model's forward pass (lesson 15) with two savings: features come in ready, and
+# `answer_logits` is the model's forward pass ([lesson 15](15_model.ipynb)) with two savings: features come in ready, and
 # only the last `keep` places go through the vocabulary. A batch without texts is the first stage: the
 # tower alone. Later the patch loss stays, at half its weight.
 
@@ -810,7 +810,7 @@ for first, last, colour in zip(stages, stages[1:], stage_colours):
     label = f"{what}\n1–{most}" if most > 1 else f"{what}\n1"
     ax.text((first + last) / 2, config.lr * 1.06, label, ha="center", va="bottom", fontsize=7.5)
 ax.set(xlabel="step", ylabel="learning rate of Muon", ylim=(0, config.lr * 1.3))
-save_figure(fig, "25_schedule")
+save_figure(fig, "27_schedule")
 
 # %% [markdown]
 # ### How much at most, and which weights to keep
@@ -843,7 +843,7 @@ ax.plot(*smooth.T, color=COLOURS["accent"], linewidth=2.2, label="running mean")
 ax.plot(0, 0, "*", color=COLOURS["ink"], markersize=11, label="the valley's floor")
 ax.set(xticks=[], yticks=[])
 ax.legend(fontsize=8, loc="upper left")
-save_figure(fig, "25_mean")
+save_figure(fig, "27_mean")
 
 # %% [markdown]
 # ## The run
@@ -917,7 +917,7 @@ class Run:
 # `accumulate` parts with one step at the end. Parts weigh the same, although one may hold a few labels
 # more: it equals the large batch exactly only for equal counts.
 #
-# Several processes average their weights now and then (`meet`); lesson 27 does that properly.
+# Several processes average their weights now and then (`meet`).
 
 
 # %%
@@ -1209,7 +1209,7 @@ right.text(2, 27, "a guess", fontsize=7.5)
 left.set(xlabel="step", ylabel="loss of the caption", ylim=(0, 2.5))
 right.set(xlabel="step", ylabel="captions right, %", ylim=(0, 103), xlim=(0, TOTAL))
 left.legend(fontsize=7.5), right.legend(fontsize=7.5, loc="upper left")
-save_figure(fig, "25_look_first")
+save_figure(fig, "27_look_first")
 
 # %% [markdown]
 # Grey has learnt the sentence and begun to see; purple is nearly done. Four colourful kinds are the easy
@@ -1237,11 +1237,11 @@ for ax, (title, names) in zip(axes, panels.items()):
     ax.set(title=title, xlabel="minutes of one core")
     ax.legend(fontsize=8, loc="upper left")
 axes[0].set(ylabel="captions right, %", ylim=(0, None))
-save_figure(fig, "25_comparison")
+save_figure(fig, "27_comparison")
 
 # %% [markdown]
 # Who looks first captions whole scenes; without that, hardly more than some single objects, and without
-# a curriculum nothing. Contrast (lesson 24) is no bad teacher, but three minutes are too few: SigLIP
+# a curriculum nothing. Contrast ([lesson 26](26_contrastive.ipynb)) is no bad teacher, but three minutes are too few: SigLIP
 # saw billions of pairs. In a short time the *small* model leads: it has seen more pictures. Ours, the
 # middle one, had four hours.
 #
@@ -1304,7 +1304,7 @@ axes[0].set(title="loss", xlabel="step", ylim=(0, 5))
 axes[1].set(title="validation answers right, %", xlabel="step", ylim=(0, 103))
 axes[0].legend(fontsize=8)
 axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-save_figure(fig, "25_shipped")
+save_figure(fig, "27_shipped")
 
 # %% [markdown]
 # Yes and no come first, exact places last, much of it while the rate falls. The bumps near the end: now
@@ -1557,8 +1557,7 @@ print(f"a 3B example alone, at that rate: {step / (flops / seconds) / 60:.1f} mi
 
 # %% [markdown]
 # PaliGemma's paper trains on about a billion examples, on hundreds of accelerators. What is left for
-# one machine: fewer weights that learn (lesson 26), or more machines
-# (lesson 27).
+# one machine: fewer weights that learn ([lesson 29](29_lora.ipynb)), or more machines.
 #
 # ## A bug people really make: labels shifted twice
 #
@@ -1793,4 +1792,4 @@ check(test_3, parts)
 # - The training loop of big_vision, `trainers/proj/paligemma/train.py`.
 
 # %% [markdown] tags=["navigation"]
-# [← Contrastive learning](24_contrastive.ipynb) | [contents](00_overview.ipynb) | [LoRA →](26_lora.ipynb)
+# [← Contrastive learning](26_contrastive.ipynb) | [contents](00_overview.ipynb) | [LoRA →](29_lora.ipynb)

@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Scenes](23_scenes.ipynb) | [contents](00_overview.ipynb) | [Training →](25_training.ipynb)
+# [← Scenes](25_scenes.ipynb) | [contents](00_overview.ipynb) | [Training →](27_training.ipynb)
 
 # %% [markdown]
-# # 24 · Contrastive learning: how does a picture learn from its caption?
+# # 26 · Contrastive learning: how does a picture learn from its caption?
 #
 # *40 minutes* · part V, Learning
 #
@@ -91,7 +91,7 @@ def close_up(kind, rng):
 rng = np.random.default_rng(5)
 three = [close_up(NAMES.index(name), rng) for name in ("panda", "cow", "frog")]
 fig = show_images(three, ["picture A", "picture B", "picture C"], height=1.6)
-save_figure(fig, "24_problem.png")
+save_figure(fig, "26_problem.png")
 
 # %% [markdown]
 # That game is the whole idea. A **vision tower** turns each picture into one vector, a **text tower**
@@ -147,7 +147,7 @@ for axis, values, title in zip(
     show_heatmap(values, title, rows if axis is axes[0] else ["", "", ""], columns, True, ax=axis)
     axis.set_xlabel("caption")
 print(f"sum {costs.sum():.2f}, a picture {costs.sum() / 3:.2f}")
-save_figure(fig, "24_by_hand")
+save_figure(fig, "26_by_hand")
 
 # %% [markdown]
 # Two cells cost almost everything: (1, 2) and (2, 3), where a wrong pair has the cosine 0.8. To get
@@ -348,7 +348,7 @@ for step, axis in enumerate(axes):
     axis.tick_params(length=0)
     axis.set_xlabel("captions of device")
 axes[0].set_ylabel("pictures of device")
-save_figure(fig, "24_rounds")
+save_figure(fig, "26_rounds")
 
 # %% [markdown]
 # The number in a block is the device that computes it; green blocks hold the true pairs. In every
@@ -479,7 +479,7 @@ axes[1].semilogy(biases, push, color=COLOURS["bad"], label="push of 32,767 wrong
 axes[1].axvline(-math.log(32767), color=COLOURS["muted"], ls=":")
 axes[1].set(title="the first gradients, a picture", xlabel="bias b")
 axes[1].legend(loc="lower right")
-save_figure(fig, "24_first_loss")
+save_figure(fig, "26_first_loss")
 
 # %% [markdown]
 # **Right:** the derivative of a cell is $\sigma$ of what it got wrong. At $b = 0$ the wrong pairs push
@@ -492,7 +492,7 @@ save_figure(fig, "24_first_loss")
 # %% [markdown]
 # ## Two towers
 #
-# Lesson 05's tower ends with a vector for each patch. The loss wants one for the picture. SigLIP does
+# [Lesson 05](05_siglip.ipynb)'s tower ends with a vector for each patch. The loss wants one for the picture. SigLIP does
 # it with attention: a single learned query, the **probe**, asks all patches and gets one mix of them.
 # PaliGemma later throws this head away and keeps the patches.
 
@@ -694,7 +694,7 @@ for name, gap in gaps.items():
 # Twelve kinds, each with its name in three languages: 36 captions. 80 close-ups of each kind for
 # training; for the test 20 others, with new places, sizes, turns and backgrounds.
 #
-# Lesson 06's tokenizer has 257,152 pieces; its table would be a hundred times larger than our towers.
+# [Lesson 06](06_tokenizer.ipynb)'s tokenizer has 257,152 pieces; its table would be a hundred times larger than our towers.
 # Letters will do: each a number, 0 for the padding.
 
 # %%
@@ -835,7 +835,7 @@ for number, language in enumerate(LANGUAGES):
     print(f"{language}: more than half of 240 held-out pictures right:", found > 0.5)
     assert found > 0.5
 assert accuracy(untrained) < 0.25
-save_figure(fig, "24_training")
+save_figure(fig, "26_training")
 
 # %% tags=["nbval-ignore-output"]
 print("untrained:", [f"{accuracy(untrained, n):.0%}" for n in range(3)], " chance 8%")
@@ -879,14 +879,14 @@ for axis, tower, title in zip(axes, (untrained, model), ("before training", "aft
     axis.images[0].set_clim(-1, 1)
 axes[0].set_ylabel("pictures of")
 fig.colorbar(axes[1].images[0], ax=axes, shrink=0.6, label="cosine", ticks=[-1, 0, 1])
-save_figure(fig, "24_matrix")
+save_figure(fig, "26_matrix")
 
 # %%
 shown = [held_out[kind, place] for place in (0, 1) for kind in range(0, 12, 2)]
 guesses = zero_shot(model, torch.stack(shown), ids[1]).tolist()
 titles = [words[1][guess] for guess in guesses]
 fig = show_images([(x.permute(1, 2, 0) + 1) / 2 for x in shown], titles, columns=6, height=1.1)
-save_figure(fig, "24_named.png")
+save_figure(fig, "26_named.png")
 
 # %% [markdown]
 # ## What such a start buys
@@ -932,14 +932,14 @@ axes[1].set(title="held-out pictures of new kinds, % right", xlabel="step", ylim
 last = {name: scores[-1] for name, (_, scores) in starts.items()}
 ahead = last["contrastive start"] > last["random start"] + 0.05
 print("the contrastive start ends at least 5 points higher:", ahead)
-save_figure(fig, "24_start")
+save_figure(fig, "26_start")
 
 # %% [markdown]
 # Same labels, same steps, same seed. The tower that has learned to match pictures with captions has
 # learned about edges, colours and shapes, which new kinds are made of as well. The random tower must
 # find all that in 192 pictures, and learns them by heart instead.
 #
-# This is the reason for SigLIP in PaliGemma; lesson 25 trains what follows.
+# This is the reason for SigLIP in PaliGemma; [lesson 27](27_training.ipynb) trains what follows.
 
 # %% [markdown]
 # ## At full size
@@ -1002,7 +1002,7 @@ for (name, (values, _)), colour in zip(runs.items(), ("muted", "accent")):
     axis.plot(values, color=COLOURS[colour], label=name)
 axis.set(title="which run is better?", xlabel="step", ylabel="loss", ylim=(0, None))
 axis.legend()
-save_figure(fig, "24_bug")
+save_figure(fig, "26_bug")
 
 # %% [markdown]
 # Ours falls faster and ends lower. A review of the curves would praise it. The check is to ask what
@@ -1219,4 +1219,4 @@ check(test_3, loss_with_doubles)
 # - `SiglipModel` in transformers; `two_towers.py` and `siglip.py` in big_vision.
 
 # %% [markdown] tags=["navigation"]
-# [← Scenes](23_scenes.ipynb) | [contents](00_overview.ipynb) | [Training →](25_training.ipynb)
+# [← Scenes](25_scenes.ipynb) | [contents](00_overview.ipynb) | [Training →](27_training.ipynb)

@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Training](25_training.ipynb) | [contents](00_overview.ipynb)
+# [← Training](27_training.ipynb) | [contents](00_overview.ipynb)
 
 # %% [markdown]
-# # 26 · LoRA: how little must change to learn something new?
+# # 29 · LoRA: how little must change to learn something new?
 #
 # *40 minutes* · part V, Learning
 #
@@ -34,7 +34,7 @@ model_map("lora")
 # ## Setup
 #
 # From earlier lessons: the model and its checkpoint ([15](15_model.ipynb), [16](16_checkpoint.ipynb)),
-# scenes ([23](23_scenes.ipynb)) and the parts of the training loop ([25](25_training.ipynb)). The
+# scenes ([25](25_scenes.ipynb)) and the parts of the training loop ([27](27_training.ipynb)). The
 # handwriting comes with scikit-learn. Cells that begin with `#| export` become
 # [lora.py](../paligemma/lora.py).
 
@@ -215,7 +215,7 @@ for (name, curve), colour in zip(curves.items(), ("good", "bad", "muted")):
     side = {"B = 0": "bottom", "both random": "top"}.get(name, "center")
     ax.text(81, curve[-1], name, color=COLOURS[colour], va=side)
 ax.set(xlabel="step", ylabel="loss", xlim=(0, 104), ylim=(-1, 13), title="three starts, one task")
-save_figure(fig, "26_starts")
+save_figure(fig, "29_starts")
 
 # %% [markdown]
 # With $B = 0$ the first gradient of $A$ is **zero**, and that of $B$ is not: $B$ moves first, and from
@@ -654,7 +654,7 @@ fig, axes = plt.subplots(1, 2, figsize=(7, 3.3), layout="constrained")
 show_heatmap(alike("0123456789"), "digits", list("0123456789"), list("0123456789"), ax=axes[0])
 show_heatmap(alike(SAY), "kinds of emoji", SHAPES, SHAPES, ax=axes[1])
 axes[1].tick_params(axis="x", rotation=90)
-save_figure(fig, "26_words")
+save_figure(fig, "29_words")
 
 # %% [markdown]
 # The dark block: digits that the shipped model never had to say. Training pushed all such vectors the
@@ -672,7 +672,7 @@ crops = [pictures[TEST][i][38:-38, 38:-38] for i in first]
 show_images(crops, titles, columns=5, height=1.3)
 
 # %% [markdown]
-# The loop is that of lesson 25, smaller: the optimizer gets only what is not frozen. Adapters like a
+# The loop is that of [lesson 27](27_training.ipynb), smaller: the optimizer gets only what is not frozen. Adapters like a
 # larger learning rate than whole weights.
 
 
@@ -756,7 +756,7 @@ left.set(xlabel="step", ylabel="loss, mean of 15 steps", ylim=(0, None))
 right.set(yticks=range(4), yticklabels=list(runs), xlim=(0, 135), xticks=[0, 50, 100])
 right.invert_yaxis()
 right.set(xlabel="%", title="right after 30 steps; weights that learn")
-save_figure(fig, "26_arms")
+save_figure(fig, "29_arms")
 
 # %% [markdown]
 # Either half alone stays behind: the eyes are new to handwriting, and the words to what they see. With
@@ -771,12 +771,12 @@ fig = show_images(crops, said, columns=10, height=0.85)
 for ax, text, true in zip(fig.axes, said, words[TEST]):
     text, true = text.strip(), true.strip()
     ax.set_title(text[:12], fontsize=7, color=COLOURS["ink" if text == true else "bad"])
-save_figure(fig, "26_digits.png")
+save_figure(fig, "29_digits.png")
 
 # %% [markdown]
 # ### What it forgot
 #
-# And the captions of lesson 23? We ask for captions of scenes with one or two objects: before, with the
+# And the captions of [lesson 25](25_scenes.ipynb)? We ask for captions of scenes with one or two objects: before, with the
 # adapters, with all weights trained, and after the adapters were taken off.
 
 # %% tags=["nbval-ignore-output"]
@@ -834,7 +834,7 @@ for part, colour in (("vision_tower", "vision"), ("language_model", "language"))
 ax.axvline(8, color=COLOURS["muted"], lw=1, ls=":")
 ax.set(xlabel="rank r", ylabel="share of the change, %", ylim=(0, 102), xlim=(1, 64))
 ax.legend(loc="lower right")
-save_figure(fig, "26_spectrum")
+save_figure(fig, "29_spectrum")
 
 # %% [markdown]
 # Of 128 possible directions a few carry most. Nobody told the training to be of low rank; a small task
@@ -896,7 +896,7 @@ left.xaxis.tick_top()
 left.tick_params(length=0)
 left.spines[:].set_visible(False)
 right.set(xlabel="GiB to train", xlim=(0, 56))
-save_figure(fig, "26_freeze")
+save_figure(fig, "29_freeze")
 
 # %% [markdown]
 # A coloured strip is an adapter. Freezing the tower hardly helps: the text model is the large part.
@@ -1133,4 +1133,4 @@ check(test_3, squeeze)
 # - peft, `tuners/lora/layer.py`; scikit-learn's digits: Alpaydin and Kaynak 1998, UCI repository.
 
 # %% [markdown] tags=["navigation"]
-# [← Training](25_training.ipynb) | [contents](00_overview.ipynb)
+# [← Training](27_training.ipynb) | [contents](00_overview.ipynb)

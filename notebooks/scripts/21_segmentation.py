@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Detection](19_detection.ipynb) | [contents](00_overview.ipynb) | [Quantization →](21_quantization.ipynb)
+# [← Detection](19_detection.ipynb) | [contents](00_overview.ipynb) | [Quantization →](22_quantization.ipynb)
 
 # %% [markdown]
-# # 20 · Segmentation: how do sixteen words draw any shape?
+# # 21 · Segmentation: how do sixteen words draw any shape?
 #
 # *45 minutes* · part IV, Answering
 #
@@ -142,7 +142,7 @@ scene = sample_picture("scene")
 views = [draw_masks(scene, [m]).crop((0, 220, 160, 380)) for m in (masks[0], polygon)]
 titles = ["the truth", f"eight corners: IoU {mask_iou(polygon, masks[0]):.2f}"]
 fig = show_images([v.resize((240, 240)) for v in views], titles, height=2.6)
-save_figure(fig, "20_corners.png")
+save_figure(fig, "21_corners.png")
 
 # %% [markdown]
 # One ear is gone. A polygon spends its numbers on *where* corners lie, and knows nothing about how
@@ -394,7 +394,7 @@ right.scatter(xs, ys, s=28, c=[CYCLE[c] for c in chosen], zorder=3)
 right.scatter(*wanted, marker="x", s=70, color=COLOURS["bad"], zorder=5)
 left.set_title("400 vectors, four words")
 right.set_title("z walks; its colour is the code")
-save_figure(fig, "20_straight")
+save_figure(fig, "21_straight")
 
 # %% [markdown]
 # Still missing: who moves the codebook? The drawing's loss does not (its gradient went past it). A
@@ -416,7 +416,7 @@ save_figure(fig, "20_straight")
 # neighbouring cells talk, and four transposed convolutions that double the side: 4 → 8 → 16 → 32 → 64.
 #
 # That file holds no encoder. Ours is the mirror image, with one line of its own in `look`: vectors get
-# a fixed length (lesson 07, without a weight). Otherwise they grow and grow, and the codebook
+# a fixed length ([lesson 07](07_rms_norm.ipynb), without a weight). Otherwise they grow and grow, and the codebook
 # runs after them.
 
 
@@ -651,7 +651,7 @@ pairs(
     (drawn[:12:2] + 1) / 2,
     "held-out kinds, and what sixteen letters draw",
 )
-save_figure(fig, "20_training.png")
+save_figure(fig, "21_training.png")
 
 # %% [markdown]
 # What to notice: kinds that it never saw come out recognisably. It did not learn 40 kinds, it learned
@@ -935,7 +935,7 @@ fig, axes = plt.subplots(3, 1, figsize=(7, 4.6), layout="constrained")
 for ax, start in zip(axes, (0, 10, 20)):
     row = slice(start, start + 10)
     pairs(ax, held[row], (drawn[row] + 1) / 2, notes=[f"{value:.2f}" for value in ious[row]])
-save_figure(fig, "20_gallery.png")
+save_figure(fig, "21_gallery.png")
 
 # %% [markdown]
 # What to notice: compact things are nearly perfect. What suffers is thin: legs, stalks, gaps. A cell has
@@ -956,7 +956,7 @@ mosaic = tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
 ax.imshow(mosaic, cmap=HEAT, vmin=0, vmax=1)
 ax.set_axis_off()
-save_figure(fig, "20_alphabet.png")
+save_figure(fig, "21_alphabet.png")
 
 # %% [markdown]
 # Numbered from empty to full; between them, edges at every height and slant. Several letters are plainly
@@ -979,7 +979,7 @@ for k in (16, 32, 48):
     ax.axvline(k - 0.5, color=COLOURS["muted"], lw=0.6)
 ax.set_axis_off()
 fig.colorbar(drawing, ax=ax, shrink=0.8, label="mean change")
-save_figure(fig, "20_one_letter")
+save_figure(fig, "21_one_letter")
 
 # %% [markdown]
 # Far more than its share, and most of the rest is its border: neighbours agree on where an edge meets.
@@ -989,7 +989,7 @@ save_figure(fig, "20_one_letter")
 # ## As words
 #
 # Twenty words an object, then its name: `<loc>` × 4, `<seg>` × 16. Objects are joined by ` ; `. For
-# reading, `find_objects` of lesson 19 already knows runs of `<seg>`, and names what is wrong; here an
+# reading, `find_objects` of [lesson 19](19_detection.ipynb) already knows runs of `<seg>`, and names what is wrong; here an
 # object *without* a mask is broken, too.
 
 
@@ -1130,7 +1130,7 @@ for own, mask in zip(segments, masks):
 shown = draw_masks(scene, [s.mask for s in segments], [s.label for s in segments])
 titles = ["the given picture", "read from the text above"]
 fig = show_images([scene.resize((300, 300)), shown.resize((300, 300))], titles, height=2.9)
-save_figure(fig, "20_scene.png")
+save_figure(fig, "21_scene.png")
 
 # %% [markdown]
 # A model's answer is untrusted. Every broken object is dropped and named; the good one survives:
@@ -1189,7 +1189,7 @@ ax.set(
 ax.minorticks_off()
 ax.set_ylim(0.8, 1.005)
 ax.legend(loc="lower right")
-save_figure(fig, "20_sizes")
+save_figure(fig, "21_sizes")
 
 # %% [markdown]
 # ## A bug people really make: a dead alphabet
@@ -1219,7 +1219,7 @@ axes[0].set(title="error of the drawing", xlabel="step", ylim=(0, 1))
 axes[1].set(title="perplexity, of 64", xlabel="step", ylim=(0, 64))
 axes[2].set(title="share of each code", xlabel="codes, sorted")
 axes[0].legend(fontsize=8)
-save_figure(fig, "20_dead")
+save_figure(fig, "21_dead")
 
 # %% [markdown]
 # A handful of letters does all the work, and the drawings still look like something. Why: a code that is
@@ -1410,4 +1410,4 @@ check(test_3, label_map)
 #   `vae-oid.npz`.
 
 # %% [markdown] tags=["navigation"]
-# [← Detection](19_detection.ipynb) | [contents](00_overview.ipynb) | [Quantization →](21_quantization.ipynb)
+# [← Detection](19_detection.ipynb) | [contents](00_overview.ipynb) | [Quantization →](22_quantization.ipynb)
