@@ -1,0 +1,1 @@
+"""Care that no lesson is about: files, configs, drawing, the command line, the course itself."""
