@@ -2,6 +2,7 @@
 """From logits to the next token: greedy, temperature, top-k and top-p."""
 
 import math
+from numbers import Real
 
 import torch
 
@@ -71,18 +72,26 @@ def draw(probability: torch.Tensor, generator: torch.Generator | None = None) ->
     return torch.searchsorted(end, dart * end[:, -1:], right=True).squeeze(-1)
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number, Python's or numpy's; True and False are none here."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
     """Refuse parameters out of range.
 
     Raises:
         ValueError: temperature below 0 or not finite, top_k below 1, top_p outside (0, 1].
     """
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number")
-    if top_k is not None and not (1 <= top_k < float("inf") and top_k == int(top_k)):
-        raise ValueError(f"top_k is {top_k}; expected a whole number of at least 1, or None")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1")
+    if not (is_number(temperature) and 0 <= temperature < math.inf):
+        raise ValueError(
+            f"temperature is {temperature!r}; expected 0 (greedy) or a positive number"
+        )
+    whole = is_number(top_k) and 1 <= top_k < math.inf and top_k == int(top_k)
+    if not (top_k is None or whole):
+        raise ValueError(f"top_k is {top_k!r}; expected a whole number of at least 1, or None")
+    if not (is_number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top_p is {top_p!r}; expected more than 0 and at most 1")
 
 
 def _check_logits(logits: torch.Tensor, largest: torch.Tensor) -> None:
