@@ -8,29 +8,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from paligemma.geglu import GeGLU
+from paligemma.gemma import GemmaConfig, GemmaModel
 from paligemma.grouped_query_attention import GroupedQueryAttention, group_size
 from paligemma.kv_cache import KVCache
 from paligemma.rms_norm import RMSNorm
-from paligemma.rope import RotaryEmbedding, apply_rope
 
 
-def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
+def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
     """cap · tanh(x / cap): almost x where x is small, never beyond ±cap; the order is kept.
 
     Args:
         x: `float[…]`, scores.
-        cap: the bound, positive.
+        cap: the bound, positive; 0 or None: no cap.
 
     Returns:
         `float32[…]`.
 
     Source: Gemma 2 report, section 2; Bello et al. 2016.
     """
-    return cap * torch.tanh(x.float() / cap)
+    return cap * torch.tanh(x.float() / cap) if cap else x.float()
 
 
 @dataclass
-class Gemma2Config:
+class Gemma2Config(GemmaConfig):
     """Shape of the language model; the defaults are Gemma 2 2B as PaliGemma 2 3B uses it.
 
     Source: Gemma Team 2024 (Gemma 2), table 1; PaliGemma 2's published `config.json`.
@@ -40,15 +40,11 @@ class Gemma2Config:
     hidden_size: int = 2304
     intermediate_size: int = 9216
     num_hidden_layers: int = 26
-    num_attention_heads: int = 8
     num_key_value_heads: int = 4
-    head_dim: int = 256
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
     query_pre_attn_scalar: int = 256
-    sliding_window: int = 4096
-    attn_logit_softcapping: float = 50.0
-    final_logit_softcapping: float = 30.0
+    sliding_window: int | None = 4096
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
 
 
 def capped_attention(
@@ -57,7 +53,7 @@ def capped_attention(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
-    cap: float,
+    cap: float | None,
 ) -> torch.Tensor:
     """softmax(soft_cap(q·kᵀ · scale) + mask)·v, in groups as in `grouped_attention`.
 
@@ -66,7 +62,7 @@ def capped_attention(
         k, v: `float[B, K, S, Dh]`; query head h uses key/value head h // (H / K).
         mask: `bool[B, 1, L, S]`, True where a query may look; None: everywhere.
         scale: factor of the scores, before the cap.
-        cap: bound of the scores, before the mask.
+        cap: bound of the scores, before the mask; 0 or None: no cap.
 
     Returns:
         `float[B, H, L, Dh]`.
@@ -131,20 +127,13 @@ class Gemma2Attention(GroupedQueryAttention):
         self.cap = config.attn_logit_softcapping
         self.sliding_window = None if layer_idx % 2 else config.sliding_window
 
-    def forward(self, x, cos, sin, mask=None, cache=None, keep=None) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L or keep, D]`; arguments as in `GroupedQueryAttention`."""
-        last = slice(None if keep is None else -keep, None)
-        q, k, v = self.q_proj(x[:, last]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        q = apply_rope(q, cos[:, :, last], sin[:, :, last])  # (B, H, L or keep, Dh)
-        k = apply_rope(k, cos, sin)  # (B, K, L, Dh)
-        if cache is not None:
-            k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The heads' part, `float[B, H, L, Dh]`; arguments as in `capped_attention`."""
         if self.sliding_window is not None:
-            mask = window_mask(mask, x.shape[1], k.shape[2], self.sliding_window, x.device)
-        mask = mask if mask is None else mask[:, :, last]
-        out = capped_attention(q, k, v, mask, self.scale, self.cap)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+            mask = window_mask(mask, q.shape[2], k.shape[2], self.sliding_window, q.device)
+        return capped_attention(q, k, v, mask, self.scale, self.cap)
 
 
 class Gemma2DecoderLayer(nn.Module):
@@ -160,63 +149,33 @@ class Gemma2DecoderLayer(nn.Module):
         self.mlp = GeGLU(size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, keep=None) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L or keep, D]`; arguments as in `GroupedQueryAttention`."""
-        h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, keep)
-        x = (x if keep is None else x[:, -keep:]) + self.post_attention_layernorm(h)
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
+        h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.post_attention_layernorm(h)
         h = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(h)
 
 
-class Gemma2Model(nn.Module):
-    """The decoder of PaliGemma 2; used exactly like `GemmaModel`.
+class Gemma2Model(GemmaModel):
+    """The decoder of PaliGemma 2: `GemmaModel` with other blocks and capped logits.
 
     Source: Gemma Team 2024 (Gemma 2); `Gemma2Model` in transformers.
     """
 
+    layer_class = Gemma2DecoderLayer
+
     def __init__(self, config: Gemma2Config):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Gemma2DecoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`int64[B, L]` → `float[B, L, D]`, scaled by √D rounded to the weights' type."""
-        x = self.embed_tokens(input_ids)
-        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
-
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        positions: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        keep: int | None = None,
-    ) -> torch.Tensor:
-        """Run the blocks.
-
-        Args:
-            inputs_embeds: `float[B, L, D]`, from `embed` or from pictures.
-            positions: `int64[B, L]`, each token's place in its row.
-            mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere. Layers
-                0, 2, 4 … narrow it to their window.
-            cache: keys and values of the S tokens before; gains these L.
-            keep: only the last so many positions come out; what nothing needs is not computed.
-
-        Returns:
-            `float[B, L or keep, D]` after the last norm.
-        """
-        cos, sin = self.rotary_emb(positions)
-        x = inputs_embeds
-        for i, layer in enumerate(self.layers, 1):
-            x = layer(x, cos, sin, mask, cache, keep if i == len(self.layers) else None)
-        return self.norm(x if keep is None else x[:, -keep:])
+        super().__init__(config)
+        self.cap = config.final_logit_softcapping
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`float[B, L, D]` → `float32[B, L, V]`, capped; the embedding is the head."""
-        scores = F.linear(hidden, self.embed_tokens.weight)
-        return soft_cap(scores, self.config.final_logit_softcapping)
+        """`float[B, L, D]` → `float32[B, L, V]`, capped."""
+        return soft_cap(super().logits(hidden), self.cap)

@@ -65,7 +65,12 @@ class GroupedQueryAttention(nn.Module):
     """
 
     def __init__(
-        self, hidden_size, num_attention_heads, num_key_value_heads, head_dim, layer_idx=0
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        layer_idx: int = 0,
     ):
         super().__init__()
         group_size(num_attention_heads, num_key_value_heads)  # raises where the groups are unequal
@@ -75,7 +80,20 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, keep=None):
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`grouped_attention`; a subclass may put another kind here. Gives `float[B, H, L, Dh]`."""
+        return grouped_attention(q, k, v, mask)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache=None,
+    ) -> torch.Tensor:
         """Attend over `x` and whatever the cache already holds.
 
         Args:
@@ -83,17 +101,15 @@ class GroupedQueryAttention(nn.Module):
             cos, sin: rotation of the L positions, `float32[B, 1, L, Dh]`.
             mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
             cache: anything with `update(layer_idx, k, v) -> (k, v)`, such as `KVCache`.
-            keep: only the last so many positions ask, though all can be seen; None: all ask.
 
         Returns:
-            `float[B, L or keep, D]`.
+            `float[B, L, D]`.
         """
-        last = slice(None if keep is None else -keep, None)
-        q, k, v = self.q_proj(x[:, last]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        q = apply_rope(q, cos[:, :, last], sin[:, :, last])  # (B, H, L or keep, Dh)
-        k = apply_rope(k, cos, sin)  # (B, K, L, Dh)
-        mask = mask if mask is None else mask[:, :, last]
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, Dh)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
-        return self.o_proj(grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        out = self.attend(q, k, v, mask)  # (B, H, L, Dh)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)

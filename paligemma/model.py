@@ -21,11 +21,12 @@ class PaliGemmaConfig:
     """
 
     vision_config: SiglipVisionConfig = field(default_factory=SiglipVisionConfig)
-    text_config: GemmaConfig | Gemma2Config = field(default_factory=GemmaConfig)
+    text_config: GemmaConfig = field(default_factory=GemmaConfig)  # or a Gemma2Config
     image_token_index: int = 257152
     pad_token_id: int = 0
     eos_token_id: int = 1
     bos_token_id: int = 2
+    name_or_path: str = ""  # where the weights came from
 
 
 @dataclass
@@ -34,6 +35,10 @@ class PaliGemmaOutput:
 
     logits: torch.Tensor
     loss: torch.Tensor | None = None
+
+    def __getitem__(self, index):
+        """By place, as transformers' Trainer asks for it: the loss first, if there is one."""
+        return tuple(t for t in (self.loss, self.logits) if t is not None)[index]
 
 
 def prefix_lm_mask(
@@ -87,9 +92,9 @@ def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         A scalar, `float32`; 0 when nothing is labelled.
     """
-    guesses, truth = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    total = F.cross_entropy(guesses, truth, ignore_index=-100, reduction="sum")
-    return total / (truth != -100).sum().clamp(min=1)
+    shift_logits, shift_labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = F.cross_entropy(shift_logits, shift_labels, ignore_index=-100, reduction="sum")
+    return total / (shift_labels != -100).sum().clamp(min=1)
 
 
 def check_inputs(
@@ -102,9 +107,15 @@ def check_inputs(
     """The attention mask, ones when none is given: `int64[B, S + L]` with S = `past`.
 
     Raises:
-        ValueError: a tensor does not fit the L new tokens (the mask: the S cached ones as well).
+        ValueError: a tensor does not fit the L new tokens (the mask: the S cached ones as well),
+            or labels come without token_type_ids.
     """
     batch, length = input_ids.shape
+    if labels is not None and token_type_ids is None:
+        raise ValueError(
+            "labels need token_type_ids, 1 where the answer stands: without them each token sees "
+            "the answer it is asked for; take both from the same Processor"
+        )
     if attention_mask is None:
         attention_mask = input_ids.new_ones(batch, past + length)
     cached = f"{past} cached tokens and {length} new ones"
@@ -119,14 +130,14 @@ def check_inputs(
 
 
 def place_features(
-    embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None
+    inputs_embeds: torch.Tensor, is_image: torch.Tensor, image_features: torch.Tensor | None
 ) -> torch.Tensor:
-    """Put the pictures' vectors where `<image>` stands, in order and unscaled.
+    """Put the pictures' vectors where `<image>` stands, in order over the rows and unscaled.
 
     Args:
-        embeds: `float[B, L, D]`, the embedded text.
+        inputs_embeds: `float[B, L, D]`, the embedded text.
         is_image: `bool[B, L]`, True on the placeholders.
-        features: `float[B, N, D]`, or None when there is no picture.
+        image_features: `float[P, N, D]`, or None when there is no picture.
 
     Returns:
         `float[B, L, D]`.
@@ -135,27 +146,29 @@ def place_features(
         ValueError: not exactly one placeholder for each vector.
     """
     found = int(is_image.sum())
-    wanted = 0 if features is None else features.shape[:2].numel()
+    wanted = 0 if image_features is None else image_features.shape[:2].numel()
     if found != wanted:
         raise ValueError(
             f"input_ids hold {found} <image> tokens and the pictures give {wanted}; "
             "make both with the same Processor"
         )
-    if features is None:
-        return embeds
-    return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
+    if image_features is None:
+        return inputs_embeds
+    return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
 
 
-class PaliGemmaParts(nn.Module):
-    """The three parts of the model, and one sequence made of a picture and a text."""
+class PaliGemma(nn.Module):
+    """A picture and a prompt in, the next token's logits out (PaliGemma paper, section 3)."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         self.config = config
         self.vision_tower = SiglipVisionModel(config.vision_config)
         self.multi_modal_projector = PaliGemmaProjector(config)
-        kind = Gemma2Model if isinstance(config.text_config, Gemma2Config) else GemmaModel
-        self.language_model = kind(config.text_config)
+        text = config.text_config
+        self.language_model = (
+            Gemma2Model(text) if isinstance(text, Gemma2Config) else GemmaModel(text)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -168,24 +181,20 @@ class PaliGemmaParts(nn.Module):
         return self.language_model.embed_tokens.weight.dtype
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`float[B, 3, H, W]` → `float[B, N, D]`, the soft tokens that stand for the picture."""
+        """`float[P, 3, H, W]` → `float[P, N, D]`, the vectors that stand for P pictures."""
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
 
-    def merge(self, input_ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
-        """`int64[B, L]` and `float[B, N, D]` → `float[B, L, D]`: words × √D, pictures as given."""
+    def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
+        """`int64[B, L]` and `float[P, N, D]` → `float[B, L, D]`: words × √D, pictures as given."""
         is_image = input_ids == self.config.image_token_index
-        embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
-        return place_features(embeds, is_image, features)
+        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
+        return place_features(inputs_embeds, is_image, image_features)
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens."""
         c = self.config.text_config
         shape = (batch_size, c.num_key_value_heads, max_length, c.head_dim)
         return KVCache(c.num_hidden_layers, *shape, self.device, self.dtype)
-
-
-class PaliGemma(PaliGemmaParts):
-    """A picture and a prompt in, the next token's logits out (PaliGemma paper, section 3)."""
 
     def forward(
         self,
@@ -195,29 +204,31 @@ class PaliGemma(PaliGemmaParts):
         token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         cache: KVCache | None = None,
-        logits_to_keep: int | None = None,
         image_features: torch.Tensor | None = None,
+        logits_to_keep: int | None = None,
     ) -> PaliGemmaOutput:
         """Logits for the new tokens, and the loss when there are labels.
 
         Args:
             input_ids: `int64[B, L]`, the new tokens.
-            pixel_values: `float[B, 3, H, W]`; with a filled cache the picture is in there already.
+            pixel_values: `float[P, 3, H, W]`, the pictures of the `<image>` tokens, in order over
+                the rows; one row may hold several.
             attention_mask: `int64[B, S + L]`, 0 on padding, S tokens cached; None: no padding.
             token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: prefix (suffix after a cache).
             labels: `int64[B, L]`, -100 where nothing is to be learnt; not shifted.
             cache: from `make_cache`; gains the L tokens.
+            image_features: `float[P, N, D]` from `encode_image`, instead of `pixel_values`.
             logits_to_keep: only the last so many positions get logits (and a loss); None: all.
-            image_features: `float[B, N, D]` from `encode_image`, instead of `pixel_values`.
 
         Returns:
             `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
 
         Raises:
-            ValueError: tensors that do not fit each other, or a picture given in two ways.
+            ValueError: tensors that do not fit each other, labels without token_type_ids, or a
+                picture given in two ways.
         """
         past, length = 0 if cache is None else len(cache), input_ids.shape[1]
-        restricted = attention_mask is not None or token_type_ids is not None
+        free = attention_mask is None and token_type_ids is None and (length == 1 or not past)
         attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
         if pixel_values is not None:
             if image_features is not None:
@@ -227,14 +238,10 @@ class PaliGemma(PaliGemmaParts):
             x = self.language_model.embed(input_ids)
         else:
             x = self.merge(input_ids, image_features)  # (B, L, D)
-        if restricted or (past and length > 1):
-            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # pads shift nothing
-            mask = prefix_lm_mask(attention_mask, token_type_ids, length)
-        else:  # a whole prefix, or the newest token: each sees all there is
-            positions = torch.arange(past, past + length, device=x.device)[None]
-            mask = None
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        mask = None if free else prefix_lm_mask(attention_mask, token_type_ids, length)
+        hidden = self.language_model(x, position_ids, mask, cache)
         keep = min(logits_to_keep or length, length)
-        hidden = self.language_model(x, positions, mask, cache, keep)
-        logits = self.language_model.logits(hidden)
+        logits = self.language_model.logits(hidden[:, -keep:])
         loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
         return PaliGemmaOutput(logits, loss)

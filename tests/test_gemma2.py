@@ -106,23 +106,6 @@ def test_any_split_through_the_cache_equals_one_pass(steps, window):
     torch.testing.assert_close(torch.cat(parts, 1), full_pass(model, ids), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layers", [0, 1, 2, 4])  # the last one with a window, without, …
-@pytest.mark.parametrize("keep", [1, 6, 9])  # 6: with two of the prefix
-def test_keep_computes_only_the_last_positions(layers, keep):
-    torch.manual_seed(0)
-    model = Gemma2Model(Gemma2Config(V, D, WIDE, layers, H, K, DH, **EXTRA)).eval()
-    ids, positions = some_ids(), torch.arange(9)[None].expand(2, -1)
-    mask = causal(9)
-    mask[..., :5, :5] = True  # a prefix longer than the window
-    caches = KVCache(layers, 2, K, 9, DH), KVCache(layers, 2, K, 9, DH)
-    whole, last = (
-        model(model.embed(ids), positions, mask, cache, k) for cache, k in zip(caches, (None, keep))
-    )
-    torch.testing.assert_close(last, whole[:, -keep:], atol=1e-5, rtol=1e-5)
-    for a, b in zip(*(cache.keys for cache in caches)):
-        assert torch.equal(a, b)  # what is not asked can still be seen
-
-
 def test_padded_row_equals_the_row_alone():
     model, ids = ours(), some_ids(2, 12)
     real = torch.ones(2, 12, dtype=torch.bool)

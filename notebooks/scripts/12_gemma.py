@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -16,7 +19,7 @@
 # %% [markdown]
 # # 12 · Gemma: how do the pieces become a language model?
 #
-# *45 minutes* · part II, Language
+# *55 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
@@ -348,10 +351,16 @@ class GemmaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GeGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, keep=None) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L or keep, D]`; arguments as in `GroupedQueryAttention`."""
-        h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, keep)
-        x = (x if keep is None else x[:, -keep:]) + h
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -385,15 +394,18 @@ class GemmaModel(nn.Module):
     Source: Gemma Team 2024; `GemmaModel` in gemma_pytorch and transformers.
     """
 
+    layer_class: type[nn.Module] = GemmaDecoderLayer
+
     def __init__(self, config: GemmaConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+            self.layer_class(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
+        self.head: nn.Module | None = None  # None: the embedding; a quantised copy may take over
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`int64[B, L]` → `float[B, L, D]`, scaled by √D.
@@ -407,31 +419,31 @@ class GemmaModel(nn.Module):
     def forward(
         self,
         inputs_embeds: torch.Tensor,
-        positions: torch.Tensor,
+        position_ids: torch.Tensor,
         mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
-        keep: int | None = None,
     ) -> torch.Tensor:
         """Run the blocks.
 
         Args:
             inputs_embeds: `float[B, L, D]`, from `embed` or from pictures.
-            positions: `int64[B, L]`, each token's place in its row.
+            position_ids: `int64[B, L]`, each token's place in its row.
             mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
             cache: keys and values of the S tokens before; gains these L.
-            keep: only the last so many positions come out; what nothing needs is not computed.
 
         Returns:
-            `float[B, L or keep, D]` after the last norm.
+            `float[B, L, D]` after the last norm.
         """
-        cos, sin = self.rotary_emb(positions)
+        cos, sin = self.rotary_emb(position_ids)
         x = inputs_embeds
-        for i, layer in enumerate(self.layers, 1):
-            x = layer(x, cos, sin, mask, cache, keep if i == len(self.layers) else None)
-        return self.norm(x if keep is None else x[:, -keep:])
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        return self.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`float[B, L, D]` → `float32[B, L, V]` with the embedding as head (tied weights)."""
+        if self.head is not None:
+            return self.head(hidden).float()
         return F.linear(hidden, self.embed_tokens.weight).float()
 
 
