@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -67,9 +68,11 @@ README = "# Toys\n\n<!-- lessons -->\nold\n<!-- /lessons -->\n\nEnd.\n"
 
 
 def load_sync(root):
+    sys.path.insert(0, str(ROOT / "tools"))
     spec = importlib.util.spec_from_file_location("toy_sync", ROOT / "tools" / "sync.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    sys.path.pop(0)
     tool.ROOT = root
     return tool
 
@@ -157,14 +160,13 @@ def test_navigation_links_the_neighbours(course):
     (course.root / "notebooks" / "02_game.ipynb").unlink()
     code, output = course("--check")
     assert code == 1
-    assert "01_toy: navigation in the notebook is stale" in output
-    assert "01_toy: navigation in the pair is stale" in output
+    assert "01_toy: numbers, minutes or navigation are stale" in output
 
 
 def test_pair_edited_alone(course):
     replace(course.pair, "part I, Seeing", "part I, Seeing\n#\n# New words.")
     code, output = course("--check")
-    assert code == 1 and "01_toy: the pair was edited alone (cell 1)" in output
+    assert code == 1 and "01_toy: notebook and pair disagree at cell 1" in output
     assert course() == (0, "01_toy: wrote notebook\n02_game: in step\n")
     assert course("--check") == (0, "")
     nb = nbformat.read(course.notebook, as_version=4)
@@ -189,8 +191,7 @@ def test_notebook_edited_alone(course):
     nbformat.write(nb, course.notebook)
     code, output = course("--check")
     assert code == 1
-    assert "01_toy: the notebook was edited alone (cell 3)" in output
-    assert "01_toy: paligemma/toy.py is not what the notebook exports" in output
+    assert "01_toy: notebook and pair disagree at cell 3" in output
     assert course("01_toy") == (0, "01_toy: wrote pair, notebook, module\n")
     assert "return 3 * x + 0 * math.pi" in course.pair.read_text()
     assert "return 3 * x + 0 * math.pi" in course.module.read_text()
@@ -203,7 +204,7 @@ def test_module_edited_alone_is_overwritten(course):
     assert course("01_toy") == (0, "01_toy: wrote module\n")
     assert course.module.read_text() == MODULE
     course.module.unlink()
-    assert "01_toy: paligemma/toy.py is missing" in course("--check")[1]
+    assert "01_toy: paligemma/toy.py is not what the notebook exports" in course("--check")[1]
 
 
 @pytest.mark.parametrize(("choice", "winner"), [("pair", "4 * x"), ("notebook", "3 * x")])
@@ -211,11 +212,11 @@ def test_both_edited_is_a_conflict(course, choice, winner):
     replace(course.notebook, "2 * x", "3 * x")
     replace(course.pair, "2 * x", "4 * x")
     before = snapshot(course.root)
-    for arguments in (["--check"], ["01_toy"]):
-        code, output = course(*arguments)
-        assert code == 1
-        assert "01_toy: notebook and pair were both edited and disagree at cell 3" in output
-        assert "--from" in output
+    assert "01_toy: notebook and pair disagree at cell 3" in course("--check")[1]
+    code, output = course("01_toy")
+    assert code == 1
+    assert "01_toy: notebook and pair were both edited and disagree at cell 3" in output
+    assert "--from" in output
     assert snapshot(course.root) == before
     assert course("01_toy", "--from", choice)[0] == 0
     assert winner in course.pair.read_text() and winner in course.notebook.read_text()
@@ -238,10 +239,10 @@ def test_freshness_is_about_content_not_time(course):
 
 def test_missing_side_is_named_and_rebuilt(course):
     course.pair.unlink()
-    assert "01_toy: notebooks/scripts/01_toy.py is missing" in course("--check")[1]
+    assert "01_toy: the pair is missing" in course("--check")[1]
     assert course("01_toy") == (0, "01_toy: wrote pair\n")
     course.notebook.unlink()
-    assert "01_toy: notebooks/01_toy.ipynb is missing" in course("--check")[1]
+    assert "01_toy: the notebook is missing" in course("--check")[1]
     assert course("01_toy", "--execute")[0] == 0
     assert course("--check") == (0, "")
 
@@ -257,10 +258,10 @@ def test_module_without_notebook_is_stale(course):
 def test_readme_table(course):
     rows = course.readme.read_text().splitlines()
     toy = "| I Seeing | 01 | [Toy: what is it?](notebooks/01_toy.ipynb) "
-    assert toy + "| [`toy`](paligemma/toy.py) | 30 |" in rows
-    assert "|  | 02 | [Game: what is it?](notebooks/02_game.ipynb) |  | 30 |" in rows
+    assert toy + "| [`toy`](paligemma/toy.py) | 5 |" in rows
+    assert "|  | 02 | [Game: what is it?](notebooks/02_game.ipynb) |  | 5 |" in rows
     assert rows[0] == "# Toys" and rows[-1] == "End."
-    replace(course.readme, "| 30 |", "| 20 |")
+    replace(course.readme, "| 5 |", "| 20 |")
     code, output = course("--check")
     assert code == 1 and "README.md: the table of lessons is stale" in output
     assert "README.md: wrote" in course()[1]
@@ -290,24 +291,103 @@ def test_too_slow_a_lesson_fails_but_keeps_its_outputs(toy, tmp_path, capsys):
     shutil.copytree(toy, tmp_path, dirs_exist_ok=True)
     tool = load_sync(tmp_path)
     tool.SECONDS = 0.01
-    tool.execute = lambda lesson, nb: 75.0
+    tool.execute = lambda name, nb: 75.0
     assert tool.main(["02_game", "--execute"]) == 1
     assert "ran in 75.0 s: over the limit" in capsys.readouterr().err
 
 
-def test_figures_and_student_edition(course, tmp_path):
-    code, _ = course("--figures", "01_toy", str(tmp_path / "pictures"))
-    assert not code
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["01_toy-5.png"]
-    assert (tmp_path / "pictures" / "01_toy-5.png").read_bytes().startswith(b"\x89PNG")
-    before = snapshot(course.root / "notebooks")
-    code, _ = course("--student", str(tmp_path / "student"))
-    assert not code and snapshot(course.root / "notebooks") == before
-    nb = nbformat.read(tmp_path / "student" / "01_toy.ipynb", as_version=4)
-    assert len(nb.cells) == 6
-    for cell in nb.cells:
-        assert "solution" not in cell.metadata.get("tags", [])
-        assert not cell.get("outputs")
+GROWING = '''\
+# %%
+#| export
+"""Toys."""
+LOUD = 1
+
+class Toy:
+    """A toy."""
+
+    def __init__(self):
+        self.loud = LOUD
+
+    # plain
+    def play(self):
+        return 1
+
+def double(x):
+    return x + x
+
+# %%
+#| export
+def double(x):
+    """Twice x."""
+    return 2 * x
+
+# %%
+#| export
+@add_to_class(Toy)
+def play(self):
+    """Play."""
+    return double(self.loud)
+
+@add_to_class(Toy)
+@property
+def name(self):
+    return "toy"
+'''
+
+GROWN = '''\
+# Exported from notebooks/01_toy.ipynb — edit there, then run `make sync`.
+"""Toys."""
+
+LOUD = 1
+
+
+class Toy:
+    """A toy."""
+
+    def __init__(self):
+        self.loud = LOUD
+
+    def play(self):
+        """Play."""
+        return double(self.loud)
+
+    @property
+    def name(self):
+        return "toy"
+
+
+def double(x):
+    """Twice x."""
+    return 2 * x
+'''
+
+
+def cells_of(text):
+    return [cell.strip("\n") for cell in text.split("# %%\n") if cell]
+
+
+def test_the_later_definition_wins_and_classes_grow():
+    from export import ExportError, module_text
+
+    assert module_text(cells_of(GROWING), "01_toy") == GROWN
+    assert module_text(["x = 1"], "01_toy") is None
+    with pytest.raises(ExportError, match="no exported class Ball to add play to"):
+        module_text(cells_of(GROWING.replace("class(Toy)", "class(Ball)")), "01_toy")
+
+
+def test_numbers_and_minutes_are_filled_in(course):
+    """A lesson that moves takes its links with it; a longer one says so."""
+    words = "word " * 2000
+    replace(course.pair, "part I, Seeing", f"part I, Seeing\n#\n# [lesson 7](07_game.ipynb) {words}")
+    assert course("01_toy")[0] == 0
+    text = course.pair.read_text()
+    assert "[lesson 02](02_game.ipynb)" in text and "*10 minutes*" in text
+    for path in (course.pair.with_name("02_game.py"), course.root / "notebooks/02_game.ipynb"):
+        path.rename(path.with_name(path.name.replace("02", "05")))
+    assert "01_toy: numbers, minutes or navigation are stale" in course("--check")[1]
+    assert course()[0] == 0 and course("--check") == (0, "")
+    assert "[lesson 05](05_game.ipynb)" in course.pair.read_text()
+    assert "# 05 · Game" in (course.root / "notebooks/scripts/05_game.py").read_text()
 
 
 SANITIZED = {
