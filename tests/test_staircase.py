@@ -13,6 +13,8 @@ NUMBERS = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS}
 MODULES = [
     path for path in sorted((ROOT / "paligemma").glob("*.py")) if not path.name.startswith("__")
 ]
+SUPPORT = ROOT / "paligemma" / "support"
+OPEN = {"command_line"}  # called by its own lesson, which it stands on: the door to the package
 # Tests of the project as a whole; every other test file belongs to one lesson.
 PROJECT = {"toolchain", "notebooks", "staircase", "references", "parity", "readme", "tiny", "bench"}
 
@@ -35,9 +37,21 @@ def imported(code):
 
 
 def lessons_of(names):
-    """The modules of this package among imported names; "" is the package itself."""
-    own = [name.split(".") for name in names if name.split(".")[0] == "paligemma"]
-    return {parts[1] if len(parts) > 1 and parts[1] in NUMBERS else "" for parts in own}
+    """The modules of this package among imported names; "" is the package itself.
+
+    For a module of `support/` the lessons that it stands on, itself or through another.
+    """
+    found = set()
+    for parts in (name.split(".") for name in names):
+        if parts[0] != "paligemma":
+            continue
+        if parts[1:2] == ["support"]:
+            file = SUPPORT / f"{parts[2]}.py" if len(parts) > 2 else None
+            if file and file.is_file() and file.stem not in OPEN:
+                found |= lessons_of(imported(file.read_text()))
+        else:
+            found.add(parts[1] if len(parts) > 1 and parts[1] in NUMBERS else "")
+    return found
 
 
 def too_late(stem, names):
@@ -91,9 +105,9 @@ def test_one_lesson_one_module_one_test():
     assert not tests - exporting - PROJECT, "tests of no module"
 
 
-def test_package_is_flat():
+def test_package_has_two_rooms():
     folders = {path.parent for path in (ROOT / "paligemma").rglob("*.py")}
-    assert folders == {ROOT / "paligemma"}
+    assert folders == {ROOT / "paligemma", SUPPORT}
     assert not {path.stem for path in MODULES} & {"utils", "util", "common", "helpers", "misc"}
 
 
