@@ -255,7 +255,7 @@ def parse_device(device: torch.device | str | int) -> torch.device:
     try:
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError):  # no such name; no such device here
+    except (RuntimeError, AssertionError, ImportError):  # no such name; none here
         raise ValueError(problem) from None
     if found.type == "meta":
         raise ValueError(problem)
