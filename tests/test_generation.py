@@ -1,10 +1,9 @@
 """Generation: rows that end in their own time, seeds, streams of whole characters, no waste."""
 
 import gc
-import threading
-import time
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,18 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import paligemma.generation as generation
 from paligemma.checkpoint import internal_name, load_model
 from paligemma.gemma import GemmaConfig
-from paligemma.generation import (
-    FoldedDecoder,
-    can_fold,
-    generate,
-    generate_steps,
-    own_product_pays,
-    stream,
-    thin_products,
-)
+from paligemma.generation import GenerationConfig, generate, generate_steps, stream
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.siglip import SiglipVisionConfig
 from paligemma.tokenizer import Tokenizer
@@ -162,21 +152,39 @@ def test_no_more_than_max_new_tokens(model, free, steps):
     assert torch.equal(out, free[:, :steps])
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.5, True, None, "3"])
-def test_other_limits_are_refused_at_once(model, steps):
-    if steps is True:  # an int by descent; it means one token, as everywhere in Python
-        assert generate(model, **random_batch(), max_new_tokens=steps).shape == (3, 1)
-        return
-    with pytest.raises(ValueError, match=r"max_new_tokens is .*; expected a whole number"):
-        generate_steps(model, **random_batch(), max_new_tokens=steps)  # not even asked for a token
+WRONG = {
+    "max_new_tokens": [0, -1, 2.5, True, None, "3", np.float64(3), np.bool_(True)],
+    "temperature": [-1, float("nan"), "hot", None, True],
+    "top_p": [0, 90, "0.9", None, True],
+    "top_k": [0, 2.5, "5", True],
+    "eos_token_id": [None, 1.0, "eos", [1, 2], True],
+}
 
 
-@pytest.mark.parametrize(
-    "option", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": 0}]
-)
-def test_sampling_options_are_checked_before_the_model_runs(model, option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is"):
-        generate_steps(model, **random_batch(), **option)
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in WRONG.items() for v in vs])
+def test_other_values_are_refused_by_name_before_the_model_runs(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is .*; expected"):
+        GenerationConfig(**{name: value})
+    with pytest.raises(ValueError, match=f"^{name} is .*; expected"):
+        generate(None, **random_batch(), **{name: value})
+
+
+def test_numpy_numbers_are_numbers(model, free):
+    out = generate(model, **random_batch(), max_new_tokens=np.int64(5), eos_token_id=np.int32(-1))
+    assert torch.equal(out, free[:, :5])
+    options = {"top_k": np.int64(1), "temperature": np.float32(0.7), "top_p": np.float64(0.5)}
+    assert torch.equal(drawn(model, 5, **options), free[:, :12])
+
+
+def test_an_unknown_option_is_named_with_those_that_exist():
+    assert GenerationConfig.from_options(top_k=3) == GenerationConfig(top_k=3)
+    with pytest.raises(ValueError, match=r"max_tokens is no option.*expected max_new_tokens, temp"):
+        GenerationConfig.from_options(max_tokens=3)
+
+
+def test_options_cannot_be_changed_behind_the_check():
+    with pytest.raises(AttributeError):
+        GenerationConfig().top_p = 7
 
 
 def test_without_padding_no_mask_is_needed(model):
@@ -204,7 +212,7 @@ def test_an_image_token_in_the_answer_is_a_token_like_any_other(model, monkeypat
     """A model may say anything, `<image>` too; no picture belongs to it then."""
     said = iter([IMAGE_ID, 7, 1])
 
-    def draw(logits, **_):
+    def draw(logits, *_):
         return torch.full((logits.shape[0],), next(said))
 
     monkeypatch.setattr("paligemma.generation.sample", draw)
@@ -245,6 +253,143 @@ def test_a_draw_from_one_token_is_greedy(model, free, option):
     assert torch.equal(drawn(model, 5, **option), free[:, :12])
 
 
+# ---------------------------------------------------------------- one forward pass
+
+
+def whole_passes(model, batch, steps):
+    """Greedy tokens and their log-probabilities, `[B, steps]` each, without a cache.
+
+    Every row alone and without pads, everything read again for each token.
+    """
+    tokens, log_probs = [], []
+    for ids, pixels, mask in zip(
+        batch["input_ids"], batch["pixel_values"], batch["attention_mask"]
+    ):
+        ids = prompt = ids[mask.bool()][None]
+        for _ in range(steps):
+            types = (torch.arange(ids.shape[1]) >= prompt.shape[1]).long()[None]
+            with torch.no_grad():
+                logits = model(ids, pixels[None], token_type_ids=types).logits[0, -1]
+            best = logits.log_softmax(-1).max(-1)
+            log_probs.append(best.values)
+            ids = torch.cat([ids, best.indices.view(1, 1)], dim=1)
+        tokens.append(ids[0, prompt.shape[1] :])
+    return torch.stack(tokens), torch.stack(log_probs).view(len(tokens), steps)
+
+
+def answer(model, batch, steps):
+    """The same by `generate_steps`."""
+    config, log_probs = GenerationConfig(steps, eos_token_id=-1), []
+    tokens = list(generate_steps(model, **batch, config=config, log_probs=log_probs))
+    return torch.stack(tokens, 1), torch.stack(log_probs, 1)
+
+
+def assert_equals_whole_passes(model, batch, steps=12):
+    for found, expected in zip(answer(model, batch, steps), whole_passes(model, batch, steps)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["MHA", "GQA", "MQA", "gemma2"])
+def test_a_cached_padded_batch_equals_whole_passes_and_transformers(
+    checkpoints, gemma2_checkpoint, kind
+):
+    from transformers import PaliGemmaForConditionalGeneration
+
+    path = gemma2_checkpoint if kind == "gemma2" else checkpoints[kind]
+    model, batch = load_model(path), random_batch()
+    assert (batch["attention_mask"] == 0).any(), "no padding: nothing would be proven about it"
+    assert_equals_whole_passes(model, batch, 16)
+    out = generate(model, **batch, max_new_tokens=16, eos_token_id=-1)
+    theirs = PaliGemmaForConditionalGeneration.from_pretrained(path).eval()
+    theirs.generation_config.eos_token_id = None
+    types = torch.zeros_like(batch["input_ids"])
+    how = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    expected = theirs.generate(**batch, token_type_ids=types, **how)
+    assert torch.equal(out, expected[:, types.shape[1] :])
+
+
+def random_suffixes():
+    """A batch with labels: the last four tokens are the answer."""
+    batch = random_batch(seed=9)
+    types = torch.zeros_like(batch["input_ids"])
+    types[:, -4:] = 1
+    labels = batch["input_ids"].masked_fill(types == 0, -100)
+    return batch | {"token_type_ids": types, "labels": labels}
+
+
+def train(model, batch, optimizer):
+    """Twelve steps towards some other answer."""
+    for _ in range(12):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+
+def shrink(model, _):
+    for p in model.parameters():
+        p.data -= 0.5 * p.data * (torch.arange(p.shape[-1]) % 3)
+
+
+def average(model, _):
+    generator = torch.Generator().manual_seed(7)
+    for p in model.parameters():
+        p.data.copy_(0.7 * p.data + 0.1 * torch.randn(p.shape, generator=generator))
+
+
+CHANGES = {
+    "AdamW(fused)": lambda m, b: train(m, b, torch.optim.AdamW(m.parameters(), 3e-3, fused=True)),
+    "SGD(fused)": lambda m, b: train(m, b, torch.optim.SGD(m.parameters(), 0.1, fused=True)),
+    "p.data -=": shrink,
+    "p.data.copy_": average,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_changed_in_place_are_used_at_once(checkpoints, change):
+    model, batch = load_model(checkpoints["GQA"]), random_batch()
+    _, before = answer(model, batch, 12)
+    CHANGES[change](model, random_suffixes())
+    _, after = answer(model, batch, 12)
+    assert (before - after).abs().max() > 0.1, "the change is too small to prove anything"
+    assert_equals_whole_passes(model, batch)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_pipeline_answers_with_the_weights_it_has_now(change):
+    import paligemma
+    from paligemma.plotting import sample_picture
+
+    pg, scene = paligemma.load(), sample_picture("scene")
+    before = pg(scene, "caption en")
+    other = pg.processor([scene], ["caption en"], suffixes=["three bees on a bike"])
+    CHANGES[change](pg.model, other)
+    tokens, _ = whole_passes(pg.model, pg.processor([scene], ["caption en"]), 12)
+    expected = pg.processor.decode(until_eos(tokens[0], 1))
+    assert pg(scene, "caption en", max_new_tokens=12) == expected != before
+
+
+def test_it_answers_under_autocast(model):
+    batch = random_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = generate(model, **batch, max_new_tokens=8, eos_token_id=-1)
+        assert torch.equal(out[:, :1], whole_passes(model, batch, 1)[0])
+    assert out.shape == (3, 8)
+
+
+def test_hooks_and_replaced_parts_take_part_in_every_step(checkpoints, free):
+    model, seen = load_model(checkpoints["GQA"]), []
+    layer = model.language_model.layers[1]
+    layer.mlp.register_forward_hook(lambda *_: seen.append(1))
+    out, _ = answer(model, random_batch(), 5)
+    assert len(seen) == 5 and torch.equal(out, free[:, :5])
+    layer.mlp.register_forward_hook(lambda *given: -4 * given[-1])
+    changed, _ = answer(model, random_batch(), 5)
+    assert not torch.equal(changed, out)
+    assert_equals_whole_passes(model, random_batch(), 5)
+    layer.self_attn.q_proj = torch.nn.Sequential(layer.self_attn.q_proj, torch.nn.Tanh())
+    assert_equals_whole_passes(model, random_batch(), 5)
+
+
 # ---------------------------------------------------------------- no waste
 
 
@@ -266,7 +411,7 @@ def test_each_piece_of_work_is_done_once(model, monkeypatch):
 def test_the_cache_stays_in_its_memory(model, monkeypatch):
     caches, make = [], model.make_cache
     monkeypatch.setattr(model, "make_cache", lambda *a: caches.append(make(*a)) or caches[-1])
-    steps = generate_steps(model, **random_batch(), max_new_tokens=6, eos_token_id=-1)
+    steps = generate_steps(model, **random_batch(), config=GenerationConfig(6, eos_token_id=-1))
     assert not caches, "nothing is allocated before the first token is asked for"
     places = set()
     for _ in steps:
@@ -284,86 +429,22 @@ def test_a_step_costs_the_same_early_and_late(model):
     assert (nine - two) / 7 < 1.2 * (two - one) < 0.2 * one
 
 
-# ---------------------------------------------------------------- the folded decoder
+class NewMemory(TorchDispatchMode):
+    """Bytes of new memory that the operations return."""
 
-
-@pytest.fixture(params=["MHA", "GQA", "MQA"])
-def any_model(request, checkpoints):
-    return load_model(checkpoints[request.param])
-
-
-def step_by_step(model, batch, tokens, folded):
-    """Scores of each decode step, the tokens given: `float32[steps, B, V]`."""
-    mask = batch["attention_mask"]
-    with torch.inference_mode():
-        cache = model.make_cache(len(tokens), mask.shape[1] + tokens.shape[1])
-        model(**batch, cache=cache)
-        if folded:
-            decoder = FoldedDecoder(model.language_model, cache, mask)
-            return torch.stack([decoder(token) for token in tokens.T])
-        rows = []
-        for token in tokens.T:
-            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
-            rows.append(model(token[:, None], attention_mask=mask, cache=cache).logits[:, 0])
-        return torch.stack(rows)
-
-
-def test_folded_scores_equal_the_models(any_model):
-    batch = random_batch()
-    assert (batch["attention_mask"] == 0).any(), "no padding: nothing would be proven about it"
-    rows = len(batch["input_ids"])
-    tokens = torch.randint(3, 400, (rows, 9), generator=torch.Generator().manual_seed(0))
-    assert can_fold(any_model)
-    fast, slow = (step_by_step(any_model, batch, tokens, folded) for folded in (True, False))
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-
-
-def test_a_changed_weight_is_folded_anew(checkpoints):
-    model, batch = load_model(checkpoints["GQA"]), random_batch()
-    generate(model, **batch, max_new_tokens=3, eos_token_id=-1)
-    with torch.no_grad():
-        model.language_model.layers[0].mlp.down_proj.weight.mul_(-3)
-        model.language_model.layers[1].input_layernorm.weight.add_(1)
-    tokens = torch.full((len(batch["input_ids"]), 2), 7)
-    fast, slow = (step_by_step(model, batch, tokens, folded) for folded in (True, False))
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_not_the_plain_model_is_not_folded(checkpoints):
-    def fresh():
-        return load_model(checkpoints["GQA"])
-
-    assert can_fold(fresh())
-    hooked = fresh()
-    hooked.language_model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    replaced = fresh()
-    layer = replaced.language_model.layers[0].self_attn
-    layer.q_proj = torch.nn.Sequential(layer.q_proj)
-    other_way = fresh()
-    other_way.language_model.norm.forward = lambda x: x
-    for model in (hooked, replaced, other_way, fresh().to(torch.bfloat16)):
-        assert not can_fold(model)
-
-
-class Work(TorchDispatchMode):
-    """Operations that PyTorch is asked for, and bytes of new memory they return."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.bytes = 0, 0
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
         out = function(*args, **(kwargs or {}))
-        self.operations += 1
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
                 self.bytes += t.nbytes
         return out
 
 
-def test_a_token_costs_few_operations_and_little_memory():
-    """Counted, not timed: operations and new bytes per decoded token of a model of 4 layers."""
+def test_a_token_costs_little_new_memory():
+    """Counted, not timed: new bytes per decoded token."""
     text = GemmaConfig(512, 64, 128, 4, 4, 1, 16)
     config = PaliGemmaConfig(
         SiglipVisionConfig(32, 64, 1, 2, image_size=28, patch_size=7), text, IMAGE_ID
@@ -372,155 +453,14 @@ def test_a_token_costs_few_operations_and_little_memory():
     ids = torch.full((1, 18), IMAGE_ID)
     ids[:, 16:] = 5
 
-    def work(tokens):
-        with Work() as counted:
+    def new_bytes(tokens):
+        with NewMemory() as counted:
             generate(model, ids, torch.rand(1, 3, 28, 28), None, tokens, eos_token_id=-1)
-        return counted
+        return counted.bytes
 
-    work(2)  # folds
-    few, many = work(3), work(13)
-    assert (many.operations - few.operations) / 10 <= 21 * 4 + 22
     weights = sum(w.nbytes for w in model.language_model.parameters())
-    assert (many.bytes - few.bytes) / 10 < weights / 10, "a step copies weights or the cache"
-
-
-# ---------------------------------------------------------------- one row of bfloat16
-
-
-@pytest.fixture
-def thin(checkpoints, monkeypatch):
-    """A model in bfloat16 on a CPU that oneDNN is slow on; what its switch said in each pass."""
-    monkeypatch.setattr(generation, "own_product_pays", lambda model: True)
-    model, said = load_model(checkpoints["GQA"], dtype=torch.bfloat16), []
-    model.register_forward_pre_hook(lambda *_: said.append(torch.backends.mkldnn.enabled))
-    return model, said
-
-
-def one_row(**options):
-    batch = random_batch(rows=1, **options)
-    return {name: batch[name] for name in ("input_ids", "pixel_values")}
-
-
-def test_one_row_of_bfloat16_is_multiplied_without_onednn(thin):
-    model, said = thin
-    generate(model, **one_row(), max_new_tokens=4, eos_token_id=-1)
-    assert said == [True, False, False, False] and torch.backends.mkldnn.enabled
-
-
-@pytest.mark.parametrize("pays", [True, False])
-def test_the_faster_product_is_found_by_trying(thin, monkeypatch, pays):
-    monkeypatch.undo()
-    tried, linear = [], torch.nn.functional.linear
-
-    def product(x, weight, bias=None):
-        if x.dim() == 2:  # the trial; a model's own have three dimensions
-            tried.append((weight.data_ptr(), torch.backends.mkldnn.enabled))
-            time.sleep(0.03 if torch.backends.mkldnn.enabled is pays else 0.01)
-        return linear(x, weight, bias)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", product)
-    monkeypatch.setattr(generation, "_pays", weakref.WeakKeyDictionary())
-    model, said = thin
-    for _ in range(2):
-        generate(model, **one_row(), max_new_tokens=3, eos_token_id=-1)
-    assert said == [True, not pays, not pays] * 2
-    assert torch.backends.mkldnn.enabled
-    layers = model.language_model.layers
-    for count in (len(layers), 2):  # an odd number and an even one
-        assert len(set(tried)) == len(tried) == 2 * count, "each layer by both products, once"
-        tried.clear()
-        generation._pays.clear()
-        model.language_model.layers = layers[:2]
-        assert own_product_pays(model) is pays
-
-
-def test_without_dense_weights_nothing_is_tried(thin, monkeypatch):
-    monkeypatch.undo()
-    model, _ = thin
-    model.language_model.layers = torch.nn.ModuleList()
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: pytest.fail("a product"))
-    assert own_product_pays(model) is False
-
-
-def test_nothing_is_tried_while_onednn_is_off(thin, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(generation, "_pays", weakref.WeakKeyDictionary())
-    model, _ = thin
-    torch.backends.mkldnn.enabled = False
-    try:
-        generate(model, **one_row(), max_new_tokens=3, eos_token_id=-1)
-    finally:
-        torch.backends.mkldnn.enabled = True
-    assert not generation._pays, "tried while oneDNN was off: both were the same product"
-
-
-def test_many_rows_and_other_types_keep_onednn(thin):
-    model, said = thin
-    generate(model, **random_batch(), max_new_tokens=3, eos_token_id=-1)
-    assert said == [True] * 3
-    generate(model.double(), **one_row(), max_new_tokens=3, eos_token_id=-1)
-    assert said == [True] * 6
-
-
-def test_who_switched_onednn_off_keeps_it_off(thin):
-    model, said = thin
-    torch.backends.mkldnn.enabled = False
-    try:
-        generate(model, **one_row(), max_new_tokens=3, eos_token_id=-1)
-        assert said == [False] * 3 and not torch.backends.mkldnn.enabled
-    finally:
-        torch.backends.mkldnn.enabled = True
-
-
-def test_the_switch_is_on_again_between_steps_and_after_an_error(thin):
-    model, said = thin
-    steps = generate_steps(model, **one_row(), max_new_tokens=9, eos_token_id=-1)
-    for _ in range(3):
-        next(steps)
-        assert torch.backends.mkldnn.enabled
-
-    def fail(*_):
-        raise RuntimeError("in the middle of a step")
-
-    model.language_model.layers[0].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="in the middle"):
-        next(steps)
-    assert said[-1] is False, "the error came from a step that had switched nothing"
-    assert torch.backends.mkldnn.enabled
-
-
-def test_threads_that_decode_at_once_leave_the_switch_as_it_was(thin):
-    model, said = thin
-    model.language_model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.003))
-    inputs, answers = one_row(), {}
-
-    def work(name):
-        answers[name] = generate(model, **inputs, max_new_tokens=12, eos_token_id=-1)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.01)  # so that one reads its prompt while others decode
-    for thread in threads:
-        thread.join()
-    assert said.count(True) == 4 and len(said) == 48, "a prefill ran without oneDNN, or a step with"
-    assert all(torch.equal(answer, answers[0]) for answer in answers.values())
-    assert torch.backends.mkldnn.enabled
-
-
-def test_both_products_round_the_same_sum(thin):
-    """PyTorch's own product and oneDNN's add up in float32 and round once."""
-    generator = torch.Generator().manual_seed(0)
-    for width, out in ((64, 48), (2048, 256), (4096, 2048)):
-        weight = torch.randn(out, width, generator=generator).bfloat16()
-        x = torch.randn(1, width, generator=generator).bfloat16()
-        exact = x.double() @ weight.double().T
-        for rows in (1, 2):
-            with thin_products(thin[0], rows):
-                assert torch.backends.mkldnn.enabled == (rows > 1)
-                y = torch.nn.functional.linear(x, weight)
-            gap = (y.double() - exact).abs() / exact.abs().clamp(min=0.1)
-            assert gap.max() < 2**-8
+    per_token = (new_bytes(13) - new_bytes(3)) / 10
+    assert per_token < weights / 10, "a step copies weights or the cache"
 
 
 def test_stops_when_the_last_row_has_ended(model, free):
@@ -537,14 +477,18 @@ def test_stops_when_the_last_row_has_ended(model, free):
 
 
 def test_steps_are_the_columns(model, free):
-    steps = list(generate_steps(model, **random_batch(), max_new_tokens=24, eos_token_id=-1))
+    steps = list(
+        generate_steps(model, **random_batch(), config=GenerationConfig(24, eos_token_id=-1))
+    )
     assert torch.equal(torch.stack(steps, dim=1), free)
     assert all(step.shape == (3,) and step.dtype == torch.int64 for step in steps)
 
 
 def test_log_probabilities_are_those_of_one_full_pass(model):
     batch, logs = random_batch(), []
-    ids = torch.stack(list(generate_steps(model, **batch, max_new_tokens=6, log_probs=logs)), 1)
+    ids = torch.stack(
+        list(generate_steps(model, **batch, config=GenerationConfig(6), log_probs=logs)), 1
+    )
     for row, tokens in enumerate(ids):
         tokens = tokens[: (tokens == 1).nonzero()[0, 0] + 1] if (tokens == 1).any() else tokens
         real = batch["attention_mask"][row].bool() if "attention_mask" in batch else slice(None)
@@ -562,8 +506,10 @@ def test_log_probabilities_are_those_of_one_full_pass(model):
 
 def test_log_probabilities_of_an_ended_row_are_zero(model, free):
     eos, logs = int(free[0, 0]), []
-    options = {"max_new_tokens": 4, "eos_token_id": eos, "log_probs": logs}
-    tokens = torch.stack(list(generate_steps(model, **random_batch(), **options)), 1)
+    config = GenerationConfig(4, eos_token_id=eos)
+    tokens = torch.stack(
+        list(generate_steps(model, **random_batch(), config=config, log_probs=logs)), 1
+    )
     assert logs[0][0] < 0
     assert all(log[0] == 0 for log in logs[1:]) and bool((tokens[0, 1:] == 0).all())
 
@@ -577,7 +523,7 @@ def test_an_early_close_frees_the_cache(model, monkeypatch):
         return cache
 
     monkeypatch.setattr(model, "make_cache", remember)
-    steps = generate_steps(model, **random_batch(), max_new_tokens=24, eos_token_id=-1)
+    steps = generate_steps(model, **random_batch(), config=GenerationConfig(24, eos_token_id=-1))
     next(steps)
     next(steps)
     assert seen[0]() is not None
@@ -592,7 +538,9 @@ def test_inference_mode_does_not_leak(model):
     """Between two steps the caller trains; what it was handed is an ordinary tensor."""
     assert torch.is_grad_enabled()
     weight = torch.ones(512, 4, requires_grad=True)
-    for token in generate_steps(model, **random_batch(), max_new_tokens=3, eos_token_id=-1):
+    for token in generate_steps(
+        model, **random_batch(), config=GenerationConfig(3, eos_token_id=-1)
+    ):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         torch.nn.functional.embedding(token, weight).sum().backward()
         token += 1  # an inference tensor would refuse
@@ -603,7 +551,9 @@ def test_inference_mode_does_not_leak(model):
 
 def test_what_the_reader_does_to_a_token_is_its_own_affair(model, free):
     kept = []
-    for token in generate_steps(model, **random_batch(), max_new_tokens=24, eos_token_id=-1):
+    for token in generate_steps(
+        model, **random_batch(), config=GenerationConfig(24, eos_token_id=-1)
+    ):
         kept.append(token.clone())
         token.zero_()
     assert torch.equal(torch.stack(kept, dim=1), free)
@@ -613,7 +563,8 @@ def test_two_answers_at_once_do_not_mix(model):
     one, two = random_batch(seed=1), random_batch(seed=2)
     options = {"max_new_tokens": 8, "eos_token_id": -1}
     expected = [generate(model, **batch, **options) for batch in (one, two)]
-    both = zip(*(generate_steps(model, **batch, **options) for batch in (one, two)))
+    config = GenerationConfig(**options)
+    both = zip(*(generate_steps(model, **batch, config=config) for batch in (one, two)))
     first, second = (torch.stack(list(column), dim=1) for column in zip(*both))
     assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
 
