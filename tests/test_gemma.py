@@ -247,6 +247,17 @@ def test_head_is_the_embedding():
     assert used.tolist() == ids.unique().tolist()
 
 
+def test_a_head_of_its_own_replaces_the_embedding():
+    model, hidden = ours(1), torch.randn(2, 3, D)
+    model.head = torch.nn.Linear(D, V, bias=False).bfloat16()
+    logits = model.logits(hidden.bfloat16())
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, model.head(hidden.bfloat16()).float())
+    assert "head.weight" in model.state_dict()
+    model.head = None
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.embed_tokens.weight.T)
+
+
 def test_no_token_sees_a_later_one():
     model, ids = ours(2), some_ids(1, 7)
     other = ids.clone()

@@ -31,7 +31,7 @@ def causal(new, old=0):
     return torch.ones(1, 1, new, old + new, dtype=torch.bool).tril(diagonal=old)
 
 
-def theirs(kv_heads=K):
+def theirs(kv_heads=K, **changes):
     """A small `Gemma2ForCausalLM` of transformers with random weights."""
     from transformers import Gemma2Config as Config
     from transformers import Gemma2ForCausalLM
@@ -44,7 +44,7 @@ def theirs(kv_heads=K):
         num_attention_heads=H,
         num_key_value_heads=kv_heads,
         head_dim=DH,
-        **EXTRA,
+        **EXTRA | changes,
     )
     torch.manual_seed(0)
     model = Gemma2ForCausalLM(config).eval()
@@ -90,6 +90,29 @@ def test_equals_transformers(kv_heads, length):
         expected = model(ids).logits
     mine = full_pass(ours(model.model.state_dict(), kv_heads), ids)
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
+@pytest.mark.parametrize("no_cap", [None, 0, 0.0])
+def test_a_cap_of_none_or_0_is_none(name, no_cap):
+    """As transformers with None; recipes for fine-tuning write 0."""
+    model, ids = theirs(**{name: None}), some_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+    mine = full_pass(ours(model.model.state_dict(), **{name: no_cap}), ids)
+    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
+    assert (full_pass(ours(model.model.state_dict()), ids) - expected).abs().max() > 1e-2
+
+
+def test_without_a_window_all_is_seen():
+    model, ids = ours(sliding_window=None), some_ids()
+    torch.testing.assert_close(full_pass(model, ids), full_pass(ours(sliding_window=9), ids))
+
+
+def test_a_head_of_its_own_is_capped_too():
+    model, hidden = ours(), torch.randn(1, 3, D)
+    model.head = torch.nn.Linear(D, V)
+    torch.testing.assert_close(model.logits(hidden), soft_cap(model.head(hidden), 3.0))
 
 
 @settings(max_examples=25, deadline=None)

@@ -8,6 +8,7 @@ from random_models import IMAGE_ID, random_batch
 
 from paligemma.checkpoint import load_model
 from paligemma.gemma import GemmaConfig
+from paligemma.gemma2 import Gemma2Config
 from paligemma.model import PaliGemma, PaliGemmaConfig, prefix_lm_mask, suffix_loss
 from paligemma.siglip import SiglipVisionConfig
 
@@ -282,6 +283,12 @@ def test_types_and_labels_of_the_wrong_shape(name, shape):
         make()(**batch)
 
 
+def test_labels_need_token_types():
+    """Without them the answer would be read before it is asked for."""
+    with pytest.raises(ValueError, match="labels need token_type_ids"):
+        make()(**without(toy_batch(), "token_type_ids"))
+
+
 # ------------------------------------------------------------------ loss
 
 
@@ -309,6 +316,15 @@ def test_no_labels_no_loss():
     assert loss == 0  # and not 0/0: one batch without an answer must not end a training run
     loss.backward()
     assert all(w.grad is None or w.grad.isfinite().all() for w in model.parameters())
+
+
+def test_outputs_by_place_as_in_transformers():
+    model, batch = make(), toy_batch()
+    out = model(**batch)
+    assert out[0] is out.loss and out[1] is out.logits and out[1:] == (out.logits,)
+    assert len(tuple(out)) == 2
+    out = model(**without(batch, "labels"))
+    assert out[0] is out.logits and tuple(out) == (out.logits,)
 
 
 def test_gradient_reaches_every_weight():
@@ -425,6 +441,30 @@ def test_half_precision(dtype, tolerance):
     cache = model.make_cache(2, 11)
     assert cache.keys[0].dtype == dtype
     model(**without(batch, "labels", "token_type_ids"), cache=cache)
+
+
+def gemma2(seed=0):
+    torch.manual_seed(seed)
+    text = Gemma2Config(64, 16, 24, 2, 2, 1, 8, query_pre_attn_scalar=5, sliding_window=4)
+    config = PaliGemmaConfig(make().config.vision_config, text, image_token_index=IMAGE)
+    return PaliGemma(config).eval()
+
+
+@pytest.mark.parametrize("kind", [make, gemma2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_it_answers(kind, dtype):
+    model, batch = kind(), toy_batch()
+    expected = model(**batch)
+    model = model.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, cache = model(**batch), model.make_cache(2, 12)
+        prompt = without(batch, "labels", "token_type_ids", "pixel_values")
+        model(**prompt, cache=cache, image_features=model.encode_image(batch["pixel_values"]))
+        step = model(torch.tensor([[5], [6]]), cache=cache, logits_to_keep=1)
+    out.loss.backward()
+    assert out.logits.dtype == out.loss.dtype == step.logits.dtype == torch.float32
+    assert step.logits.isfinite().all() and len(cache) == 12
+    assert (out.logits - expected.logits)[batch["attention_mask"].bool()].abs().max() <= 0.2
 
 
 @pytest.mark.parametrize(("size", "patch", "count"), [(14, 14, 1), (42, 14, 9), (32, 8, 16)])

@@ -134,6 +134,25 @@ def test_gemma2_equals_transformers(gemma2_checkpoint, tmp_path, layout, text):
     assert figures["difference"] <= 1e-5 and figures["tokens"]
 
 
+def several_pictures() -> dict:
+    """Two prompts: one about three pictures, one about a single picture, padded to its length."""
+    batch = random_batch(rows=2, text=2 * IMAGE_TOKENS + 8, padding=(0, 2 * IMAGE_TOKENS))
+    batch["input_ids"][0, : 3 * IMAGE_TOKENS] = batch["input_ids"][0, 0]  # <image>
+    batch["pixel_values"] = random_batch(rows=4)["pixel_values"]
+    return batch
+
+
+@pytest.mark.parametrize("kind", ["MQA", "GQA", "gemma2"])
+def test_several_pictures_equal_transformers(checkpoints, gemma2_checkpoint, kind):
+    path, batch = {**checkpoints, "gemma2": gemma2_checkpoint}[kind], several_pictures()
+    figures = compare(kind, path, path, torch.float32, batch)
+    assert figures["difference"] <= 1e-5 and figures["tokens"]
+    model, real = load_model(path), batch["attention_mask"][0].bool()
+    swapped = batch | {"pixel_values": batch["pixel_values"][[1, 0, 2, 3]]}
+    moved = (model(**batch).logits - model(**swapped).logits).abs().amax(-1)
+    assert moved[0, real].min() > 1e-4 and moved[1].max() <= 1e-5  # their order counts, by row
+
+
 def test_gemma2_half_precision(gemma2_checkpoint):
     for dtype in (torch.bfloat16, torch.float16):
         figures = compare("", gemma2_checkpoint, gemma2_checkpoint, dtype)
