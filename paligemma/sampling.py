@@ -55,7 +55,9 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return logits.masked_fill(drop, -torch.inf)
 
 
-def draw(probability: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def multinomial(
+    probability: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Throw one dart at each row's ruler, on which token i has a piece of length p(i).
 
     Args:
@@ -139,4 +141,4 @@ def sample(
     logits = (logits.float() - largest.float()) / min(max(temperature, 1e-30), 1e30)
     if top_k is not None:
         logits = keep_top_k(logits, int(top_k))
-    return draw(keep_top_p(logits, top_p).softmax(-1), generator)
+    return multinomial(keep_top_p(logits, top_p).softmax(-1), generator)

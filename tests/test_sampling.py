@@ -1,12 +1,15 @@
 """Sampling against transformers' warpers, and what has to hold for all logits and parameters."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paligemma import sampling
-from paligemma.sampling import check_sampling, draw, keep_top_k, keep_top_p, sample
+from paligemma.sampling import check_sampling, keep_top_k, keep_top_p, multinomial, sample
 
 VOCABULARY = 40
 seeds = st.integers(0, 2**31)
@@ -49,7 +52,7 @@ def ours(logits, temperature, top_k, top_p):
     """The probabilities from which `sample` draws."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "draw", lambda p, generator: seen.append(p) or p.argmax(-1))
+        patch.setattr(sampling, "multinomial", lambda p, generator: seen.append(p) or p.argmax(-1))
         sample(logits, temperature, top_k, top_p)
     return seen[0]
 
@@ -266,12 +269,12 @@ def test_frequencies_follow_the_distribution(temperature, top_k, top_p):
     assert chi_square <= freedom + 4 * (2 * max(freedom, 1)) ** 0.5  # four standard deviations
 
 
-def test_draw_never_takes_what_is_impossible(monkeypatch):
+def test_multinomial_never_takes_what_is_impossible(monkeypatch):
     probability = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     for dart, token in ((0.0, 1), (0.5 - 2**-24, 1), (0.5, 3), (1 - 2**-24, 3)):
         monkeypatch.setattr(torch, "rand", lambda *size, dart=dart, **k: torch.full(size, dart))
-        assert draw(probability).item() == token
-        assert draw(0.3 * probability).item() == token  # rows need not sum to 1
+        assert multinomial(probability).item() == token
+        assert multinomial(0.3 * probability).item() == token  # rows need not sum to 1
 
 
 @settings(deadline=None, max_examples=60)
@@ -282,7 +285,7 @@ def test_the_last_dart_hits_a_possible_token(seed, size):
     probability = keep_top_k(logits, 1 + size // 2).softmax(-1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *shape, **k: torch.full(shape, 1 - 2**-24))
-        token = draw(probability)
+        token = multinomial(probability)
     assert (token < size).all() and (probability.gather(1, token[:, None]) > 0).all()
 
 
@@ -292,7 +295,7 @@ def test_impossible_tokens_when_sums_are_rounded_unevenly(monkeypatch):
     noise = torch.rand(n, generator=torch.Generator().manual_seed(0)) * 0.02
     monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: exact(x, dim) + noise)
     probability = torch.tensor([1.0, 0.0]).repeat(n // 2)[None].expand(5000, n) / (n // 2)
-    tokens = draw(probability, torch.Generator().manual_seed(0))
+    tokens = multinomial(probability, torch.Generator().manual_seed(0))
     assert (tokens < n).all() and (tokens % 2 == 0).all()
 
 
@@ -335,22 +338,28 @@ def test_other_shapes_are_refused(shape):
 
 NAN, INF = float("nan"), float("inf")
 WRONG = {
-    "temperature": [-0.1, NAN, INF, -INF],
-    "top_k": [0, -1, 2.5, NAN, INF],
-    "top_p": [0.0, -0.5, 1.01, NAN, INF],
+    "temperature": [-0.1, NAN, INF, -INF, "0.7", None, True],
+    "top_k": [0, -1, 2.5, NAN, INF, "5", True, np.bool_(True)],
+    "top_p": [0.0, -0.5, 1.01, NAN, INF, "0.9", None, True],
 }
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in WRONG.items() for v in vs])
 def test_parameters_out_of_range(name, value):
     good = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
-    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+    with pytest.raises(ValueError, match=f"^{name} is {re.escape(repr(value))}; expected"):
         check_sampling(**good | {name: value})
-    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+    with pytest.raises(ValueError, match=f"^{name} is {re.escape(repr(value))}; expected"):
         sample(random_logits(), **good | {name: value})
 
 
-@pytest.mark.parametrize("good", [(0, None, 1.0), (1e-9, 1, 1e-9), (2, 10**9, 1), (1, 5.0, 0.5)])
+@pytest.mark.parametrize(
+    "good",
+    [
+        *[(0, None, 1.0), (1e-9, 1, 1e-9), (2, 10**9, 1), (1, 5.0, 0.5)],
+        (np.float32(1), np.int64(5), np.float64(0.5)),
+    ],
+)
 def test_parameters_at_the_border(good):
     check_sampling(*good)
     assert sample(random_logits(), *good).shape == (4,)

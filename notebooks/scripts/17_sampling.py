@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -16,7 +19,7 @@
 # %% [markdown]
 # # 17 · Sampling: how does a distribution become a word?
 #
-# *35 minutes* · part IV, Answering
+# *45 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - recognise a top-p that crashes on *easy* questions.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("sampling")
 
@@ -52,7 +55,8 @@ import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
 from paligemma.checkpoint import load_model
-from paligemma.plotting import COLOURS, CYCLE, check, sample_picture, save_figure
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS, CYCLE
 from paligemma.processor import Processor
 
 tiny = resources.files("paligemma") / "assets" / "tiny"
@@ -67,7 +71,7 @@ torch.set_printoptions(precision=3, sci_mode=False)
 
 
 # %%
-def next_logits(picture, said):
+def next_logits(picture, said, model=model):
     """float32[V]: the logits after the prompt `caption en` and the words said so far."""
     batch = processor([sample_picture(picture)], ["caption en"], suffixes=[said])
     del batch["labels"]
@@ -82,19 +86,31 @@ for name, logits in (("scene2", known), ("cat", photo)):
     words[name] = [processor.tokenizer.decode([i]).strip() or "(end)" for i in ids.tolist()]
     print(f"{name:6}", *(f"{w} {c:.3f}" for w, c in zip(words[name], chances.tolist())), sep="  ")
 
-# %%
-fig, axes = plt.subplots(1, 4, figsize=(7, 2.2), layout="constrained", width_ratios=(2, 3, 2, 3))
-for ax, name, logits in ((axes[:2], "scene2", known), (axes[2:], "cat", photo)):
+# %% tags=["hide-input"]
+fig, axes = plt.subplots(1, 5, figsize=(9, 2.3), layout="constrained", width_ratios=(2, 3, 2, 3, 4))
+for ax, name, logits in ((axes[:2], "scene2", known), (axes[2:4], "cat", photo)):
     ax[0].imshow(sample_picture(name).resize((160, 160)))
     ax[0].set_title('"a …"')
     ax[0].set_axis_off()
     ax[1].barh(words[name], logits.softmax(-1).topk(7).values, color=COLOURS["language"])
     ax[1].set(xlim=(0, 1), xlabel="probability")
     ax[1].invert_yaxis()
+rank = torch.arange(1, len(photo) + 1)
+for name, logits, colour in (("scene2", known, "vision"), ("cat", photo, "accent")):
+    falling = logits.softmax(-1).sort(descending=True).values
+    axes[4].loglog(rank, falling, color=COLOURS[colour])
+    axes[4].text(8, falling[7], f" {name}", color=COLOURS[colour], va="bottom")
+axes[4].set(xlabel="rank of the word", title="all words", ylim=(1e-13, 3), yticks=[1, 1e-6, 1e-12])
+axes[4].minorticks_off()
 save_figure(fig, "17_two_pictures")
 
+# %%
+tail = photo.softmax(-1) < 0.001
+print("words in all:", len(photo), "| words below 0.001:", int(tail.sum()))
+assert known.softmax(-1).max() > 0.9 > photo.softmax(-1).max() and tail.sum() > 2000
+
 # %% [markdown]
-# Left the model is sure. Right it is not: several words share the probability, and behind them stands a long tail of nearly impossible ones. Out of such a row of numbers **one** token has to be chosen. That choice is not part of the network: it has no weights, and you may change it for each question.
+# Left the model is sure. In the middle it is not: some words share the probability. And behind them stands a **long tail** of words that are nearly impossible, two thousand here (right; each step of an axis is a factor). Out of such a row of numbers **one** token has to be chosen. That choice is not part of the network: it has no weights, and you may change it for each question.
 
 # %% [markdown]
 # ## By hand: three words
@@ -112,6 +128,9 @@ print("probabilities:", [round(v, 3) for v in p.tolist()])
 
 # %%
 ends = p.cumsum(0)
+print("ends of the pieces:", [round(end, 3) for end in ends.tolist()])
+
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 1.4), layout="constrained")
 for word, length, end, colour in zip(("cat", "dog", "bee"), p.tolist(), ends.tolist(), CYCLE):
     ax.barh(0, length, left=end - length, color=colour, edgecolor="white", height=0.5)
@@ -137,10 +156,16 @@ for T in (0.5, 1, 2):
 # %%
 temperatures = torch.logspace(-2, 1.3, 150)
 curves = (photo / temperatures[:, None]).softmax(-1)  # (150, V)
+best = photo.topk(5).indices
+rest = 1 - curves[:, best].sum(-1)
+at = {T: round(rest[(temperatures - T).abs().argmin()].item(), 2) for T in (1, 3, 10)}
+print("all words but the best five:", at)
+assert at[1] < 0.1 and at[10] > 0.9
+
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 2.9), layout="constrained")
-for i, word, colour in zip(photo.topk(5).indices.tolist(), words["cat"], CYCLE):
+for i, word, colour in zip(best.tolist(), words["cat"], CYCLE):
     ax.plot(temperatures, curves[:, i], color=colour, label=word)
-rest = 1 - curves[:, photo.topk(5).indices].sum(-1)
 ax.plot(temperatures, rest, color=COLOURS["muted"], ls="--", label="all other words")
 ax.axvline(1, color=COLOURS["ink"], lw=0.8, ls=":")
 ax.set(xscale="log", xlabel="temperature", ylabel="probability", xlim=(0.01, 20), ylim=(0, 1.02))
@@ -150,7 +175,7 @@ ax.legend(loc="center right", fontsize=8)
 save_figure(fig, "17_temperature")
 
 # %% [markdown]
-# Look at the dashed line. Each word of the tail is nearly impossible, but there are hundreds (in the real model 257,000). Together they matter, and a hot model soon says mostly nonsense. So the tail has to be cut off. Where?
+# Look at the dashed line. Each word of the tail is nearly impossible, but there are two thousand (in the real model 257,000). Heat lifts them all: what they share is little at $T = 1$ and nearly everything at $T = 10$, and a hot model says mostly nonsense. So the tail has to be cut off. Where?
 
 # %% [markdown]
 # ### Top-k and top-p
@@ -160,6 +185,9 @@ save_figure(fig, "17_temperature")
 # %%
 p5 = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05])
 running = p5.cumsum(0)
+print("mass so far:", running.numpy().round(2))
+
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
 for i, (chance, total) in enumerate(zip(p5.tolist(), running.tolist())):
     crosses = total - chance < 0.75 <= total
@@ -313,7 +341,9 @@ for spread in (0.1, 2.0, 10.0):
 
 # %%
 #| export
-def draw(probability: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def multinomial(
+    probability: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Throw one dart at each row's ruler, on which token i has a piece of length p(i).
 
     Args:
@@ -409,7 +439,7 @@ def sample(
     logits = (logits.float() - largest.float()) / min(max(temperature, 1e-30), 1e30)
     if top_k is not None:
         logits = keep_top_k(logits, int(top_k))
-    return draw(keep_top_p(logits, top_p).softmax(-1), generator)
+    return multinomial(keep_top_p(logits, top_p).softmax(-1), generator)
 
 
 # %%
@@ -462,16 +492,20 @@ for case in range(5):
 
 # %%
 cases = {"scene, T = 1": known, "photograph, T = 1": photo, "photograph, T = 2": photo / 2}
+kept = {}
+for title, logits in cases.items():
+    kept[title] = [int(keep_top_p(logits[None], p).isfinite().sum()) for p in (0.5, 0.9, 0.99)]
+    print(f"{title:18} words kept by 0.5, 0.9 and 0.99: {kept[title]}")
+assert kept["scene, T = 1"] == [1, 1, 1] and kept["photograph, T = 2"][2] > 5
+
+# %% tags=["hide-input"]
 grid = torch.linspace(0.01, 0.999, 300)
 fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.9), layout="constrained")
 for (title, logits), colour in zip(cases.items(), CYCLE):
     falling = logits.softmax(-1).sort(descending=True).values
     number = torch.stack([keep_top_p(logits[None], p).isfinite().sum() for p in grid.tolist()])
-    mass = falling.cumsum(0)[number - 1]
     axes[0].plot(grid, number, color=colour, label=title)
-    axes[1].plot(grid, mass, color=colour, drawstyle="steps-post")
-    at = {p: int(keep_top_p(logits[None], p).isfinite().sum()) for p in (0.5, 0.9, 0.99)}
-    print(f"{title:18} words kept:", at)
+    axes[1].plot(grid, falling.cumsum(0)[number - 1], color=colour, drawstyle="steps-post")
 axes[0].set(yscale="log", xlabel="top_p", ylabel="words kept")
 axes[0].legend(fontsize=8)
 axes[1].plot([0, 1], [0, 1], color=COLOURS["muted"], lw=1, ls=":")
@@ -509,17 +543,17 @@ steps = {
     "top-p with sort": lambda: keep_top_p_sorted(row, 0.9),
     "top-p, ours": lambda: keep_top_p(row, 0.9),
     "torch.multinomial": lambda: torch.multinomial(chances, 1),
-    "draw, ours": lambda: draw(chances),
+    "multinomial, ours": lambda: multinomial(chances),
     "sample, ours, all of it": lambda: sample(row, 0.8, top_p=0.9),
 }
-first = None
-for title, step in steps.items():
-    time_taken = milliseconds(step)
-    first = first or time_taken
-    print(f"{title:24} {time_taken:7.2f} ms = {time_taken / first:5.0f} × argmax")
+times = {title: milliseconds(step) for title, step in steps.items()}
+for title, ms in times.items():
+    print(f"{title:24} {ms:7.2f} ms = {ms / times['argmax']:5.0f} × argmax")
+assert times["sort everything"] > 10 * times["argmax"]
+assert times["top-p with sort"] > 3 * times["top-p, ours"]
 
 # %% [markdown]
-# Sorting costs *hundreds* of argmaxes. A decode step of the 3B model takes some 140 to 220 ms on two cores, so a sort in every step would be felt. `multinomial` draws a random number for every token of the vocabulary; one dart is enough.
+# Sorting costs *tens* of argmaxes and more, and each step of the answer would pay it again. Our top-p takes the few largest instead. `torch.multinomial` draws a random number for every token of the vocabulary; one dart is enough.
 #
 # How much memory? One row of logits in float32 is 1 MB. A batch of 64 prompts of 300 tokens would be 20 GB if all positions were computed: keep the last one only.
 
@@ -527,6 +561,7 @@ for title, step in steps.items():
 V = 257216
 print(f"one row: {4 * V / 1e6:.2f} MB; 64 prompts × 300 positions: {4 * V * 64 * 300 / 1e9:.1f} GB")
 assert torch.equal(keep_top_p(row, 0.9), keep_top_p_sorted(row, 0.9))
+assert round(4 * V / 1e6) == 1 and round(4 * V * 64 * 300 / 1e9) == 20
 print("of", V, "tokens stay:", int(keep_top_p(row, 0.9).isfinite().sum()))
 
 # %% [markdown]
@@ -580,26 +615,51 @@ for picture, beginnings in answers:
 for T in (0.5, 1.0, 2.0):
     right = keep_top_p(photo[None] / T, 0.9)
     wrong = keep_top_p(photo[None], 0.9) / T
-    print(f"T = {T}: kept {right.isfinite().sum():3}, cut first {wrong.isfinite().sum():3}")
+    right, wrong = int(right.isfinite().sum()), int(wrong.isfinite().sum())
+    print(f"T = {T}: kept {right:3}, cut first {wrong:3}")
+    assert wrong == right if T == 1 else (wrong >= right if T < 1 else wrong < right)
 
 # %% [markdown]
 # With the wrong order `top_p` no longer means anything at low temperature (too many stay), and at high temperature the answers are less varied than asked for.
 #
 # ### A third: half precision
 #
-# bfloat16 keeps 8 significant bits, so logits near 20 come in steps of 0.125. Different words become equal, and a cold temperature in float16 overflows:
+# bfloat16 keeps 8 significant bits, so numbers between 16 and 32 come in steps of 0.125. Different words become equal, and another one wins:
 
 # %%
 close = torch.tensor([20.00, 20.05, 19.90])
 for dtype in (torch.float32, torch.bfloat16):
+    rounded = close.to(dtype).float()
     print(
-        f"{dtype!s:15}", close.to(dtype).float().tolist(), "largest:", int(close.to(dtype).argmax())
+        f"{dtype!s:15}", [round(v, 3) for v in rounded.tolist()], "largest:", int(rounded.argmax())
     )
-print("float16, T = 0.0002:", (close.half() / 0.0002).softmax(-1).tolist())
-print("sample:             ", sample(close.half()[None], temperature=0.0002).tolist())
+assert close.argmax() == 1 and close.bfloat16().argmax() == 0
 
 # %% [markdown]
-# Another word wins in bfloat16. That is why the model returns its logits in float32 ([lesson 15](15_model.ipynb)), and why `sample` converts before it divides. (In float16, 20.00 and 20.05 still differ, so `sample` finds the winner; the division alone would have made infinities.)
+# Our model returns float32 ([lesson 15](15_model.ipynb)). Does that save it? We load its weights in bfloat16 and look:
+
+# %%
+half = load_model(tiny, dtype=torch.bfloat16)
+logits = next_logits("cat", "a", half)
+print(
+    logits.dtype, "| unchanged by another rounding:", torch.equal(logits, logits.bfloat16().float())
+)
+assert logits.dtype == torch.float32 and torch.equal(logits, logits.bfloat16().float())
+
+# %% [markdown]
+# It does not. These float32 numbers hold nothing that bfloat16 could not hold: they were rounded where they were made, in the product with the head's weights, and `.float()` brings nothing back. What it protects is everything *after* it. The division, the softmax and the running sum of 257,216 small numbers are done in float32, so nothing is rounded a second time:
+
+# %%
+flat = torch.full((V,), 1 / V)
+for dtype in (torch.float32, torch.bfloat16):
+    print(f"{dtype!s:15} the sum of {V} equal probabilities: {flat.to(dtype).cumsum(0)[-1]:.4f}")
+cold = (close.half() / 0.0002).softmax(-1)
+print("float16, T = 0.0002:", cold.tolist())
+print("sample:             ", sample(close.half()[None], temperature=0.0002).tolist())
+assert cold.isnan().all() and sample(close.half()[None], temperature=0.0002) == 1
+
+# %% [markdown]
+# In bfloat16 the ruler is too short. In float16 a cold temperature makes infinities, and their softmax is no number. `sample` converts first and subtracts the largest, and finds the winner (20.00 and 20.05 still differ in float16).
 
 # %% [markdown]
 # ## Exercises
