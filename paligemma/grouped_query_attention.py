@@ -80,12 +80,6 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`grouped_attention`; a subclass may put another kind here. Gives `float[B, H, L, Dh]`."""
-        return grouped_attention(q, k, v, mask)
-
     def forward(
         self,
         x: torch.Tensor,
@@ -113,3 +107,9 @@ class GroupedQueryAttention(nn.Module):
             k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
         out = self.attend(q, k, v, mask)  # (B, H, L, Dh)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`grouped_attention`; a subclass may put another kind here. Gives `float[B, H, L, Dh]`."""
+        return grouped_attention(q, k, v, mask)

@@ -30,7 +30,7 @@
 # - find a wrong grouping that raises no error and changes no shape.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("grouped_query_attention")
 
@@ -58,8 +58,11 @@ import time
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
-from paligemma.plotting import COLOURS, CYCLE, check, save_figure, show_heatmap
+from paligemma.plotting import show_heatmap
+from paligemma.support.course import check, save_figure
+from paligemma.support.drawing import COLOURS, CYCLE
 from paligemma.rope import RotaryEmbedding
+from paligemma.support.course import add_to_class
 
 _ = torch.manual_seed(10)
 
@@ -218,12 +221,15 @@ print(f"bytes stored: {k.nbytes + v.nbytes}, written as copies: {(k.nbytes + v.n
 # $G$ heads of $L$ rows become one tall matrix of $G \cdot L$ queries. To the keys it is just a
 # longer list of questions, and nothing is copied.
 #
-# The queries already lie in memory in this order, so the change is a `reshape`: a new way to count
-# the same numbers.
+# Here the queries already lie in memory in this order, so the change is a new way to count the same
+# numbers. In the module they come from a `transpose`, and `reshape` has to copy them: $L$ rows, the
+# new tokens only. The keys and values, of *all* tokens, are never copied.
 
 # %%
 tall = q.reshape(B, K, H // K * L, Dh)  # (B, K, G·L, Dh)
 print("same memory:", tall.data_ptr() == q.data_ptr())
+turned = torch.randn(B, L, H, Dh).transpose(1, 2)  # as in the module
+assert turned.reshape(B, K, H // K * L, Dh).data_ptr() != turned.data_ptr()
 rows = [f"head {h}, t{t}" for h in range(H) for t in range(L)]
 for j in range(K):
     print(f"kv head {j}:", *rows[j * 6 : j * 6 + 6], sep=" | ")
@@ -333,8 +339,7 @@ print("K = 8, 4, 2, 1: equal to the loop and to PyTorch; the hidden key has no i
 # Around the function stand four projections. Only `k_proj` and `v_proj` shrink with $K$; `q_proj`
 # and `o_proj` stay. Note that $H \cdot D_h$ need not equal the width $D$.
 #
-# The order inside: project, cut into heads, rotate queries and keys, hand keys and values to the
-# cache, attend, join the heads.
+# The order inside: project and cut into heads, rotate queries and keys, attend, join the heads.
 
 
 # %%
@@ -366,38 +371,11 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`grouped_attention`; a subclass may put another kind here. Gives `float[B, H, L, Dh]`."""
-        return grouped_attention(q, k, v, mask)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        cache=None,
-    ) -> torch.Tensor:
-        """Attend over `x` and whatever the cache already holds.
-
-        Args:
-            x: `float[B, L, D]`.
-            cos, sin: rotation of the L positions, `float32[B, 1, L, Dh]`.
-            mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
-            cache: anything with `update(layer_idx, k, v) -> (k, v)`, such as `KVCache`.
-
-        Returns:
-            `float[B, L, D]`.
-        """
+    def forward(self, x, cos, sin, mask=None):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, Dh)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
-        out = self.attend(q, k, v, mask)  # (B, H, L, Dh)
+        out = grouped_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
@@ -411,28 +389,83 @@ for name, weight in layer.named_parameters():
     print(f"{name:15}", tuple(weight.shape))
 hidden = torch.randn(2, 6, 24)
 cos, sin = RotaryEmbedding(8)(torch.arange(6).expand(2, -1))
-print("out            ", tuple(layer(hidden, cos, sin).shape))
+causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+at_once = layer(hidden, cos, sin, causal)
+print("out            ", tuple(at_once.shape))
 
 # %% [markdown]
-# The cache argument is a promise, not a class: anything with `update(layer_idx, k, v)` that
-# returns all keys and values so far. [Lesson 11](11_kv_cache.ipynb) builds a good one. Three lines are enough to test
-# the promise: one token at a time has to give the same as all tokens at once under a causal mask.
+# ### Room for what was seen before
+#
+# When tokens come one by one, the new one has to see the keys and values of those before it.
+# Somebody must keep them: a **cache**, which [lesson 11](11_kv_cache.ipynb) builds. Here we only
+# leave room for it: anything with `update(layer_idx, k, v)`, which takes the new keys and values
+# and returns all of them so far. The middle gets a name of its own, `attend`, because
+# [lesson 13](13_gemma2.ipynb) will exchange just that.
+
+
+# %%
+#| export
+@add_to_class(GroupedQueryAttention)
+def attend(
+    self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """`grouped_attention`; a subclass may put another kind here. Gives `float[B, H, L, Dh]`."""
+    return grouped_attention(q, k, v, mask)
+
+
+@add_to_class(GroupedQueryAttention)
+def forward(
+    self,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    cache=None,
+) -> torch.Tensor:
+    """Attend over `x` and whatever the cache already holds.
+
+    Args:
+        x: `float[B, L, D]`.
+        cos, sin: rotation of the L positions, `float32[B, 1, L, Dh]`.
+        mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
+        cache: anything with `update(layer_idx, k, v) -> (k, v)`, such as `KVCache`.
+
+    Returns:
+        `float[B, L, D]`.
+    """
+    q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, Dh)
+    k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
+    v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    if cache is not None:
+        k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
+    out = self.attend(q, k, v, mask)  # (B, H, L, Dh)
+    return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+# %% [markdown]
+# The plainest cache is a list that grows. One token at a time has to give the same as all tokens at
+# once under a **causal** mask (nobody looks ahead). No mask is needed then: what comes later is not
+# in the list yet.
 
 
 # %%
 class Growing:
+    def __init__(self):
+        self.keys, self.values = [], []
+
     def update(self, layer_idx, k, v):
-        old = getattr(self, "kv", (k[:, :, :0], v[:, :, :0]))
-        self.kv = torch.cat((old[0], k), dim=2), torch.cat((old[1], v), dim=2)
-        return self.kv
+        self.keys.append(k)
+        self.values.append(v)
+        return torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
 
 
-causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
-at_once = layer(hidden, cos, sin, causal)
-cache = Growing()
-steps = [(slice(None), slice(t, t + 1)) for t in range(6)]
-one_by_one = [layer(hidden[s], cos[:, :, s[1]], sin[:, :, s[1]], cache=cache) for s in steps]
+cache, one_by_one = Growing(), []
+for t in range(6):
+    here = slice(t, t + 1)
+    one_by_one.append(layer(hidden[:, here], cos[:, :, here], sin[:, :, here], cache=cache))
 torch.testing.assert_close(torch.cat(one_by_one, dim=1), at_once)
+print("six calls of one token: equal to one call of six")
 
 # %% [markdown]
 # ## Against the reference
@@ -618,22 +651,27 @@ print("colleague:", heads_read(attention_colleague))
 # %% [markdown]
 # ### A second one, which sleeps
 #
-# The scale is $1/\sqrt{D_h}$. Some code takes the head's width from `hidden_size //
-# num_attention_heads`. Is that the same?
+# Our scale is $1/\sqrt{D_h}$, with $D_h$ from the tensor's last axis. Some code takes `hidden_size //
+# num_attention_heads` instead. Is that the same? The last column is what each model was trained with.
 
 # %%
-for name, width, heads, head_dim in (
-    ("PaliGemma 3B", 2048, 8, 256),
-    ("PaliGemma 2 3B", 2304, 8, 256),
-    ("PaliGemma 2 10B", 3584, 16, 256),
-):
-    wrong = (head_dim / (width // heads)) ** 0.5
-    print(f"{name:15}  {width // heads} for {head_dim}: scores × {wrong:.2f}")
+trained = {  # D, H, Dh, the number under the root
+    "PaliGemma 3B": (2048, 8, 256, 256),
+    "PaliGemma 2 3B": (2304, 8, 256, 256),
+    "PaliGemma 2 10B": (3584, 16, 256, 256),
+    "PaliGemma 2 28B": (4608, 32, 128, 144),
+}
+print("                 D // H   Dh   trained with")
+for name, (width, heads, head_dim, scalar) in trained.items():
+    print(f"{name:15} {width // heads:7} {head_dim:5} {scalar:8}")
+right = [[d // h == scalar, dh == scalar] for d, h, dh, scalar in trained.values()]
+assert right == [[True, True], [False, True], [False, True], [True, False]]
 
 # %% [markdown]
-# In PaliGemma 3B the two agree by chance and the bug sleeps. In the others every score is a few
-# per cent off: attention a little too soft or too sharp, in every layer, and no shape complains.
-# `head_dim` is a number of its own; take it from the tensor's last axis.
+# In PaliGemma 3B the two agree by chance and the bug sleeps. Then `D // H` is a few per cent off in
+# two models, and the head's width in the third: attention a little too soft or too sharp, in every
+# layer, and no shape complains. So the number is a choice of its own, read from the config:
+# [lesson 13](13_gemma2.ipynb). For the model of this part, $D_h$ is right.
 
 # %% [markdown]
 # ## Exercises
