@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from paligemma.support.files import FLOATS, CheckpointError, check_folder, read_json, shorten
+from paligemma.support.files import CheckpointError, check_folder, read_json, shorten
+from paligemma.support.tensors import FLOATS
 
 # The defaults of transformers' classes: a field that is equal to its default may be missing.
 VISION_DEFAULTS = {  # SiglipVisionConfig
@@ -62,9 +63,10 @@ def read_config(path: str | os.PathLike) -> dict:
     Returns:
         A dict: `vision_config` (the fields of our `SiglipVisionConfig`), `text_config` (those of
         `GemmaConfig` or `Gemma2Config`, and `model_type`), `image_token_index`, `pad_token_id`,
-        `eos_token_id`, `bos_token_id`, and `vision_use_head`: whether the file may hold a
-        pooling head, which PaliGemma has no use for. An absent field has transformers' default
-        for its `model_type`; a soft-cap of 0 or null is None.
+        `eos_token_id`, `bos_token_id`; `vision_use_head`: whether the weights may hold a pooling
+        head, which PaliGemma has no use for; `quantization_config`: as the file has it, or None.
+        An absent field has transformers' default for its `model_type`; a soft-cap of 0 or null
+        is None.
 
     Raises:
         CheckpointError: no such file, not JSON, a field of the wrong type or out of all bounds,
@@ -100,6 +102,7 @@ def read_config(path: str | os.PathLike) -> dict:
         "image_token_index": image_token,
         **tokens,
         "vision_use_head": vision.get("vision_use_head") is not False,
+        "quantization_config": config.get("quantization_config") or config.get("quantization"),
     }
     size, patch = (found["vision_config"][name] for name in ("image_size", "patch_size"))
     if size % patch:
@@ -112,6 +115,7 @@ def read_config(path: str | os.PathLike) -> dict:
 def config_dict(config) -> dict:
     """A `PaliGemmaConfig` in the form of the published `config.json`, for saving."""
     text, vision = asdict(config.text_config), asdict(config.vision_config)
+    text |= {name: text[name] or None for name in CAPS & text.keys()}  # 0 is no cap, as null is
     tokens = {"num_image_tokens": config.vision_config.num_image_tokens}
     width = config.text_config.hidden_size
     return {

@@ -3,16 +3,14 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BASE = "google/paligemma-3b-mix-224"  # an example of what can be loaded
 
 
@@ -171,7 +169,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         )
     if os.path.isfile(folder / "config.json"):
         return
-    other = _other_format(folder)
+    other = other_format(folder)
     raise CheckpointError(
         f"no config.json in {folder}; "
         + (f"it holds {other}" if other else "give the directory of a checkpoint")
@@ -190,7 +188,7 @@ FORMATS = {  # endings → what it is, what to do
 }
 
 
-def _other_format(folder: Path) -> str | None:
+def other_format(folder: Path) -> str | None:
     """ "model.gguf, llama.cpp's …": a file of another program, with advice; None: there is none."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     names = [name for name in names if name != "vae-oid.npz" and not name.startswith(".")]
@@ -202,59 +200,6 @@ def _other_format(folder: Path) -> str | None:
 
 
 # ---------------------------------------------------------------- tensors
-
-
-def weight_files(path: str | os.PathLike) -> list[Path]:
-    """The safetensors files of a checkpoint directory, and no others that may lie beside them.
-
-    They are the shards of `model.safetensors.index.json`, else `model.safetensors`, else every
-    `*.safetensors` except an adapter and a mask codec.
-
-    Raises:
-        CheckpointError: none there, only another format, a shard of the index missing, or two
-            whole sets of weights.
-    """
-    path = Path(path)
-    single = path / SINGLE
-    if os.path.isfile(path / INDEX):
-        shards = _shards(path / INDEX)
-        missing = [file.name for file in shards if not file.is_file()]
-        if missing and not (single.is_file() and len(missing) == len(shards)):
-            raise CheckpointError(
-                f"{path} lacks {shorten(missing[0])[1:-1]} ({len(missing)} of {len(shards)} shards "
-                "missing); download the checkpoint again"
-            )
-        if not missing and single.is_file() and single not in shards:
-            raise CheckpointError(
-                f"{path} holds {SINGLE} and the {len(shards)} shards of {INDEX}; "
-                "remove the one that is out of date"
-            )
-        if not missing:
-            return shards
-    if single.is_file():
-        return [single]
-    beside = {ADAPTER_WEIGHTS, "mask_codec.safetensors"}
-    files = [p for p in sorted(path.glob("*.safetensors")) if p.is_file() and p.name not in beside]
-    if not files:
-        other = _other_format(path)
-        raise CheckpointError(
-            f"{path} holds {other}"
-            if other
-            else f"no *.safetensors in {path}; give the directory of a checkpoint"
-        )
-    return files
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names, each once."""
-    found = read_json(index, dict).get("weight_map")
-    names = list(found.values()) if isinstance(found, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{index} is not an index of shards: weight_map is {shorten(found)}")
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names {shorten(name)}, which is not a file beside it")
-    return [index.parent / name for name in sorted(set(names))]
 
 
 def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, torch.Tensor]:
@@ -270,7 +215,12 @@ def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"no file {file}; download it again")
         try:
             with safe_open(file, framework="pt") as opened:
-                saves.add((opened.metadata() or {}).get("save"))
+                metadata = opened.metadata() or {}
+                if metadata.get("format") == "mlx":
+                    raise CheckpointError(
+                        f"{file} is in MLX's layout; load the safetensors it was made from"
+                    )
+                saves.add(metadata.get("save"))
                 for name in opened.keys():
                     if name in found:
                         raise CheckpointError(f"{file.parent} holds {name} twice, in two files")
@@ -285,47 +235,6 @@ def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, torch.Tensor]:
             "save the model again"
         )
     return found
-
-
-def match_tensors(
-    path: str | os.PathLike,
-    tensors: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-    spell: Callable[[str], str] = str,
-    finite: bool = False,
-) -> None:
-    """Each expected tensor is there with its shape, as plain numbers, and nothing is left over.
-
-    Args:
-        path: for the messages.
-        tensors: what was read.
-        expected: by the same names, tensors (on any device) of the right shape.
-        spell: a name as the file has it.
-        finite: NaN and infinity are refused too (reads every number).
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    for name, tensor in tensors.items():
-        if name not in expected:
-            raise CheckpointError(f"{path} holds {spell(name)}, for which this model has no place")
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{path}: {spell(name)} is {list(tensor.shape)}; "
-                f"config.json makes it {list(expected[name].shape)}"
-            )
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{path}: {spell(name)} is {tensor.dtype}; expected float32, bfloat16 or float16"
-            )
-        if finite and not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {spell(name)} holds NaN or infinity; save it again")
-    missing = [spell(name) for name in expected if name not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} of {len(expected)} tensors, the first is {missing[0]}; "
-            "download the checkpoint again"
-        )
 
 
 # ---------------------------------------------------------------- writing
