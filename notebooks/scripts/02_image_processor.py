@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,9 +17,9 @@
 # [← Pictures](01_plotting.ipynb) | [contents](00_overview.ipynb) | [Patch embedding →](03_patch_embedding.ipynb)
 
 # %% [markdown]
-# # 2 · Image processor: what does a model receive instead of a picture?
+# # 02 · Image processor: what does a model receive instead of a picture?
 #
-# *35 minutes* · part I, Seeing
+# *40 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - find out by *looking* whether a model gets the picture you think it gets.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("image_processor")
 
@@ -40,33 +43,37 @@ model_map("image_processor")
 """From a picture file to the normalised tensor that the vision tower reads."""
 
 import json
-import math
 import os
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from paligemma.support.files import replacing
+from paligemma.support.pictures import (
+    Picture,
+    check_settings,
+    open_picture,
+    read_settings,
+    settings_dict,
+)
 
 # %% tags=["setup"]
 import io
+import math
 import tempfile
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
+from PIL import ImageOps
 from safetensors.torch import load_file
 
-from paligemma.plotting import (
-    COLOURS,
-    check,
-    sample_picture,
-    save_figure,
-    show_heatmap,
-    show_images,
-)
+from paligemma.plotting import show_heatmap, show_images
+from paligemma.support.course import add_to_class, check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 
 # %% [markdown]
 # ## The problem
@@ -133,7 +140,7 @@ print([kernel(d) for d in (0, 0.5, 1, 1.5, 2)])
 # %% [markdown]
 # At its own place a pixel counts fully, one pixel further nothing. In between it is smooth, and between 1 and 2 it is slightly *negative*: that is what keeps edges sharp.
 #
-# Now the decisive step. **When shrinking, the kernel is stretched** by the same factor. Each old pixel then has a say in some new pixel, and none is overlooked.
+# Now the decisive step. **When shrinking, the kernel is stretched** by the same factor. Why? See which old pixels count when it is not.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained", sharey=True)
@@ -153,7 +160,25 @@ axes[0].set_ylabel("weight")
 save_figure(figure, "02_kernel")
 
 # %% [markdown]
-# **What to notice.** Shrinking by 4, new pixels stand 4 old pixels apart. On the left each sees only 4 old ones around it, and with bad luck misses a stripe. On the right it takes the mean over a width of 16. Stretching the kernel is called **antialiasing**.
+# **What to notice.** Shrinking by 4, new pixels stand 4 old pixels apart. Not stretched, each sees four old ones; stretched, it takes the mean over a width of 16. Now add up how much each old pixel counts, in all new pixels together:
+
+
+# %%
+def say(factor, stretch):
+    """What each of `factor` neighbouring old pixels counts, in all new pixels together."""
+    centres = [(i + 0.5) * factor for i in range(-4, 5)]
+    weight = lambda j, centre: kernel((j + 0.5 - centre) / stretch) / stretch
+    return [round(sum(weight(j, c) for c in centres), 4) for j in range(factor)]
+
+
+print("by 4, not stretched:", say(4, 1))
+print("by 4, stretched:    ", say(4, 4))
+print("by 8, not stretched:", say(8, 1))
+assert say(4, 1) == [-0.0625, 0.5625, 0.5625, -0.0625] and say(4, 4) == [0.25] * 4
+assert say(8, 1).count(0) == 4 and say(8, 8) == [0.125] * 8
+
+# %% [markdown]
+# By 4, not stretched, two of four pixels have nearly all the say. By 8, half of them count *nothing*: a stripe that falls there is gone. Stretched, each old pixel counts as much as its neighbour. This is called **antialiasing**.
 
 # %% [markdown]
 # Now the pencil. The row is an edge, from dark to bright, between old pixels 4 and 5. New pixel 1 covers old pixels 2 and 3, so its centre is at $(1 + 0.5) \cdot 2 = 3.0$. Old pixel $j$ has its centre at $j + 0.5$. Its distance is divided by 2, since the kernel is stretched by 2.
@@ -282,154 +307,30 @@ print(f"back to the same {pillow.size:,} bytes")
 # %% [markdown]
 # ## The module
 #
-# Four pieces: one that makes any *kind* of picture RGB, one that opens *files*, the processor itself, and its configuration. All user errors are one class, which is also a `ValueError`.
-
-
-# %% [markdown]
-# ### Any mode to RGB
+# ### The plain way
 #
-# Pillow calls the kind of a picture its *mode*. `RGB` is what we want; at least a dozen others exist. Two of them go wrong silently with a plain `convert("RGB")`: 16-bit greys are clipped to white, and transparent pixels show whatever colour lies hidden in them.
-
-# %%
-deep = Image.fromarray(np.array([[0, 128, 32768, 65535]], dtype=np.uint16))
-print(deep.mode, "→ RGB:", [deep.convert("RGB").getpixel((x, 0))[0] for x in range(4)])
-glass = Image.new("RGBA", (1, 1), (255, 0, 0, 0))  # invisible, but red underneath
-print(glass.mode, "→ RGB:", glass.convert("RGB").getpixel((0, 0)))
-
-# %% [markdown]
-# So we do these by hand. For deep greys the largest value that the *kind* allows becomes 255. Floats and 32-bit numbers have no such limit; there we take the smallest usual one (1, 255 or 65535) that holds all values.
-#
-# White as the ground is a choice: most clear drawings are made for white pages, and transformers chooses it too. A colour profile (ICC) is ignored, as everywhere in this field.
+# Open, RGB, resize, scale. In plain code:
 
 
 # %%
-#| export
-class ImageError(ValueError):
-    """A picture that cannot be used; the message says which and why."""
+def to_pixel_values(file, size=224):
+    """A picture file to float32[3, size, size], in -1…1."""
+    image = Image.open(file).convert("RGB")
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.array(image, dtype=np.float32) / 255  # (size, size, 3) in 0…1
+    pixels = (pixels - 0.5) / 0.5
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, size, size)
 
 
-def _grey_to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep greys (modes I, I;16…, F) to mode L: scaled to 0…255 rather than clipped."""
-    values = np.array(image, dtype=np.float64)
-    values[~np.isfinite(values)] = 0
-    limits = {"F": (1, 255), "I": (255,)}.get(image.mode, ())
-    top = next((limit for limit in limits if values.max(initial=0) <= limit), 65535)
-    grey = np.clip(np.round(values * (255 / top)), 0, 255).astype(np.uint8)
-    hidden = image.info.get("transparency")
-    if hidden is not None:  # one grey that means "see through"
-        grey[values == hidden] = 255
-    return Image.fromarray(grey)
-
-
-# %%
-#| export
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to 8-bit RGB, with transparency laid over white."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _grey_to_8_bits(image)
-    if image.mode == "La":  # alpha already multiplied in; Pillow knows one way out
-        image = image.convert("LA")
-    has_alpha = {"A", "a"} & set(image.getbands())
-    if has_alpha or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-# %% [markdown]
-# ### Opening
-#
-# A phone held upright stores the picture lying down, with a note in its EXIF data: "turn me". Viewers obey, `Image.open` does not.
-#
-# And files come from strangers: cut off, no picture at all, or a *decompression bomb*, a few kilobytes that unpack to billions of pixels. Decoders fail in many ways; the caller should meet **one** exception with a sentence in it. A broken EXIF note, though, is no reason to refuse a good picture.
-
-
-# %%
-#| export
-def _decode(image: Image.Image) -> Image.Image:
-    """All pixels of an opened picture, upright, in RGB; raises whatever Pillow raises."""
-    image.load()
-    if 0 in image.size:
-        raise ImageError(f"the picture is {image.width} × {image.height} pixels: it is empty")
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF data: take the picture as it lies
-        pass
-    return _to_rgb(image)
-
-
-def _open_file(path: str | os.PathLike) -> Image.Image:
-    """Decode one file; every way in which that fails becomes an `ImageError`."""
-    if not os.path.isfile(path):
-        what = "does not exist"
-        if os.path.exists(path):
-            what = "is a directory" if os.path.isdir(path) else "is not a regular file"
-        raise ImageError(f"picture {path} {what}; give the path of an image file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                return _decode(file)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ImageError(
-            f"picture {path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller "
-            "(or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it)"
-        ) from None
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"{path} is not a picture that Pillow can read; convert it to PNG or JPEG"
-        ) from None
-    except Exception as error:  # decoders of broken files raise nearly everything
-        raise ImageError(f"picture {path} cannot be decoded ({error}); is it complete?") from None
-
-
-# %% [markdown]
-# People also hand over pictures that they have opened already, and arrays. An array does not say what it holds, so only one kind is accepted: `uint8`, height × width × RGB. Guessing between ranges and channel orders is how silent bugs are made.
-
-
-# %%
-#| export
-def open_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
-    """Open a picture as upright 8-bit RGB.
-
-    Args:
-        image: a path, a `PIL.Image` of any mode, or `uint8[H, W, 3]` in RGB order.
-
-    Returns:
-        A `PIL.Image` in mode RGB: EXIF rotation applied, transparency laid over white,
-        the first frame of an animated file, deep greys scaled to 8 bits, ICC profile ignored.
-
-    Raises:
-        ImageError: not a picture, truncated, empty, or more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ImageError(
-                f"got an array {image.dtype}{list(image.shape)}; expected uint8[H, W, 3] in RGB "
-                "order: convert it with PIL.Image.fromarray(...) first"
-            )
-        return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return _decode(image)
-        except Exception as error:
-            raise ImageError(f"the given PIL.Image cannot be decoded ({error})") from None
-    if not isinstance(image, str | os.PathLike):
-        raise ImageError(
-            f"got {type(image).__name__}; expected a path, a PIL.Image or a uint8[H, W, 3] array"
-        )
-    return _open_file(image)
-
+file = io.BytesIO()
+cat.save(file, "png")
+assert torch.equal(to_pixel_values(file), tensor)
+print("the same numbers as by hand")
 
 # %% [markdown]
 # ### Eight files, one cat
 #
-# The test: the same cat in eight kinds of file. The upper row is what a plain `Image.open(…).convert("RGB")` gives, the lower row what `open_image` gives.
+# For a good file that is all. Now the same cat in eight kinds of file. Pillow calls the kind of a picture its *mode*; `RGB` is what we want, at least a dozen others exist.
 
 # %%
 small = cat.resize((150, 100))
@@ -451,6 +352,9 @@ kinds = {
     "animated": (small, "gif", {"save_all": True, "append_images": [small.rotate(180)]}),
 }
 
+# %% [markdown]
+# Each is opened twice: the plain way, and with `open_picture`, the careful way.
+
 # %%
 plain, opened = [], []
 with tempfile.TemporaryDirectory() as folder:
@@ -458,37 +362,41 @@ with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"cat.{kind}"
         picture.save(file, **options)
         plain.append(Image.open(file).convert("RGB"))
-        opened.append(open_image(file))
-for name, a, b in zip(kinds, plain, opened):
-    same = a.size == b.size and np.array_equal(np.asarray(a), np.asarray(b))
-    print(f"{name:20} {'same' if same else 'different'}")
-square = lambda image: ImageOps.pad(image, (150, 150), color=COLOURS["paper"])
+        opened.append(open_picture(file))
+different = [name for name, a, b in zip(kinds, plain, opened) if a.tobytes() != b.tobytes()]
+print("different:", ", ".join(different))
+assert different == ["turned by EXIF", "16-bit grey", "transparent", "clear colour"]
+
+# %%
+square = lambda image: ImageOps.pad(image, (150, 150), color=COLOURS["muted"])
 pictures = [square(image) for image in plain + opened]
-save_figure(show_images(pictures, list(kinds), columns=8, height=1.1), "02_modes.png")
+figure = show_images(pictures, list(kinds), columns=8, height=1.1)
+for axis, name in ((figure.axes[0], "plain"), (figure.axes[8], "careful")):
+    axis.text(-12, 75, name, rotation=90, ha="right", va="center", fontsize=9)
+save_figure(figure, "02_modes.png")
 
 # %% [markdown]
 # **What to notice.** Four of eight kinds come out *different* from the plain way, and none of them with an error: the cat lies on its side, the deep greys turn white, the faded cat is not faded, and the clear part is filled with a colour. The model would be blamed for each.
 
 # %% [markdown]
-# ### The processor
+# What `open_picture` does is care and no idea, so it stands in [support/pictures.py](../paligemma/support/pictures.py), in plain Python:
 #
-# The steps from above in one function, then the class and its settings.
+# - it turns the picture as its EXIF note says, and lays transparency over **white**, as transformers does;
+# - a deep grey is scaled by the range of its *kind*: 16 bits hold 0…65535, floats 0…1. Never by its largest value: one bright pixel more would make the rest darker;
+# - of arrays it takes `uint8[H, W, 3]` alone, since an array does not say what it holds;
+# - files come from strangers: cut off, no picture, or a *decompression bomb*, a few kilobytes that unpack to billions of pixels. Each becomes one `ValueError` with a sentence in it.
+
+# %% [markdown]
+# ### The class
 #
-# A checkpoint brings a `preprocessor_config.json` (newer versions of transformers write a `processor_config.json`, the same one level down). Whoever ignores it is right until the day when a checkpoint differs. We check every value and refuse what we do not do: a `do_normalize: false` must not pass in silence.
+# The plain way, with `open_picture` in front and four settings.
 
 
 # %%
 #| export
-def _to_pixel_values(image: Image.Image, size, mean, std, resample) -> torch.Tensor:
-    """One RGB picture to `float32[3, size, size]`."""
-    image = image.resize((size, size), resample)
-    pixels = np.array(image, dtype=np.float32) / 255  # (size, size, 3) in 0…1
-    pixels = (pixels - np.float32(mean)) / np.float32(std)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, size, size)
+open_image = open_picture  # TODO: until inference and command_line import open_picture
 
 
-# %%
-#| export
 @dataclass
 class ImageProcessor:
     """Pictures to pixel values: squash to a square, scale to 0…1, normalise to -1…1.
@@ -503,122 +411,28 @@ class ImageProcessor:
     """
 
     size: int = 224
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = Image.Resampling.BICUBIC
 
     def __post_init__(self):
-        _check_settings(self)
+        settings = check_settings(self.size, self.mean, self.std, self.resample)
+        self.size, self.mean, self.std, self.resample = settings
 
-    def __call__(self, images) -> torch.Tensor:
-        """One picture of any kind that `open_image` takes, or B of them in a list, to
+    def __call__(self, images: Picture | list[Picture] | tuple[Picture, ...]) -> torch.Tensor:
+        """One picture of any kind that `open_picture` takes, or B of them in a list, to
         `float32[B, 3, size, size]`, in -1…1 with the default mean and std."""
-        images = images if isinstance(images, list | tuple) else [images]
-        if not images:
+        pictures = images if isinstance(images, list | tuple) else [images]
+        if not pictures:
             raise ValueError("the list of pictures is empty; give at least one")
-        how = (self.size, self.mean, self.std, self.resample)
-        return torch.stack([_to_pixel_values(open_image(image), *how) for image in images])
+        return torch.stack([self.to_pixel_values(picture) for picture in pictures])
 
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, size: int = 224) -> "ImageProcessor":
-        """Read `preprocessor_config.json`; a directory without one gives the defaults at `size`."""
-        return _read_settings(cls, path, size)
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write `preprocessor_config.json` in the published form."""
-        _write_settings(self, path)
-
-
-# %%
-#| export
-def _three_numbers(name: str, values) -> tuple[float, float, float]:
-    """Check `mean` or `std`: one finite number for each of red, green and blue."""
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{name} is {values!r}; expected three numbers such as (0.5, 0.5, 0.5)")
-    return numbers
-
-
-def _check_settings(processor: ImageProcessor) -> None:
-    """Refuse settings with which no picture could be processed."""
-    size, resample = processor.size, processor.resample
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"size is {size!r}; expected a side in pixels such as 224")
-    if isinstance(resample, bool) or resample not in list(Image.Resampling):
-        known = ", ".join(f"{kind.value} {kind.name.lower()}" for kind in Image.Resampling)
-        raise ValueError(f"resample is {resample!r}; expected one of Pillow's filters: {known}")
-    processor.resample = Image.Resampling(resample)
-    processor.mean = _three_numbers("image_mean", processor.mean)
-    processor.std = _three_numbers("image_std", processor.std)
-    if 0 in processor.std:
-        raise ValueError(f"image_std is {processor.std}; it divides, so none may be 0")
-
-
-# %%
-#| export
-def _read_config(path: str | os.PathLike) -> tuple[Path, dict]:
-    """The file with the image settings, and what it says; no such file gives no settings."""
-    file = Path(path) / "preprocessor_config.json"
-    newer = Path(path) / "processor_config.json"  # transformers 5 writes this one
-    if not file.is_file() and not newer.is_file():
-        return file, {}
-    file, nested = (file, False) if file.is_file() else (newer, True)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{file} is not JSON ({error}); copy the published file again") from None
-    if nested and isinstance(config, dict):
-        config = config.get("image_processor") or {}
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds {type(config).__name__}; expected settings, as in {{…}}")
-    return file, {key: value for key, value in config.items() if value is not None}
-
-
-def _write_settings(processor: ImageProcessor, path: str | os.PathLike) -> None:
-    """Write `preprocessor_config.json`, the same keys as in the published checkpoints."""
-    config = {
-        "do_convert_rgb": None,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(processor.mean),
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": None,
-        "image_std": list(processor.std),
-        "processor_class": "PaliGemmaProcessor",
-        "resample": int(processor.resample),
-        "rescale_factor": 1 / 255,
-        "size": {"height": processor.size, "width": processor.size},
-    }
-    (Path(path) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-# %%
-#| export
-def _read_settings(cls, path: str | os.PathLike, size: int):
-    """An image processor with the settings of a checkpoint directory."""
-    file, config = _read_config(path)
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if not config.get(step, True):
-            raise ValueError(f"{file}: {step} is false; PaliGemma's pictures need this step")
-    if config.get("do_center_crop") or config.get("do_pad"):
-        raise ValueError(f"{file}: asks to crop or pad; PaliGemma squashes the whole picture")
-    factor = config.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{file}: rescale_factor is {factor!r}; expected 1/255, bytes to 0…1")
-    side = config.get("size", size)
-    if isinstance(side, dict):
-        if side.get("height") is None or side.get("height") != side.get("width"):
-            raise ValueError(f"{file}: size is {side}; expected a square, height equal to width")
-        side = side["height"]
-    mean, std = config.get("image_mean", (0.5,) * 3), config.get("image_std", (0.5,) * 3)
-    try:
-        return cls(side, mean, std, config.get("resample", Image.Resampling.BICUBIC))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    def to_pixel_values(self, image: Picture) -> torch.Tensor:
+        """One picture to `float32[3, size, size]`."""
+        picture = open_picture(image).resize((self.size, self.size), self.resample)
+        pixels = np.array(picture, dtype=np.float32) / 255  # (size, size, 3) in 0…1
+        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, size, size)
 
 
 # %%
@@ -627,15 +441,53 @@ batch = processor([cat, coffee, np.asarray(coffee)])
 print(list(batch.shape), batch.dtype)
 assert torch.equal(batch[0], tensor) and torch.equal(batch[1], batch[2])
 with tempfile.TemporaryDirectory() as folder:
-    ImageProcessor(448).save_pretrained(folder)
-    again = ImageProcessor.from_pretrained(folder)
-    print(again)
     (Path(folder) / "notes.txt").write_text("no picture")
     for wrong in (Path(folder) / "notes.txt", folder, np.zeros((8, 8)), 7):
         try:
             processor(wrong)
         except ValueError as error:
             print("✗", str(error).replace(folder, "…").replace(os.sep, "/"))
+
+# %% [markdown]
+# ### A checkpoint's settings
+#
+# A checkpoint brings a `preprocessor_config.json` (newer versions of transformers write a `processor_config.json`, the same one level down). Whoever ignores it is right until the day when a checkpoint differs. `read_settings` refuses what we do not do: a `do_normalize: false` must not pass in silence.
+
+
+# %%
+#| export
+@add_to_class(ImageProcessor)
+@classmethod
+def from_pretrained(cls, path: str | os.PathLike, size: int = 224) -> "ImageProcessor":
+    """Read `preprocessor_config.json`; a directory without one gives the defaults at `size`.
+
+    Raises:
+        ValueError: a broken file, or one that asks for other steps than PaliGemma's.
+    """
+    return cls(**read_settings(path, size))
+
+
+# %%
+#| export
+@add_to_class(ImageProcessor)
+def save_pretrained(self, path: str | os.PathLike, image_seq_length: int | None = None) -> None:
+    """Write `preprocessor_config.json` in the published form, whole or not at all.
+
+    Args:
+        path: directory, made when absent.
+        image_seq_length: N, image tokens a picture, which transformers reads from this file.
+    """
+    settings = settings_dict(self.size, self.mean, self.std, self.resample, image_seq_length)
+    with replacing(path) as draft:
+        draft("preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    ImageProcessor(448).save_pretrained(folder)
+    again = ImageProcessor.from_pretrained(folder)
+print(again)
+assert again == ImageProcessor(448)
 
 # %% [markdown]
 # ## Against the reference
@@ -712,15 +564,14 @@ def milliseconds(function):
     return 1000 * min(times)
 
 
-speed = lambda how: milliseconds(lambda: _to_pixel_values(large, *how))
 large = cat.resize((W, H))
 file = io.BytesIO()
 large.save(file, "jpeg", quality=90)
 print(f"decode a JPEG of {len(file.getvalue()) / 1e6:.1f} MB: ", end="")
 print(f"{milliseconds(lambda: Image.open(io.BytesIO(file.getvalue())).load()):.0f} ms")
 for size in (224, 448, 896):
-    how = (size, (0.5,) * 3, (0.5,) * 3, Image.Resampling.BICUBIC)
-    print(f"resize and normalise, {size}: {speed(how):.0f} ms")
+    process = ImageProcessor(size)
+    print(f"resize and normalise, {size}: {milliseconds(lambda: process(large)):.0f} ms")
 
 # %% [markdown]
 # The first pass dominates: it touches every pixel of the photograph, whatever the new size. The vision tower ([lesson 05](05_siglip.ipynb)) has hundreds of times as much to do.
