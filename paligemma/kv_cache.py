@@ -4,32 +4,6 @@
 import torch
 
 
-def length_after(room: torch.Tensor, length: int, k: torch.Tensor, v: torch.Tensor) -> int:
-    """Tokens that a layer holds once k and v are added.
-
-    Args:
-        room: the layer's memory, `float[B, K, max_length, Dh]`.
-        length: S, how much of it is filled.
-        k, v: the new tokens, `float[B, K, L, Dh]`.
-
-    Raises:
-        ValueError: no room for L more tokens, or another B, K or Dh than the room's.
-    """
-    batch, kv_heads, max_length, head_dim = room.shape
-    for name, new in (("k", k), ("v", v)):
-        if new.shape != (batch, kv_heads, k.shape[-2], head_dim):
-            raise ValueError(
-                f"{name} is {list(new.shape)}; expected [{batch}, {kv_heads}, L, {head_dim}], the "
-                "same L for k and v: make the cache for this batch and model"
-            )
-    if length + k.shape[2] > max_length:
-        raise ValueError(
-            f"the cache holds {max_length} tokens and {length + k.shape[2]} are needed; "
-            "make it with a larger max_length"
-        )
-    return length + k.shape[2]
-
-
 class KVCache:
     """Preallocated keys and values for every layer; the oldest token first.
 
@@ -83,7 +57,19 @@ class KVCache:
             ValueError: more tokens than `max_length`, or another shape; nothing is written then.
         """
         keys, values, start = self.keys[layer_idx], self.values[layer_idx], self._lengths[layer_idx]
-        end = length_after(keys, start, k, v)
+        batch, kv_heads, _, head_dim = keys.shape
+        for name, new in (("k", k), ("v", v)):
+            if new.shape != (batch, kv_heads, k.shape[-2], head_dim):
+                raise ValueError(
+                    f"{name} is {list(new.shape)}; expected [{batch}, {kv_heads}, L, {head_dim}], "
+                    "the same L for k and v: make the cache for this batch and model"
+                )
+        end = start + k.shape[2]
+        if end > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens and {end} are needed; "
+                "make it with a larger max_length"
+            )
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self._lengths[layer_idx] = end
         return keys[:, :, :end], values[:, :, :end]

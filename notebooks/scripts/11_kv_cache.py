@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -16,7 +19,7 @@
 # %% [markdown]
 # # 11 · KV cache: why is the second token cheaper than the first?
 #
-# *35 minutes* · part II, Language
+# *50 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - find position bugs that show only in the second token, or in company.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("kv_cache")
 
@@ -51,8 +54,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from paligemma.grouped_query_attention import GroupedQueryAttention
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 from paligemma.rope import RotaryEmbedding
+from paligemma.support.course import add_to_class
 
 torch.manual_seed(11)
 _ = torch.set_grad_enabled(False)  # we only answer here; nothing is trained
@@ -125,8 +130,10 @@ for t in range(3):
 # Token 2 asks once, in its own step; nobody needs its query again. *Its key and value* are read by
 # every later token. Kept is what others will read.
 #
-# In a second layer a key is made from a *mixture* of tokens. It stays the same only if no token
-# looks at a later one: the mask must be **causal** (exercise 1).
+# In a second layer a key is made from a *mixture* of tokens. It stays the same only if its token
+# never looked at one that comes in a later step. A **causal** mask, under which nobody looks ahead,
+# promises that for any steps (exercise 1). It isn't the only one: tokens that arrive in *one* call
+# may look at each other both ways, as PaliGemma's picture and prompt do.
 
 # %% [markdown]
 # ## As a loop
@@ -285,42 +292,8 @@ print("a change in the room shows in the view:", view[0, 0, 0, 0].item())
 # %% [markdown]
 # ## The module
 #
-# First the two ways in which it can go wrong. Too many tokens: a slice that runs over the end would
-# be cut short *silently*. And a wrong shape: assignment *broadcasts*, so one row of keys would
-# happily fill a batch of eight. Both become errors that say what to do.
-
-
-# %%
-#| export
-def length_after(room: torch.Tensor, length: int, k: torch.Tensor, v: torch.Tensor) -> int:
-    """Tokens that a layer holds once k and v are added.
-
-    Args:
-        room: the layer's memory, `float[B, K, max_length, Dh]`.
-        length: S, how much of it is filled.
-        k, v: the new tokens, `float[B, K, L, Dh]`.
-
-    Raises:
-        ValueError: no room for L more tokens, or another B, K or Dh than the room's.
-    """
-    batch, kv_heads, max_length, head_dim = room.shape
-    for name, new in (("k", k), ("v", v)):
-        if new.shape != (batch, kv_heads, k.shape[-2], head_dim):
-            raise ValueError(
-                f"{name} is {list(new.shape)}; expected [{batch}, {kv_heads}, L, {head_dim}], the "
-                "same L for k and v: make the cache for this batch and model"
-            )
-    if length + k.shape[2] > max_length:
-        raise ValueError(
-            f"the cache holds {max_length} tokens and {length + k.shape[2]} are needed; "
-            "make it with a larger max_length"
-        )
-    return length + k.shape[2]
-
-
-# %% [markdown]
-# Then the cache: two tensors for each layer, and a count for each layer. Why not one count? Within
-# a step, layer 0 has already written when layer 1 has not. `len(cache)` is what *all* layers hold.
+# Two tensors for each layer, and a count for each layer. Why not one count? Within a step, layer 0
+# has already written when layer 1 has not. `len(cache)` is what *all* layers hold.
 
 
 # %%
@@ -362,23 +335,9 @@ class KVCache:
         """Bytes allocated for keys and values together."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
-    def update(
-        self, layer_idx: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new tokens of one layer and return all of them.
-
-        Args:
-            layer_idx: the layer that writes.
-            k, v: `float[B, K, L, Dh]`, the new tokens.
-
-        Returns:
-            keys, values: views `float[B, K, S + L, Dh]`, nothing copied.
-
-        Raises:
-            ValueError: more tokens than `max_length`, or another shape; nothing is written then.
-        """
+    def update(self, layer_idx, k, v):
         keys, values, start = self.keys[layer_idx], self.values[layer_idx], self._lengths[layer_idx]
-        end = length_after(keys, start, k, v)
+        end = start + k.shape[2]
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self._lengths[layer_idx] = end
         return keys[:, :, :end], values[:, :, :end]
@@ -392,6 +351,64 @@ class KVCache:
 cache = KVCache(num_layers=2, batch_size=1, num_key_value_heads=2, max_length=15, head_dim=16)
 assert torch.equal(answer_cached(toy, prompt, 12, cache), slow)
 print(f"same words; {len(cache)} of {cache.max_length} tokens, {cache.nbytes:,} bytes")
+
+# %% [markdown]
+# ### Two ways in which it goes wrong in silence
+#
+# What happens to a token too many, and to one row of keys in a cache for two rows?
+
+# %%
+cache = KVCache(1, batch_size=2, num_key_value_heads=1, max_length=4, head_dim=8)
+k, v = torch.randn(2, 2, 1, 5, 8)
+for t in range(5):
+    keys, _ = cache.update(0, k[:, :, t : t + 1], v[:, :, t : t + 1])
+print(f"{len(cache)} tokens written, {keys.shape[2]} kept")
+cache._lengths = [0]
+keys, _ = cache.update(0, k[:1, :, :1], v[:1, :, :1])  # one row
+print("both rows hold it:", torch.equal(keys[0], keys[1]))
+assert len(cache) == 1 and torch.equal(keys[0], keys[1])
+
+# %% [markdown]
+# The fifth token is lost: a slice that runs over the end is cut short. And assignment *broadcasts*,
+# so one row fills a batch. Both become errors that say what to do, before anything is written.
+
+
+# %%
+#| export
+@add_to_class(KVCache)
+def update(
+    self, layer_idx: int, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store the new tokens of one layer and return all of them.
+
+    Args:
+        layer_idx: the layer that writes.
+        k, v: `float[B, K, L, Dh]`, the new tokens.
+
+    Returns:
+        keys, values: views `float[B, K, S + L, Dh]`, nothing copied.
+
+    Raises:
+        ValueError: more tokens than `max_length`, or another shape; nothing is written then.
+    """
+    keys, values, start = self.keys[layer_idx], self.values[layer_idx], self._lengths[layer_idx]
+    batch, kv_heads, _, head_dim = keys.shape
+    for name, new in (("k", k), ("v", v)):
+        if new.shape != (batch, kv_heads, k.shape[-2], head_dim):
+            raise ValueError(
+                f"{name} is {list(new.shape)}; expected [{batch}, {kv_heads}, L, {head_dim}], "
+                "the same L for k and v: make the cache for this batch and model"
+            )
+    end = start + k.shape[2]
+    if end > self.max_length:
+        raise ValueError(
+            f"the cache holds {self.max_length} tokens and {end} are needed; "
+            "make it with a larger max_length"
+        )
+    keys[:, :, start:end], values[:, :, start:end] = k, v
+    self._lengths[layer_idx] = end
+    return keys[:, :, :end], values[:, :, :end]
+
 
 # %% [markdown]
 # And the scores, not only the best word: five ways to cut the same fifteen words into calls. In
@@ -408,17 +425,35 @@ for chunks in ([15], [4] + [1] * 11, [1] * 15, [7, 8], [5, 5, 5]):
     print(f"{len(chunks):2} calls: equal to one pass")
 
 # %% [markdown]
+# ### A prefix that looks both ways
+#
+# PaliGemma's **prefix** (picture and prompt) isn't causal: its tokens all see each other. Only the
+# answer is. Does the cache hold then? Six words as prefix, in one call and with no mask; then nine
+# words, one a call. Compared with one pass over all fifteen under the same rule.
+
+# %%
+rule = causal(15)
+rule[..., :6, :6] = True  # the prefix sees all of the prefix
+one_pass = toy(slow[:, :15], torch.arange(15)[None], rule)
+cache, parts = KVCache(2, 1, 2, 15, 16), []
+for words in slow[:, :15].split([6] + [1] * 9, dim=1):
+    old, new = len(cache), words.shape[1]
+    parts.append(toy(words, torch.arange(old, old + new)[None], None, cache))
+torch.testing.assert_close(torch.cat(parts, dim=1), one_pass, rtol=1e-4, atol=1e-5)
+print("equal to one pass")
+
+# %% [markdown]
+# It holds, because the prefix is complete before the first word of the answer: nobody in it could
+# have looked at what comes later. Cut the *prefix* into two calls, and its first half would have
+# missed the second.
+#
 # The shapes, the views, and the two errors:
 
 # %%
 cache = KVCache(1, batch_size=2, num_key_value_heads=1, max_length=4, head_dim=8)
 keys, values = cache.update(0, *torch.randn(2, 2, 1, 3, 8))
-print(
-    "keys",
-    tuple(keys.shape),
-    "| in the cache's memory:",
-    keys.data_ptr() == cache.keys[0].data_ptr(),
-)
+shared = keys.data_ptr() == cache.keys[0].data_ptr()
+print("keys", tuple(keys.shape), "| in the cache's memory:", shared)
 for batch, length in ((2, 2), (1, 1)):
     try:
         cache.update(0, *torch.randn(2, batch, 1, length, 8))
@@ -493,8 +528,9 @@ save_figure(fig, "11_time_per_token")
 # ### Growing or in place?
 #
 # Copying was counted above; now it is measured, with the caches alone: one token after the other
-# into one layer with eight key/value heads of 64. For four times the tokens, in place takes about
-# four times as long, growing many times more.
+# into one layer with eight key/value heads of 64. Fresh memory is slow when it is touched first, so
+# the room is written once before the clock starts. Growing takes longer, and the longer the text,
+# the more so.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -506,9 +542,16 @@ def fill_ms(cache, tokens):
     return 1e3 * (time.perf_counter() - start)
 
 
+def touched(tokens):
+    cache = KVCache(1, 1, 8, tokens, 64)
+    for room in (*cache.keys, *cache.values):
+        room.zero_()
+    return cache
+
+
 for tokens in (256, 1024):
     grow = min(fill_ms(GrowingCache(), tokens) for _ in range(3))
-    place = min(fill_ms(KVCache(1, 1, 8, tokens, 64), tokens) for _ in range(3))
+    place = min(fill_ms(touched(tokens), tokens) for _ in range(3))
     print(f"{tokens:5} tokens: growing {grow:6.1f} ms, in place {place:5.1f} ms")
 
 # %% [markdown]
@@ -565,9 +608,29 @@ print(
 )
 
 # %% [markdown]
-# And to be fair to `cat`: one user, one key/value head, 264 tokens: copying 5 MB a step disappears
-# beside 5 GB of weights that each step reads. With 64 users, eight heads or pictures of 4,096
-# tokens it does not. A good default costs nothing here: take the room at once.
+# And to be fair to `cat`: what is copied in a step, beside the 5 GB of weights that each step reads
+# anyway?
+
+# %%
+weights = 2 * 2_508_662_784
+print("users   heads   tokens   copied a step   of the weights")
+share = {}
+for users, kv_heads, length in (
+    (1, 1, 264),
+    (64, 1, 264),
+    (1, 8, 264),
+    (1, 1, 4104),
+    (64, 8, 4104),
+):
+    copied = KVCache(LAYERS, users, kv_heads, length, Dh, "meta", BF16).nbytes
+    share[users, kv_heads, length] = copied / weights
+    print(f"{users:5} {kv_heads:7} {length:8,} {copied / 1e6:12,.0f} MB {copied / weights:13.1%}")
+assert max(list(share.values())[:4]) < 0.07 and share[64, 8, 4104] > 7
+
+# %% [markdown]
+# One user, one key/value head, a short text: nothing. Many users *or* many heads *or* a large
+# picture: a few per cent. Many users *and* heads *and* a large picture: seven times the weights. A
+# good default costs nothing here: take the room at once.
 
 # %% [markdown]
 # ## A bug people really make: every token is the first
@@ -811,7 +874,8 @@ check(test_3, RewindableCache)
 # %% [markdown]
 # ## Summary
 #
-# - Under a causal mask the keys and values of earlier tokens never change: keep them.
+# - Keys and values of earlier tokens never change as long as nobody looks at a later call: keep
+#   them.
 # - Prefill reads the prompt once; decode then sends one token a step through the model.
 # - Growing by `cat` copies the whole past in every step; memory taken once copies nothing.
 # - A token's position is the number of real tokens before it, in both phases.
