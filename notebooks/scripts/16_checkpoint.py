@@ -437,15 +437,12 @@ def read_state(path: Path, found: dict, expected: dict) -> dict[str, torch.Tenso
             state[name], spelling[name] = tensor, stored
     head = state.pop(HEAD, None)
     if head is not None:  # the embedding under its other name, or once more
+        match_tensors(path, {HEAD: head}, {HEAD: expected[EMBEDDING]})
         state.setdefault(EMBEDDING, head)
     check_family(path, state, expected, found["quantization_config"])
     match_tensors(path, state, expected, lambda name: spelling.get(name) or published_name(name))
-    if head is not None:
-        match_tensors(path, {HEAD: head}, {HEAD: expected[EMBEDDING]})
-        if not torch.equal(head.to(state[EMBEDDING]), state[EMBEDDING]):
-            raise CheckpointError(
-                f"{path}: {HEAD} differs from the embedding; PaliGemma ties the two"
-            )
+    if head is not None and not torch.equal(head.to(state[EMBEDDING]), state[EMBEDDING]):
+        raise CheckpointError(f"{path}: {HEAD} differs from the embedding; PaliGemma ties the two")
     return state
 
 
