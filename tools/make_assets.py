@@ -76,11 +76,20 @@ KINDS = [
     ("crown", "crowns", "crown"),
 ]
 
-# name here -> (file in skimage.data, width in pixels)
+# name here -> (file in skimage.data, height in pixels)
 PICTURES = {
-    "cat": ("chelsea.png", 451),
-    "coffee": ("coffee.png", 450),
+    "cat": ("chelsea.png", 300),
+    "coffee": ("coffee.png", 300),
     "astronaut": ("astronaut.png", 448),
+}
+BACKGROUNDS = {  # seen only as crops of 112 pixels behind scenes
+    "brick": ("brick.png", 256),
+    "grass": ("grass.png", 256),
+    "gravel": ("gravel.png", 256),
+    "camera": ("camera.png", 300),
+    "hubble": ("hubble_deep_field.jpg", 300),
+    "retina": ("retina.jpg", 300),
+    "clock": ("clock_motion.png", 260),
 }
 
 
@@ -126,22 +135,29 @@ def make_emoji(package, names):
     return len(kinds)
 
 
-def make_pictures():
-    """Write the sample photographs as JPEG, each at most 60 KB."""
+def make_pictures(pictures, best, largest):
+    """Write photographs as JPEG, of the best quality that keeps each below `largest` bytes.
+
+    Args:
+        pictures: PICTURES or BACKGROUNDS.
+        best: quality to try first.
+        largest: bytes.
+    """
     import skimage
 
     folder = ASSETS / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (source, width) in PICTURES.items():
-        with Image.open(Path(skimage.__file__).parent / "data" / source) as picture:
-            height = round(picture.height * width / picture.width)
-            picture = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    for name, (source, height) in pictures.items():
+        with Image.open(Path(skimage.__file__).parent / "data" / source) as opened:
+            picture = opened.convert("RGB")
+        width = round(picture.width * height / picture.height)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
         target = folder / f"{name}.jpg"
-        for quality in range(92, 40, -4):
+        for quality in range(best, 30, -4):
             picture.save(target, quality=quality, optimize=True)
-            if target.stat().st_size <= 60_000:
+            if target.stat().st_size <= largest:
                 break
-    return len(PICTURES)
+    return len(pictures)
 
 
 def compose_demo(kinds, places, first, second, size=448):
@@ -203,7 +219,8 @@ def main():
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         package = options.package or unpack(NPM_PACKAGE, first)
         kinds = make_emoji(package, options.names or unpack(NPM_NAMES, second))
-    print(f"{kinds} kinds, {make_scenes()} scenes and {make_pictures()} photographs written")
+    photographs = make_pictures(PICTURES, 92, 60_000) + make_pictures(BACKGROUNDS, 90, 30_000)
+    print(f"{kinds} kinds, {make_scenes()} scenes and {photographs} photographs written")
 
 
 if __name__ == "__main__":
