@@ -94,7 +94,7 @@ def find_folder(path: str | os.PathLike, revision: str | None = None) -> Path:
         return folder
     if os.path.exists(folder):
         raise CheckpointError(
-            f"{folder} is a file; expected a directory: give {shorten(str(folder.parent))}"
+            f"{folder} is a file; expected a directory: give {str(folder.parent)!r}"
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise CheckpointError(
@@ -106,8 +106,8 @@ def find_folder(path: str | os.PathLike, revision: str | None = None) -> Path:
 def _snapshot(folder: Path, revision: str | None) -> Path:
     """The files of one revision inside a cache folder of the hub."""
     ref = folder / "refs" / (revision or "main")
-    commit = ref.read_text().strip() if ref.is_file() else revision
-    if commit and (folder / "snapshots" / commit).is_dir():
+    commit = ref.read_text().strip() if os.path.isfile(ref) else revision
+    if commit and os.path.isdir(folder / "snapshots" / commit):
         return folder / "snapshots" / commit
     found = [path for path in (folder / "snapshots").iterdir() if path.is_dir()]
     if not found or revision is not None:

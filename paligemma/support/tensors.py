@@ -36,7 +36,7 @@ def weight_files(path: str | os.PathLike) -> list[Path]:
     single = path / SINGLE
     if os.path.isfile(path / INDEX):
         shards = _shards(path / INDEX)
-        missing = [file.name for file in shards if not file.is_file()]
+        missing = [file.name for file in shards if not os.path.isfile(file)]
         if missing and not (single.is_file() and len(missing) == len(shards)):
             raise CheckpointError(
                 f"{path} lacks {shorten(missing[0])[1:-1]} ({len(missing)} of {len(shards)} shards "
@@ -102,10 +102,10 @@ def match_tensors(
                 f"{path}: {spell(name)} is {list(tensor.shape)}; "
                 f"config.json makes it {list(expected[name].shape)}"
             )
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{path}: {spell(name)} is {tensor.dtype}; expected float32, bfloat16 or float16"
-            )
+        whole = not expected[name].is_floating_point()  # codes of a quantised model
+        if tensor.dtype not in ((expected[name].dtype,) if whole else FLOATS):
+            kinds = expected[name].dtype if whole else "float32, bfloat16 or float16"
+            raise CheckpointError(f"{path}: {spell(name)} is {tensor.dtype}; expected {kinds}")
         if finite and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{path}: {spell(name)} holds NaN or infinity; save it again")
     missing = [spell(name) for name in expected if name not in tensors]
