@@ -64,9 +64,10 @@ def make_inputs(model_path: Path) -> dict:
     """The same random picture and prompt for everyone: N `<image>` tokens and 8 of text."""
     import torch
 
-    from paligemma.checkpoint import read_config
+    from paligemma.checkpoint import build_config
+    from paligemma.support.config import read_config
 
-    config = read_config(model_path)
+    config = build_config(read_config(model_path))
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(10, config.image_token_index, (TEXT_TOKENS - 1,), generator=generator)
     image = torch.full((config.vision_config.num_image_tokens,), config.image_token_index)
@@ -184,9 +185,10 @@ def product_shapes(model_path: Path) -> Counter:
     """The matrix products of a prefill, attention's apart: {(rows, D, E): how many}."""
     import torch
 
-    from paligemma.checkpoint import empty_model, read_config
+    from paligemma.checkpoint import build_config, empty_model
+    from paligemma.support.config import read_config
 
-    model = empty_model(model_path, read_config(model_path))
+    model = empty_model(build_config(read_config(model_path)))
     patches = model.config.vision_config.num_image_tokens
     shapes = Counter()
     for name, layer in model.named_modules():
@@ -297,7 +299,7 @@ def describe(run: dict) -> str:
 
 def count_weights(path: Path) -> int:
     """Numbers stored in the checkpoint, from the files' headers."""
-    from paligemma.checkpoint import weight_files
+    from paligemma.support.tensors import weight_files
 
     total = 0
     for file in weight_files(path):
@@ -392,7 +394,7 @@ def draw(result: dict, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from paligemma.plotting import COLOURS
+    from paligemma.support.drawing import COLOURS
 
     names = list(result["median"])
     size = (11.4, 1.1 + 0.4 * len(names))

@@ -15,16 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from paligemma.checkpoint import (
-    INDEX,
-    TEXT_OPTIONAL,
-    VISION_OPTIONAL,
-    config_dict,
-    published_name,
-)
+from paligemma.checkpoint import empty_model, published_name
 from paligemma.gemma import GemmaConfig
-from paligemma.model import PaliGemma, PaliGemmaConfig
+from paligemma.model import PaliGemmaConfig
 from paligemma.siglip import SiglipVisionConfig
+from paligemma.support.config import TEXT_DEFAULTS, VISION_DEFAULTS, config_dict
+from paligemma.support.tensors import INDEX
 
 SIZES = {
     "tiny": PaliGemmaConfig(
@@ -50,13 +46,12 @@ LOUD = 8.0
 
 
 def sparse_config(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
-    """`config.json` as published: fields that have their default value are left out."""
+    """`config.json` as published: fields that have transformers' default are left out."""
     value = config_dict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    defaults = PaliGemmaConfig()
-    for section, names in (("text_config", TEXT_OPTIONAL), ("vision_config", VISION_OPTIONAL)):
-        for name in names:
-            default = getattr(getattr(defaults, section), name, None)  # Gemma 2 has more fields
-            if name in value[section] and value[section][name] == default:
+    text = TEXT_DEFAULTS[value["text_config"]["model_type"]]
+    for section, defaults in (("text_config", text), ("vision_config", VISION_DEFAULTS)):
+        for name, default in defaults.items():
+            if value[section][name] == default:
                 del value[section][name]
     return value
 
@@ -128,8 +123,7 @@ def write_checkpoint(
     Returns:
         Bytes of weights.
     """
-    with torch.device("meta"):  # names and shapes without memory
-        shapes = {name: t.shape for name, t in PaliGemma(config).state_dict().items()}
+    shapes = {name: t.shape for name, t in empty_model(config).state_dict().items()}
     shards, size = [{}], 0
     for name, shape in shapes.items():
         nbytes = shape.numel() * dtype.itemsize
@@ -202,8 +196,7 @@ There is no tokenizer.model: load_model and tools/bench.py need none, Processor 
     config, dtype = SIZES[args.size], getattr(torch, args.dtype)
     try:
         clear(args.directory, args.force)
-        with torch.device("meta"):
-            wanted = sum(t.numel() for t in PaliGemma(config).parameters()) * dtype.itemsize
+        wanted = sum(t.numel() for t in empty_model(config).parameters()) * dtype.itemsize
         parent = next(p for p in (args.directory, *args.directory.absolute().parents) if p.exists())
         free = shutil.disk_usage(parent).free
         if wanted > free:
