@@ -357,7 +357,7 @@ def test_weights_changed_in_place_are_used_at_once(checkpoints, change):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_pipeline_answers_with_the_weights_it_has_now(change):
     import paligemma
-    from paligemma.plotting import sample_picture
+    from paligemma.support.course import sample_picture
 
     pg, scene = paligemma.load(), sample_picture("scene")
     before = pg(scene, "caption en")

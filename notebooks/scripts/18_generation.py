@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -16,7 +19,7 @@
 # %% [markdown]
 # # 18 · Generation: how does one forward pass become an answer?
 #
-# *35 minutes* · part IV, Answering
+# *55 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - show text while it is being written, without ever showing half a character.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("generation")
 
@@ -57,7 +60,6 @@ from paligemma.tokenizer import Tokenizer
 import time
 from importlib import resources
 from itertools import pairwise
-from statistics import median
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
@@ -69,9 +71,9 @@ from paligemma.checkpoint import load_model
 from paligemma.gemma import GemmaConfig, GemmaDecoderLayer
 from paligemma.grouped_query_attention import grouped_attention
 from paligemma.model import PaliGemmaConfig
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 from paligemma.processor import Processor
-from paligemma.rope import RotaryEmbedding
 from paligemma.siglip import SiglipVisionConfig
 
 _ = torch.set_grad_enabled(False)  # we only answer here; nothing is trained
@@ -100,7 +102,7 @@ print("prompt:", tokenizer.decode(ids[0]).strip(), "| tokens:", ids.shape[1], "|
 # So we call it again and again, each time with one more word. What goes into each call?
 
 
-# %%
+# %% tags=["hide-input"]
 def draw_calls(ax, image, prompt, answer, side=8):
     """One column for each call: what is read (box), and what comes out (above)."""
     box = {"ha": "center", "va": "center", "fontsize": 8}
@@ -568,36 +570,41 @@ def clock(model, ids, pixels, repeats=7):
 
 seconds, calls = clock(model, ids, pixels)
 print(f"first word after {1e3 * calls[0]:.1f} ms, then one every {1e3 * min(calls[1:]):.1f} ms")
+assert calls[0] > min(calls[1:]) > calls[0] / ids.shape[1]
 
+# %% tags=["hide-input", "nbval-ignore-output"]
 fig, ax = plt.subplots(figsize=(8, 1.9), layout="constrained")
 ends, words = 1e3 * torch.tensor(calls).cumsum(0), [tokenizer.decode([t]) for t in slow[0]]
 ax.barh(0, 1e3 * seconds, color=COLOURS["vision"], height=0.6)
 ax.barh(0, ends[0] - 1e3 * seconds, left=1e3 * seconds, color=COLOURS["language"], height=0.6)
 ax.text(500 * seconds, 0, "vision", color="white", ha="center", va="center")
 middle = (1e3 * seconds + ends[0]) / 2
-ax.text(middle, 0, "read the prompt", color="white", ha="center", va="center", fontsize=7.5)
+ax.text(middle, 0, "read the prompt", color="white", ha="center", va="center")
 for n, (end, word) in enumerate(zip(ends.tolist(), words)):
     if n:
         left = ends[n - 1].item()
         ax.barh(0, end - left, left=left, color=COLOURS["accent"], height=0.6, ec=COLOURS["paper"])
-    style = {"fontsize": 8, "color": COLOURS["accent"], "rotation": 60, "rotation_mode": "anchor"}
+    style = {"fontsize": 9, "color": COLOURS["accent"], "rotation": 60, "rotation_mode": "anchor"}
     ax.text(end, 0.42, word.strip() or "eos", **style)
 ax.set(ylim=(-0.4, 1.0), yticks=[], xlabel="milliseconds since the question")
 ax.spines["left"].set_visible(False)
 save_figure(fig, "18_clock")
 
 # %% [markdown]
-# What to notice: a long silence, then words at a steady pace. People who serve models measure the
-# two apart: **time to first token** and **time per token**. The silence is long because of the
-# picture, whatever the answer; the pace is the same for a clever word and for "a".
+# What to notice: a silence, then words at a steady pace. People who serve models measure the two
+# apart: **time to first token** and **time per token**. The silence is there because of the picture,
+# whatever the answer; the pace is the same for a clever word and for "a".
 #
-# And the pace is too slow. A decode call reads one token; the prefill read 68. It should be 68
-# times shorter.
+# And the pace is too slow. A decode call reads one token, the prefill read 68. It should take a
+# sixty-eighth of the prefill's time, and takes longer.
 
 # %% [markdown]
 # ## Why is a thin call not cheap?
 #
-# A weight must come from memory before it multiplies. A $4 \times 4$ matrix, two bytes a number:
+# For our tiny model the reason is dull: a call is a long list of small operations, and Python needs
+# some microseconds for each, however few tokens there are. A large model doesn't notice that. It
+# waits for something else: a weight must come from **memory** before it multiplies. Take a
+# $4 \times 4$ matrix, two bytes a number:
 #
 # - one token: $2 \cdot 16 = 32$ operations, 32 bytes to read;
 # - eight tokens: 256 operations, the *same* 32 bytes.
@@ -608,11 +615,11 @@ save_figure(fig, "18_clock")
 # $$\max\left(\frac{\text{operations}}{P},\ \frac{\text{bytes}}{W}\right).$$
 #
 # Below $P / W$ it waits (**memory bound**), above it is busy (**compute bound**). Seen on one matrix of
-# the 3B model:
+# the 3B model, in two types of number:
 
 
 # %% tags=["nbval-ignore-output"]
-def best_ms(function, repeats=3):
+def best_ms(function, repeats=5):
     """The fastest of some runs, in milliseconds; the first one warms up."""
     times = []
     for _ in range(repeats + 1):
@@ -622,24 +629,33 @@ def best_ms(function, repeats=3):
     return 1e3 * min(times[1:])
 
 
-weight = torch.randn(16384, 2048)  # gate_proj of one layer of PaliGemma 3B, float32
-tokens = [1, 2, 4, 8, 16, 32, 64, 128]
-times = [best_ms(lambda: torch.nn.functional.linear(torch.randn(n, 2048), weight)) for n in tokens]
-for n, ms in zip(tokens, times):
-    print(f"{n:3} tokens take {ms / times[0]:4.1f} times as long as one")
+weight = torch.randn(16384, 2048)  # gate_proj of one layer of PaliGemma 3B
+tokens, times = [1, 2, 4, 8, 16, 32, 64, 128], {}
+for name, w in {"float32": weight, "bfloat16": weight.bfloat16()}.items():
+    rows = [torch.randn(n, 2048, dtype=w.dtype) for n in tokens]
+    times[name] = [best_ms(lambda: F.linear(x, w)) for x in rows]
+    for n, ms in zip(tokens, times[name]):
+        print(f"{name:8} {n:3} tokens take {ms / times[name][0]:4.1f} times as long as one")
+assert times["float32"][-1] < 128 / 2 * times["float32"][0]
 
+# %% tags=["nbval-ignore-output"]
 rates = []  # and the whole tiny model: tokens a second with 1, 2, … answers at once
+config = GenerationConfig(max_new_tokens=14, eos_token_id=-1)
 for rows in tokens:
-    many = {"input_ids": ids.repeat(rows, 1), "pixel_values": pixels.repeat(rows, 1, 1, 1)}
-    steps = generate_steps(model, **many, max_new_tokens=14, eos_token_id=-1)
-    stamps = [time.perf_counter() for _ in steps]
-    rates.append(rows / median(b - a for a, b in pairwise(stamps[2:])))
+    many = ids.repeat(rows, 1), pixels.repeat(rows, 1, 1, 1)
+    stamps = [time.perf_counter() for _ in generate_steps(model, *many, config=config)]
+    rates.append(rows / min(b - a for a, b in pairwise(stamps[2:])))
+print("tokens a second:", {n: round(rate) for n, rate in zip(tokens, rates)})
+assert max(rates) > 2 * rates[0]
 
+# %% tags=["hide-input", "nbval-ignore-output"]
 fig, (ax, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-ax.loglog(tokens, times, "o-", color=COLOURS["language"])
-ax.loglog(tokens, [times[0] * n for n in tokens], ":", color=COLOURS["muted"])
-ax.text(1.1, times[0] * 30, "if each token cost\nas much as the first", color=COLOURS["muted"])
-ax.text(tokens[4], times[4] * 0.75, "measured", color=COLOURS["language"], va="top")
+for (name, ms), colour in zip(times.items(), ("language", "vision")):
+    ax.loglog(tokens, ms, "o-", color=COLOURS[colour], label=name)
+first = times["float32"][0]
+ax.loglog(tokens, [first * n for n in tokens], ":", color=COLOURS["muted"])
+ax.text(1.1, first * 30, "if each token cost\nas much as the first", color=COLOURS["muted"])
+ax.legend(loc="lower right")
 ax.set(xlabel="tokens in one call", ylabel="milliseconds", title="one matrix of the 3B model")
 right.loglog(tokens, rates, "o-", color=COLOURS["together"])
 right.set(xlabel="answers at once", ylabel="tokens a second", title="the tiny model, decoding")
@@ -651,12 +667,13 @@ for panel in (ax, right):
 save_figure(fig, "18_tokens_per_call")
 
 # %% [markdown]
-# Left: the matrix is read once a call, however many tokens wait for it. The first pays for the trip,
-# each further one adds much less, until arithmetic fills the time and the line climbs as steeply as the
-# dotted one. Decode stands at the far left, prefill at the right.
+# Left: the matrix is read once a call, however many tokens wait for it. The first pays for the trip; a
+# hundred and twenty-eight together take less than half the time of as many calls. How flat the line
+# begins depends on the type and on the processor: bfloat16 has half the bytes, and some processors
+# multiply it much faster than float32. Decode stands at the far left, prefill at the right.
 #
-# Right: answering many at once moves decode to the right, and tokens a second grow, until arithmetic
-# says stop.
+# Right: answering many at once gives more tokens a second, here because Python's list of operations
+# is walked once for all rows, until arithmetic says stop.
 
 # %% [markdown]
 # ## At full size
@@ -684,7 +701,7 @@ def decoder_call(new, old=0, rows=1):
     x = torch.empty(rows, new, 2048, device="meta").bfloat16()
     places = torch.arange(old, old + new, device="meta").expand(rows, -1)
     text = large.language_model
-    run = lambda: text.logits(text(x, places, None, cache, keep=1))
+    run = lambda: text.logits(text(x, places, None, cache)[:, -1:])
     weights = sum(p.nbytes for p in text.parameters())
     return count(run), weights + cache.nbytes
 
@@ -702,24 +719,34 @@ CALLS = {
 print(f"{'':22} {'Gflop':>8} {'GB read':>8} {'a byte':>8}")
 for name, (flop, size) in CALLS.items():
     print(f"{name:22} {flop / 1e9:8.0f} {size / 1e9:8.2f} {flop / size:8.1f}")
+prefill, one, eight = (CALLS[name] for name in list(CALLS)[1:4])
+assert round(prefill[1] / 1e9) == round(one[1] / 1e9) == 5 and 200 < prefill[0] / one[0] < 260
+assert eight[1] < 1.02 * one[1]
 
 # %% [markdown]
-# Prefill and decode read the same five gigabytes. Prefill does two hundred times as much with them. Now
-# the two limits of two machines: this one, as it multiplies and reads right now, and an H100 (its data
-# sheet).
+# Prefill and decode read the same five gigabytes. Prefill does more than two hundred times as much with
+# them. And eight rows read hardly more than one: the weights are the same, only the cache is eight times
+# as large.
+#
+# Now the two limits of two machines: this one, as it multiplies and reads right now, and an H100 (its
+# data sheet).
 
 # %% tags=["nbval-ignore-output"]
 wide, rows = torch.randn(16384, 2048).bfloat16(), torch.randn(264, 2048).bfloat16()
 multiply, read = lambda: F.linear(rows, wide), lambda: wide.view(torch.int32).max()
 here = 1e3 * count(multiply) / best_ms(multiply), 1e3 * wide.nbytes / best_ms(read)
-MACHINES = {"this machine": here, "H100": (989e12, 3350e9)}
+MACHINES, least = {"this machine": here, "H100": (989e12, 3350e9)}, {}
 for machine, (peak, width) in MACHINES.items():
     print(f"{machine}: memory bound below {peak / width:.0f} operations a byte")
     for name, (flop, size) in CALLS.items():
         compute, memory = 1e3 * flop / peak, 1e3 * size / width
+        least[machine, name] = max(compute, memory)
         bound = "compute" if compute > memory else "memory"
         print(f"   {name:22} at least {max(compute, memory):8.1f} ms, bound by {bound}")
+assert least["H100", "decode, 8 rows"] < 1.02 * least["H100", "decode, 1 row"]
+assert one[0] / one[1] < 0.01 * 989e12 / 3350e9 and prefill[0] / prefill[1] < 989e12 / 3350e9
 
+# %% tags=["hide-input", "nbval-ignore-output"]
 fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
 intensity = torch.logspace(-0.5, 3.3, 200)
 for (machine, (peak, width)), colour in zip(MACHINES.items(), ("language", "vision")):
@@ -731,49 +758,54 @@ for (machine, (peak, width)), colour in zip(MACHINES.items(), ("language", "visi
         ax.plot(x, min(x * width, peak) / 1e12, "o", color=COLOURS[colour], markersize=5)
 for name, (flop, size) in CALLS.items():
     ax.axvline(flop / size, color=COLOURS["muted"], lw=0.6, ls=":", zorder=0)
-    ax.text(flop / size, 4e-5, name, rotation=90, ha="right", va="bottom", fontsize=7.5)
+    ax.text(flop / size, 4e-5, name, rotation=90, ha="right", va="bottom", fontsize=9)
 ax.set(xlabel="operations a byte", ylabel="Tflop/s, at most", ylim=(3e-5, 4e3), xlim=(0.5, 2000))
 save_figure(fig, "18_roofline")
 
 # %% [markdown]
 # A **roofline**: on the slope the roof is memory, on the flat part arithmetic. For one answer, decode
-# uses a small part of the CPU's arithmetic and less than a hundredth of the H100's. *Eight rows cost
-# nearly the same call as one.* One picture cannot fill the H100's prefill. For a single answer only
-# fewer bytes help ([lesson 22](22_quantization.ipynb)).
-#
+# uses less than a hundredth of the H100's arithmetic, and eight rows take the same time there as one.
+# Even the prefill of one picture cannot fill it. For a single answer only fewer bytes help
+# ([lesson 22](22_quantization.ipynb)).
+
+# %% [markdown]
 # ### And what helps the prefill?
 #
 # One layer of the 3B model reads 264 tokens, and we take it apart.
 
 # %% tags=["nbval-ignore-output"]
 layer = GemmaDecoderLayer(GemmaConfig(), 0).bfloat16()
-inputs = {width: torch.randn(1, 264, width).bfloat16() for width in (2048, 16384)}
-q, k = (torch.randn(1, heads, 264, 256).bfloat16() for heads in (8, 1))
-cos_sin, gate = RotaryEmbedding(256)(torch.arange(264)[None]), inputs[16384]
 linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
-whole = best_ms(lambda: layer(inputs[2048], *cos_sin))
-times = {
-    "products": best_ms(lambda: [part(inputs[part.in_features]) for part in linears]),
-    "GELU, gate": best_ms(lambda: F.gelu(gate, approximate="tanh") * gate),
-    "attention": best_ms(lambda: grouped_attention(q, k, k)),
+x, gate = (torch.randn(1, 264, width).bfloat16() for width in (2048, 16384))
+q, k = (torch.randn(1, heads, 264, 256).bfloat16() for heads in (8, 1))
+shares = {
+    "products": lambda: [part(x if part.in_features == 2048 else gate) for part in linears],
+    "GELU, gate": lambda: F.gelu(gate, approximate="tanh") * gate,
+    "attention": lambda: grouped_attention(q, k, k),
+    "norms": lambda: (layer.input_layernorm(x), layer.post_attention_layernorm(x)),
 }
-times["norms, RoPE, sums"] = max(0.0, whole - sum(times.values()))
+shares = {name: best_ms(part) for name, part in shares.items()}
+total = sum(shares.values())
+for name, value in shares.items():
+    print(f"{name:12} {value:6.1f} ms, {100 * value / total:4.1f} %")
+assert shares["products"] > total / 2
+
+# %% tags=["hide-input", "nbval-ignore-output"]
 fig, ax = plt.subplots(figsize=(7.5, 1.5), layout="constrained")
-left, total = 0.0, sum(times.values())
-for (name, value), colour in zip(times.items(), ("together", "language", "vision", "inside")):
+left = 0.0
+for (name, value), colour in zip(shares.items(), ("together", "language", "vision", "inside")):
     share = 100 * value / total
     ax.barh(0, share, left=left, color=COLOURS[colour], ec=COLOURS["paper"], label=name)
-    print(f"{name:18} {value:6.1f} ms, {share:4.1f} %")
     left += share
-ax.set(yticks=[], xlim=(0, 100), xlabel="percent of a layer's time")
+ax.set(yticks=[], xlim=(0, 100), xlabel="percent of a layer's time (RoPE and sums left out)")
 ax.spines["left"].set_visible(False)
-ax.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+ax.legend(ncols=4, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 save_figure(fig, "18_layer")
 
 # %% [markdown]
 # Most of it is matrix products, by a library that every program here calls. Who makes the same
-# products cannot be much faster; what helps is to make **fewer**: the picture is looked at once, and of
-# the last block only the last position is computed ([lesson 12](12_gemma.ipynb)).
+# products cannot be much faster; what helps is to make **fewer**: the picture is looked at once, and
+# only the last position is projected to the words.
 
 # %% [markdown]
 # ## A bug people really make: the picture is looked at again for each word
@@ -805,40 +837,50 @@ for answer in (answer_cached, answer_colleague):
 # %% [markdown]
 # Before you read on: which line is it?
 #
-# The first line of the loop. Its result is used once and thrown away five times. A check of the
-# *answers* cannot see this; a check of the **work** can: count the calls of each part with a hook.
-#
-# And the clock: the four ways to answer of this lesson, each a step of a ladder.
+# The first line of the loop. Its result is used once and thrown away in every later call. A check of
+# the *answers* cannot see this; a check of the **work** can: ask each part, with a hook, how many
+# tokens came out of each of its calls.
 
 
-# %% tags=["nbval-ignore-output"]
-def count_calls(part, function):
-    calls = []
-    hook = part.register_forward_hook(lambda *_: calls.append(1))
+# %%
+def tokens_out_of(part, function):
+    """For each call of a part while the function runs: how many tokens came out."""
+    counts = []
+    hook = part.register_forward_hook(lambda part, given, out: counts.append(out.shape[1]))
     function()
     hook.remove()
-    return len(calls)
+    return counts
 
 
+mlp = model.language_model.layers[0].mlp  # every token of the decoder passes through it
 for answer in (answer_cached, answer_colleague):
-    vision = count_calls(model.vision_tower, lambda: answer(model, ids, pixels, 16))
-    decoder = count_calls(model.language_model, lambda: answer(model, ids, pixels, 16))
-    print(f"{answer.__name__:17} vision tower {vision} times, decoder {decoder} times")
+    run = lambda: answer(model, ids, pixels, 16)
+    vision, decoder = tokens_out_of(model.vision_tower, run), tokens_out_of(mlp, run)
+    print(f"{answer.__name__:17} vision tower {vision}, decoder {decoder}")
+assert len(vision) == slow.shape[1] == len(decoder)
 share = CALLS["vision tower"][0] / CALLS["decode, 1 row"][0]
 print(f"in the 3B model the tower costs as much arithmetic as {share:.0f} decode calls")
 
+# %% [markdown]
+# And the clock: the three ways to answer of this lesson.
+
+# %% tags=["nbval-ignore-output"]
 LADDER = {
     "all again for each word": answer_plain,
     "a cache, the tower each time": answer_colleague,
     "the tower once": answer_cached,
-    "nothing twice": lambda *given: generate(*given[:3], max_new_tokens=given[3]),
 }
 ms = {name: best_ms(lambda: f(model, ids, pixels, 16)) for name, f in LADDER.items()}
-slowest = max(ms.values())
-fig, ax = plt.subplots(figsize=(7, 1.9), layout="constrained")
+slowest = ms["all again for each word"]
+for name, value in ms.items():
+    print(f"{name:28} {value:6.1f} ms, {slowest / value:.1f} ×")
+assert ms["the tower once"] < slowest
+
+# %% tags=["hide-input", "nbval-ignore-output"]
+fig, ax = plt.subplots(figsize=(7, 1.6), layout="constrained")
 bars = ax.barh(list(ms), list(ms.values()), color=COLOURS["together"], height=0.6)
 ax.bar_label(bars, [f" {slowest / value:.1f} ×" for value in ms.values()])
-ax.set(xlabel="milliseconds an answer", xlim=(0, 1.12 * slowest))
+ax.set(xlabel="milliseconds an answer", xlim=(0, 1.12 * max(ms.values())))
 ax.invert_yaxis()
 save_figure(fig, "18_ladder")
 
@@ -887,8 +929,8 @@ check(test_1, model_calls, vision_runs, decoder_tokens, cached_tokens)
 # ### Exercise 2 (break): write the check that finds a slow loop
 #
 # Return True when `answer(model, ids, pixels, steps)` does each piece of work once: the vision tower
-# runs once, and the prompt passes through the decoder once. Below it is tried on `answer_cached`, on
-# `answer_colleague` and on `answer_plain`.
+# runs once, and each token passes through the decoder once. Below it is tried on this lesson's loops
+# and on two that you haven't seen.
 
 
 # %% tags=["exercise"]
@@ -899,16 +941,25 @@ def works_once(answer):
 # %% tags=["check"]
 def test_2(works_once):
     assert works_once(answer_cached) is True, "rejects the loop with a cache"
-    assert works_once(answer_colleague) is False, "the vision tower runs again for each word"
-    assert works_once(answer_plain) is False, "the whole prompt passes again for each word"
     limited = lambda model, ids, pixels, steps: generate(model, ids, pixels, max_new_tokens=steps)
     assert works_once(limited) is True, "rejects generate"
+    assert works_once(answer_colleague) is False, "lets a tower pass that runs for each word"
+    assert works_once(answer_plain) is False, "lets a loop pass that does everything again"
 
     def twice(model, ids, pixels, steps):
         model(ids, pixels)
         return answer_cached(model, ids, pixels, steps)
 
-    assert works_once(twice) is False, "reads the prompt twice"
+    def no_cache(model, ids, pixels, steps):
+        features, start, types = model.encode_image(pixels), ids.shape[1], torch.zeros_like(ids)
+        while ids.shape[1] < start + steps and ids[0, -1] != EOS:
+            scores = model(ids, token_type_ids=types, image_features=features).logits[:, -1]
+            token = scores.argmax(-1, keepdim=True)
+            ids, types = torch.cat((ids, token), 1), torch.cat((types, token**0), 1)
+        return ids[:, start:]
+
+    assert works_once(twice) is False, "lets one pass that reads the prompt twice"
+    assert works_once(no_cache) is False, "lets one pass that looks once, but has no cache"
 
 
 check(test_2, works_once)
@@ -916,15 +967,18 @@ check(test_2, works_once)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `count_calls` counts the vision tower; the other loops differ in it. (In a bare model call the
-# tower runs as well.)
+# `tokens_out_of` tells it for the tower and for the decoder's `mlp`. With the answer in `slow`, how
+# many tokens must pass through the decoder in all? (The last one is never fed.)
 #
 # </details>
 
 
 # %% tags=["solution"]
+# The tower alone is not enough: a loop may look once and still read the whole prompt again.
 def works_once(answer):
-    return count_calls(model.vision_tower, lambda: answer(model, ids, pixels, 16)) == 1
+    run = lambda: answer(model, ids, pixels, 16)
+    looks, tokens = len(tokens_out_of(model.vision_tower, run)), sum(tokens_out_of(mlp, run))
+    return looks == 1 and tokens == ids.shape[1] + slow.shape[1] - 1
 
 
 check(test_2, works_once)
