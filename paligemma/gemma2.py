@@ -10,19 +10,13 @@ from torch import nn
 from paligemma.geglu import GeGLU
 from paligemma.gemma import GemmaConfig, GemmaModel
 from paligemma.grouped_query_attention import GroupedQueryAttention, group_size
-from paligemma.kv_cache import KVCache
 from paligemma.rms_norm import RMSNorm
 
 
 def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap · tanh(x / cap): almost x where x is small, never beyond ±cap; the order is kept.
+    """cap · tanh(x / cap): `float[…]` → `float32[…]`, almost x where x is small, within ±cap.
 
-    Args:
-        x: `float[…]`, scores.
-        cap: the bound, positive; 0 or None: no cap.
-
-    Returns:
-        `float32[…]`.
+    A cap of 0 or None is no cap: some recipes for fine-tuning set it so.
 
     Source: Gemma 2 report, section 2; Bello et al. 2016.
     """
@@ -58,9 +52,7 @@ def capped_attention(
     """softmax(soft_cap(q·kᵀ · scale) + mask)·v, in groups as in `grouped_attention`.
 
     Args:
-        q: `float[B, H, L, Dh]`.
-        k, v: `float[B, K, S, Dh]`; query head h uses key/value head h // (H / K).
-        mask: `bool[B, 1, L, S]`, True where a query may look; None: everywhere.
+        q, k, v, mask: as in `grouped_attention`.
         scale: factor of the scores, before the cap.
         cap: bound of the scores, before the mask; 0 or None: no cap.
 
@@ -83,16 +75,11 @@ def capped_attention(
 def window_mask(
     mask: torch.Tensor | None, length: int, total: int, window: int, device=None
 ) -> torch.Tensor | None:
-    """Cut what lies too far back, except between tokens that look at each other.
-
-    A suffix token loses the keys `window` or more places behind it. Inside the prefix, where
-    both of a pair may look at the other, the distance does not matter. Tokens in the cache cannot
-    look at new ones, so the window cuts them.
+    """Cut the keys `window` or more places back, except between tokens that look at each other.
 
     Args:
         mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
-        length: L, the new tokens; they are the last of `total`.
-        total: S + L.
+        length, total: L, the new tokens, and S + L, with those in the cache.
         window: how many tokens a query may see, itself included.
         device: where to make the mask.
 
@@ -116,13 +103,8 @@ class Gemma2Attention(GroupedQueryAttention):
     """Rotary attention with a scale of its own, capped scores and, in even layers, a window."""
 
     def __init__(self, config: Gemma2Config, layer_idx: int):
-        super().__init__(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            layer_idx,
-        )
+        heads = config.num_attention_heads, config.num_key_value_heads
+        super().__init__(config.hidden_size, *heads, config.head_dim, layer_idx)
         self.scale = config.query_pre_attn_scalar**-0.5
         self.cap = config.attn_logit_softcapping
         self.sliding_window = None if layer_idx % 2 else config.sliding_window
@@ -130,7 +112,7 @@ class Gemma2Attention(GroupedQueryAttention):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The heads' part, `float[B, H, L, Dh]`; arguments as in `capped_attention`."""
+        """`capped_attention`, in even layers through a window. Gives `float[B, H, L, Dh]`."""
         if self.sliding_window is not None:
             mask = window_mask(mask, q.shape[2], k.shape[2], self.sliding_window, q.device)
         return capped_attention(q, k, v, mask, self.scale, self.cap)
@@ -149,15 +131,8 @@ class Gemma2DecoderLayer(nn.Module):
         self.mlp = GeGLU(size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
+    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GemmaDecoderLayer`."""
         h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         x = x + self.post_attention_layernorm(h)
         h = self.mlp(self.pre_feedforward_layernorm(x))

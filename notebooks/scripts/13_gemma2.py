@@ -29,15 +29,16 @@
 # - find the query scale of a model.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("gemma2")
 
 # %% [markdown]
 # ## Setup
 #
-# The lesson is a *diff* against [12](12_gemma.ipynb). Norm, GeGLU, RoPE, grouped attention and cache
-# stay as they are. The cells with `#| export` become [gemma2.py](../paligemma/gemma2.py).
+# The lesson is a *diff* against [lesson 12](12_gemma.ipynb). Norm, GeGLU, RoPE, cache and the model
+# around the blocks stay as they are. The cells with `#| export` become
+# [gemma2.py](../paligemma/gemma2.py), which holds the differences and nothing else.
 
 # %%
 #| export
@@ -52,7 +53,6 @@ from torch import nn
 from paligemma.geglu import GeGLU
 from paligemma.gemma import GemmaConfig, GemmaModel
 from paligemma.grouped_query_attention import GroupedQueryAttention, group_size
-from paligemma.kv_cache import KVCache
 from paligemma.rms_norm import RMSNorm
 
 # %% tags=["setup"]
@@ -65,7 +65,10 @@ from safetensors.torch import load_file
 
 from paligemma.gemma import GemmaDecoderLayer
 from paligemma.grouped_query_attention import grouped_attention
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure, show_heatmap
+from paligemma.kv_cache import KVCache
+from paligemma.plotting import show_heatmap
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 from paligemma.rope import RotaryEmbedding
 
 torch.manual_seed(13)
@@ -153,21 +156,18 @@ axes[1].legend()
 save_figure(fig, "13_soft_cap")
 
 # %% [markdown]
-# Notice: below about 20 both curves are the straight line. In daily work a cap does nothing. It is a
-# guard rail: no head can put *all* its weight on one key by shouting ever louder.
+# Notice: up to a score of 10 both curves are the straight line, within 4 %. In daily work a cap does
+# nothing. It is a guard rail for scores that run away: ten points between 120 and 110 silence a
+# rival, capped they hardly count. (A *single* loud key still takes everything: 50 against 0 is
+# enough.)
 
 
 # %%
 #| export
 def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap · tanh(x / cap): almost x where x is small, never beyond ±cap; the order is kept.
+    """cap · tanh(x / cap): `float[…]` → `float32[…]`, almost x where x is small, within ±cap.
 
-    Args:
-        x: `float[…]`, scores.
-        cap: the bound, positive; 0 or None: no cap.
-
-    Returns:
-        `float32[…]`.
+    A cap of 0 or None is no cap: some recipes for fine-tuning set it so.
 
     Source: Gemma 2 report, section 2; Bello et al. 2016.
     """
@@ -175,14 +175,26 @@ def soft_cap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 # %%
-print(soft_cap(torch.tensor([1.0, 10, 50, 200]), 50))
-half = soft_cap(torch.tensor([120.0, 110.0]).bfloat16(), 50)
-print(half.dtype, "and the order is kept:", bool(half[0] > half[1]))
+for cap in (50, 30):
+    assert soft_cap(torch.tensor(10.0), cap) > 10 * 0.96
+loud = torch.tensor([[120.0, 110, 110, 110], [120, 0, 0, 0]])
+for name, scores in (("no cap", loud), ("cap 50", soft_cap(loud, 50))):
+    top = scores.softmax(-1)[:, 0]
+    print(f"{name}: weight of the loudest key {top[0]:.2f} among loud ones, {top[1]:.2f} alone")
+assert top[0] < 0.4 and top[1] > 0.999
 
 # %% [markdown]
-# Always in float32: near the limit the curve is flat. bfloat16 keeps three digits and would make
-# neighbours equal.
-#
+# Always in float32: near the limit the curve is flat, and bfloat16, with its 8 significant bits,
+# makes neighbours equal.
+
+# %%
+x = torch.tensor([200.0, 190.0])
+print("float32 ", [round(y, 3) for y in soft_cap(x, 50).tolist()])
+half = 50 * torch.tanh(x.bfloat16() / 50)
+print("bfloat16", half.tolist())
+assert half[0] == half[1] and soft_cap(x.bfloat16(), 50).diff() < 0
+
+# %% [markdown]
 # ### The cap on the logits
 #
 # The same function, at 30, on the scores of the vocabulary. Suppose a very certain model:
@@ -267,6 +279,10 @@ save_figure(fig, "13_cat_window")
 # A sliver at the top, and only in every second layer. The cat's ears are not lost either: all other
 # patches have looked at them before, in both directions.
 #
+# The weights were trained *without* this: the original (big_vision) has no window. It is
+# transformers that cuts, and we follow it, so that both give the same answers.
+# `sliding_window=None` gives the original.
+#
 # ## As a loop
 #
 # Attention of Gemma 2 with one head, one query and one key at a time. Read the order of the lines:
@@ -324,7 +340,7 @@ print("weight on hidden keys, by query:", [f"{x:.3f}" for x in leak.tolist()])
 #
 # ## The module
 #
-# The config gains four fields; the other defaults are the language model of PaliGemma 2 3B.
+# The config gains four fields, and other defaults: the language model of PaliGemma 2 3B.
 
 
 # %%
@@ -365,9 +381,7 @@ def capped_attention(
     """softmax(soft_cap(q·kᵀ · scale) + mask)·v, in groups as in `grouped_attention`.
 
     Args:
-        q: `float[B, H, L, Dh]`.
-        k, v: `float[B, K, S, Dh]`; query head h uses key/value head h // (H / K).
-        mask: `bool[B, 1, L, S]`, True where a query may look; None: everywhere.
+        q, k, v, mask: as in `grouped_attention`.
         scale: factor of the scores, before the cap.
         cap: bound of the scores, before the mask; 0 or None: no cap.
 
@@ -392,13 +406,14 @@ one = lambda t: t[None, None]
 out = capped_attention(one(q), one(k), one(v), one(m), 1 / 3, 50)[0, 0]
 torch.testing.assert_close(out, slow, rtol=1e-4, atol=1e-4)
 q8, k2, v2 = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
-same = capped_attention(q8, k2, v2, None, 1 / 4, 1e6)  # a cap so high that it does nothing
+same = capped_attention(q8, k2, v2, None, 1 / 4, cap=None)
 torch.testing.assert_close(same, grouped_attention(q8, k2, v2), rtol=1e-4, atol=1e-4)
 print("equal to the loop; without a cap equal to lesson 10:", tuple(same.shape))
 
 # %% [markdown]
 # The window narrows a mask it is given. How does it know the prefix? It needs no second argument: two
 # tokens that look at each other show it in the mask itself. A query whose key looks *back* keeps it.
+# Tokens in the cache can't look at new ones, so the window cuts them.
 #
 # Distances are counted in places of the row. Padding stands on the left, so it shifts query and key
 # alike.
@@ -409,16 +424,11 @@ print("equal to the loop; without a cap equal to lesson 10:", tuple(same.shape))
 def window_mask(
     mask: torch.Tensor | None, length: int, total: int, window: int, device=None
 ) -> torch.Tensor | None:
-    """Cut what lies too far back, except between tokens that look at each other.
-
-    A suffix token loses the keys `window` or more places behind it. Inside the prefix, where
-    both of a pair may look at the other, the distance does not matter. Tokens in the cache cannot
-    look at new ones, so the window cuts them.
+    """Cut the keys `window` or more places back, except between tokens that look at each other.
 
     Args:
         mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
-        length: L, the new tokens; they are the last of `total`.
-        total: S + L.
+        length, total: L, the new tokens, and S + L, with those in the cache.
         window: how many tokens a query may see, itself included.
         device: where to make the mask.
 
@@ -445,7 +455,9 @@ print("the tenth token sees:", step[0, 0, 0].nonzero()[:, 0].tolist())
 print("nothing to cut, same mask:", window_mask(None, 1, 4, W) is None)
 
 # %% [markdown]
-# Attention as a class: the four matrices come from [lesson 10](10_grouped_query_attention.ipynb) unchanged. Even layers have a window.
+# Attention as a class: matrices, rotation and cache come from
+# [lesson 10](10_grouped_query_attention.ipynb) unchanged; only the middle, `attend`, is new. Even
+# layers have a window.
 
 
 # %%
@@ -454,13 +466,8 @@ class Gemma2Attention(GroupedQueryAttention):
     """Rotary attention with a scale of its own, capped scores and, in even layers, a window."""
 
     def __init__(self, config: Gemma2Config, layer_idx: int):
-        super().__init__(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            layer_idx,
-        )
+        heads = config.num_attention_heads, config.num_key_value_heads
+        super().__init__(config.hidden_size, *heads, config.head_dim, layer_idx)
         self.scale = config.query_pre_attn_scalar**-0.5
         self.cap = config.attn_logit_softcapping
         self.sliding_window = None if layer_idx % 2 else config.sliding_window
@@ -468,7 +475,7 @@ class Gemma2Attention(GroupedQueryAttention):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The heads' part, `float[B, H, L, Dh]`; arguments as in `capped_attention`."""
+        """`capped_attention`, in even layers through a window. Gives `float[B, H, L, Dh]`."""
         if self.sliding_window is not None:
             mask = window_mask(mask, q.shape[2], k.shape[2], self.sliding_window, q.device)
         return capped_attention(q, k, v, mask, self.scale, self.cap)
@@ -496,15 +503,8 @@ class Gemma2DecoderLayer(nn.Module):
         self.mlp = GeGLU(size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
+    def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
+        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GemmaDecoderLayer`."""
         h = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         x = x + self.post_attention_layernorm(h)
         h = self.mlp(self.pre_feedforward_layernorm(x))
@@ -519,7 +519,7 @@ old, new = (
     inspect.getsource(kind.forward).splitlines() for kind in (GemmaDecoderLayer, Gemma2DecoderLayer)
 )
 for text in difflib.ndiff(old, new):
-    if text[0] in "+-":
+    if text[0] in "+-" and "self." in text:
         print(text[0], text[2:].strip())
 
 # %% [markdown]
@@ -568,8 +568,8 @@ save_figure(fig, "13_norms")
 # %% [markdown]
 # ### The model
 #
-# Embedding, rotation and tied head as before; the head ends in the cap. The four methods have the
-# signatures of `GemmaModel`, so [lesson 15](15_model.ipynb) can put either into PaliGemma.
+# Embedding, rotation and tied head are inherited. Two things differ: which blocks, and the cap behind
+# the head. [Lesson 15](15_model.ipynb) can put either model into PaliGemma.
 
 
 # %%
@@ -641,10 +641,10 @@ def undone(**changes):
 
 
 rows = {
-    "no cap in attention": {"attn_logit_softcapping": 1e6},
-    "no window": {"sliding_window": 9},
+    "no cap in attention": {"attn_logit_softcapping": None},
+    "no window": {"sliding_window": None},
     "scale from head_dim": {"query_pre_attn_scalar": 6},
-    "no cap on logits": {"final_logit_softcapping": 1e6},
+    "no cap on logits": {"final_logit_softcapping": None},
 }
 moved = torch.stack([(undone(**change) - whole)[0].abs().amax(-1) for change in rows.values()])
 fig, ax = plt.subplots(figsize=(7.4, 2.3), layout="constrained")
