@@ -1,6 +1,9 @@
 """Text to ids and back: against sentencepiece and transformers, and every kind of wrong input."""
 
 import io
+import json
+import os
+import shutil
 import struct
 
 import pytest
@@ -221,11 +224,12 @@ def test_unfinished_bytes_become_a_replacement_character(tokenizer):
     assert tokenizer.decode(tokenizer.encode("🐱")[:2]) in ("\ufffd", "\ufffd\ufffd")
 
 
-def test_control_and_unknown_ids_are_left_out(tokenizer):
+def test_control_ids_are_left_out_and_unknown_ones_seen(tokenizer):
     cat = tokenizer.encode("cat")
     t = tokenizer
     ids = [t.pad_id, t.bos_id, *cat, t.image_id, t.eos_id, len(t), 257_215]
-    assert t.decode(ids) == "cat"
+    assert t.decode(ids) == f"cat<unk:{len(t)}><unk:257215>", "what no token has is seen"
+    assert t.decode(ids[:-2]) == "cat"
     assert t.decode([]) == ""
     first, *rest = t.encode("🐱")  # nor do they part the bytes of a character
     assert t.decode([first, t.pad_id, *rest]) == "🐱"
@@ -327,7 +331,7 @@ def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer at"):
         Tokenizer(tmp_path)  # a directory
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"there is a tokenizer.json, but .*of the base model"):
+    with pytest.raises(ValueError, match=r"is a tokenizer.json, but .*of the base model: copy it"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -370,3 +374,219 @@ def test_pieces_elsewhere_than_at_the_end(tmp_path):
     assert t.encode("<loc0000>") == [size - 1153]
     assert t.encode("<extra>") == [size - 1]
     assert t.image_id == size
+
+
+# ---------------------------------------------------------------- tokens that a fine-tune added
+
+
+EXTRA = ["<angle000>", "<angle001>", "my token", "▁x"]
+ADDED_TEXTS = [
+    "<angle000>",
+    "turn <angle001> left <angle000><angle000>",
+    "cat my token dog",
+    "cat my  token dog",
+    "<loc0001><angle000> <seg007>my token<loc0002>",
+    "<angle00> <angle0000>",
+]
+
+
+def their_tokenizer(folder, extra, **special):
+    """transformers' tokenizer over the file in `folder`, with loc, seg, <image> and `extra`."""
+    from transformers import GemmaTokenizer
+
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos")}
+    theirs = GemmaTokenizer.from_pretrained(str(folder), mask_token=None, **names, **special)
+    theirs.add_tokens(ADDED)
+    theirs.add_tokens(["<image>"], special_tokens=True)
+    theirs.add_tokens(extra)
+    return theirs
+
+
+def write_lists(folder, tokens, which):
+    """The files in which releases of transformers list added tokens."""
+    entries = {str(i): {"content": token, "special": False} for token, i in tokens.items()}
+    if which in ("added_tokens.json", "all"):
+        (folder / "added_tokens.json").write_text(json.dumps(tokens))
+    if which in ("tokenizer_config.json", "all"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entries}))
+    if which in ("tokenizer.json", "all"):
+        listed = [{"id": int(i), **entry} for i, entry in entries.items()]
+        document = {"version": "1.0", "added_tokens": listed, "model": {"vocab": {"a": 1}}}
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "which", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json", "all"]
+)
+def test_added_tokens_are_read_spelled_and_kept(copy, tokenizer, which):
+    first = len(tokenizer)
+    write_lists(
+        copy, {"<image>": tokenizer.image_id, **{t: first + i for i, t in enumerate(EXTRA)}}, which
+    )
+    t = Tokenizer.from_pretrained(copy)
+    assert t.image_id == tokenizer.image_id and len(t) == first + len(EXTRA)
+    for i, token in enumerate(EXTRA):
+        assert t.encode(token) == [first + i] and t.decode([first + i]) == token
+        assert t.encode(f"cat{token}dog") == [*t.encode("cat"), first + i, *t.encode("dog")]
+    t.save_pretrained(copy / "again")
+    again = Tokenizer.from_pretrained(copy / "again")
+    assert (again.added, again.image_id, len(again)) == (t.added, t.image_id, len(t))
+    assert (copy / "again" / "tokenizer.model").read_bytes() == train()
+
+
+def test_without_added_tokens_their_spelling_is_text(tokenizer):
+    assert len(tokenizer.encode("<angle000>")) > 1
+
+
+@pytest.mark.parametrize("text", [*ADDED_TEXTS, *TEXTS])
+def test_added_tokens_agree_with_transformers(copy, text):
+    """What transformers writes, we read; the ids are equal."""
+    theirs = their_tokenizer_once(copy)
+    assert ours_of_theirs(copy).encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+_saved = {}
+
+
+def their_tokenizer_once(folder):
+    if "theirs" not in _saved:
+        _saved["theirs"] = their_tokenizer(folder, EXTRA[:3])
+    return _saved["theirs"]
+
+
+def ours_of_theirs(folder):
+    their_tokenizer_once(folder).save_pretrained(str(folder))  # tokenizer.json alone
+    assert not (folder / "added_tokens.json").exists()
+    return Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "complete"])
+def test_transformers_reads_what_we_write(copy, request, which):
+    from transformers import AutoTokenizer
+
+    plain = request.getfixturevalue(which)
+    first = len(plain)
+    (copy / "tokenizer.model").write_bytes(plain.sp.serialized_model_proto())
+    write_lists(copy, {token: first + i for i, token in enumerate(EXTRA[:3])}, "added_tokens.json")
+    ours = Tokenizer.from_pretrained(copy)
+    ours.save_pretrained(copy / "again")
+    theirs = AutoTokenizer.from_pretrained(str(copy / "again"))
+    assert theirs.convert_tokens_to_ids("<image>") == ours.image_id
+    assert len(theirs) == len(ours) and ours.image_id in theirs.all_special_ids
+    assert theirs.decode([ours.image_id, first], skip_special_tokens=True) == EXTRA[0]
+    for text in (*ADDED_TEXTS, *TEXTS):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), text
+
+
+def test_image_and_places_where_the_files_put_them(copy, tokenizer):
+    """transformers, given a file without loc and seg, adds <image> first."""
+    size = tokenizer.sp.get_piece_size()
+    tokens = {"<image>": size, **{token: size + 1 + i for i, token in enumerate(ADDED)}}
+    write_lists(copy, tokens, "added_tokens.json")
+    t = Tokenizer.from_pretrained(copy)
+    assert t.image_id == size and t.encode("<loc0000>") == [size + 1] and len(t) == size + 1153
+
+
+def test_listed_pieces_of_the_file_are_no_news(copy, tokenizer):
+    """The published tokenizer_config.json lists hundreds that the file has as well."""
+    listed = {tokenizer.sp.id_to_piece(i): i for i in (0, 1, 2, 3, 4, 300)}
+    write_lists(copy, listed, "all")
+    assert Tokenizer.from_pretrained(copy).added == tokenizer.added
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ({"<a>": 300}, r"say that '<a>' is token 300, but that is '.*' in it; keep"),
+        ({"▁cat": 5000}, r"say that '▁cat' is token 5000, but that is token \d+ in it"),
+        ({"<bos>": 7}, r"say that '<bos>' is token 7, but that is '<0x02>' in it"),
+        ({"<a>": "IMAGE"}, r"'<a>' and '<image>' are both token"),
+        ({"<a>": 0}, r"say that '<a>' is token 0, but that is '<pad>'"),
+        ({"<loc0000>": 5000}, "list some <loc> and <seg>, but not all"),
+        ({"<a>": -1}, r"token '<a>' has id -1; expected a string and a whole number"),
+        ({"<a>": 1.5}, r"has id 1.5"),
+        ({"<a>": True}, r"has id True"),
+        ({"": 5000}, r"token '' has id 5000"),
+        ({"<a>": 5000, "<b>": 5000}, r"token 5000 is '<b>', in added_tokens.json it is '<a>'"),
+    ],
+)
+def test_files_that_contradict_one_another(copy, tokenizer, tokens, words):
+    tokens = {t: tokenizer.image_id if i == "IMAGE" else i for t, i in tokens.items()}
+    write_lists(copy, tokens, "added_tokens.json")
+    with pytest.raises(ValueError, match=words) as caught:
+        Tokenizer.from_pretrained(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_control_pieces_of_another_name(sentencepiece_file, tmp_path):
+    """The file calls bos <s>; a list that adds a second bos belongs to another file."""
+    shutil.copy(sentencepiece_file, tmp_path / "tokenizer.model")
+    Tokenizer.from_pretrained(tmp_path)
+    write_lists(tmp_path, {"<bos>": 5000}, "added_tokens.json")
+    with pytest.raises(ValueError, match="'<bos>' is token 5000, but that is no piece of it"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_two_lists_that_disagree(copy):
+    write_lists(copy, {"<a>": 5000}, "added_tokens.json")
+    write_lists(copy, {"<a>": 5001}, "tokenizer.json")
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json: '<a>' is token 5001, in added_tok.* 5000"
+    ):
+        Tokenizer.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_tokens_that_swallow_spaces_are_refused(copy, tokenizer, flag):
+    own = {"content": tokenizer.sp.id_to_piece(300), flag: True}  # SentencePiece has it: no matter
+    config: dict = {"added_tokens_decoder": {"300": own}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_pretrained(copy).added == tokenizer.added
+    config["added_tokens_decoder"]["5000"] = {"content": "<a>", flag: True}
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the added token '<a>' asks for lstrip, rstrip or single"):
+        Tokenizer.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("added_tokens.json", "{", "is not JSON"),
+        ("added_tokens.json", "[]", "expected a JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}', None),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "expected an object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<a>"}}}', "id 'x'"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5000": "<a>"}}', "expected an obj"),
+        ("tokenizer_config.json", "{}", None),
+        ("tokenizer.json", "nope", "is not JSON"),
+        ("tokenizer.json", '{"added_tokens": {"a": 1}}', "expected a list"),
+        ("tokenizer.json", '{"added_tokens": [1]}', "an added token is 1; expected an object"),
+        ("tokenizer.json", '{"added_tokens": [{"content": "<a>"}]}', "has id None"),
+        ("tokenizer.json", '{"added_tokens": [', "is not JSON"),
+        ("tokenizer.json", '{"model": {"added_tokens": 7}, "added_tokens": null}', None),
+    ],
+)
+def test_broken_lists(copy, name, text, words):
+    (copy / name).write_text(text)
+    if words is None:
+        Tokenizer.from_pretrained(copy)
+        return
+    with pytest.raises(ValueError, match=words) as caught:
+        Tokenizer.from_pretrained(copy)
+    assert name in str(caught.value), "the message names the file"
+
+
+def test_saving_writes_all_files_or_none(copy, tokenizer, monkeypatch):
+    tokenizer.save_pretrained(copy / "new")
+    names = {"tokenizer.model", "added_tokens.json", "tokenizer_config.json"}
+    assert {file.name for file in (copy / "new").iterdir()} == names
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tokenizer.save_pretrained(copy / "other")
+    assert not os.listdir(copy / "other")

@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,9 +17,9 @@
 # [← SigLIP](05_siglip.ipynb) | [contents](00_overview.ipynb) | [RMSNorm →](07_rms_norm.ipynb)
 
 # %% [markdown]
-# # 6 · Tokenizer: how does text become numbers, and boxes become text?
+# # 06 · Tokenizer: how does text become numbers, and boxes become text?
 #
-# *40 minutes* · part II, Language
+# *55 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - spot the prompts that look right and are wrong.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("tokenizer")
 
@@ -39,6 +42,7 @@ model_map("tokenizer")
 #| export
 """Text to token ids and back, with PaliGemma's `<image>`, `<loc>` and `<seg>` tokens."""
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -46,12 +50,16 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from paligemma.support.files import replacing
+from paligemma.support.tokens import check_text, open_sentencepiece, place_tokens, token_files
+
 # %% tags=["setup"]
 import io
 import random
 import tempfile
 import time
 from collections import Counter
+from importlib import resources
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -60,7 +68,8 @@ import sentencepiece as spm
 import torch
 from safetensors.torch import load_file
 
-from paligemma.plotting import COLOURS, check, draw_boxes, sample_picture, save_figure
+from paligemma.support.course import add_to_class, check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS, draw_boxes
 
 # %% [markdown]
 # ## The problem
@@ -116,9 +125,14 @@ def join(word, pair):
 
 
 for _ in range(5):
-    pair, count = pair_counts(split).most_common(1)[0]
+    counts = pair_counts(split)
+    pair = max(counts, key=counts.get)  # on a tie the pair that was met first
     split = [join(word, pair) for word in split]
-    print(f"{count} × {pair[0]} + {pair[1]}".ljust(14), "→", "  ".join("|".join(w) for w in split))
+    print(
+        f"{counts[pair]} × {pair[0]} + {pair[1]}".ljust(14), "  ".join("|".join(w) for w in split)
+    )
+assert split[0] == ["▁hat"] and split[1] == ["▁cat"] and split[2] == ["▁hat"]
+assert split[-1] == ["▁hat", "s"] and split[3] == ["▁", "t", "hat"]
 
 # %% [markdown]
 # After five steps *hat* and *cat* are single units, and *hats* is `▁hat|s`: the word and its plural share a part, although nobody told the algorithm about plurals. *that* is `▁|t|hat`, which is nonsense as grammar. Counting is all there is.
@@ -126,10 +140,19 @@ for _ in range(5):
 # %% [markdown]
 # ## As a loop
 #
-# The same as a function. Units get numbers: first the letters in order, then one for each merge. On a tie the pair with the smaller numbers wins; any rule will do, if it is always the same.
+# The same as a function. Units get numbers: first the letters in order, then one for each merge. On a tie the pair that was met first wins, as above; any rule will do, if it is always the same.
 
 
 # %%
+def merge(word, pair, new):
+    """Put `new` for each occurrence of the pair in a list of numbers, in place."""
+    i = 0
+    while i < len(word) - 1:
+        if (word[i], word[i + 1]) == pair:
+            word[i : i + 2] = [new]
+        i += 1
+
+
 def train_bpe(text, merges):
     """Learn BPE: (pieces, rules). Rule (a, b) number k makes piece number len(letters) + k."""
     words = ["▁" + word for word in text.split()]
@@ -137,16 +160,12 @@ def train_bpe(text, merges):
     split = [[pieces.index(letter) for letter in word] for word in words]
     rules = []
     for _ in range(merges):
-        counts = Counter(pair for word in split for pair in pairwise(word))
+        counts = pair_counts(split)
         if not counts:
             break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        best = max(counts, key=counts.get)
         for word in split:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i : i + 2] = [len(pieces)]
-                i += 1
+            merge(word, best, len(pieces))
         pieces.append(pieces[best[0]] + pieces[best[1]])
         rules.append(best)
     return pieces, rules
@@ -154,6 +173,7 @@ def train_bpe(text, merges):
 
 pieces, rules = train_bpe(corpus, 5)
 print(pieces)
+assert pieces[-5:] == ["at", "hat", "▁hat", "▁c", "▁cat"]
 
 # %% [markdown]
 # To **encode** a new word, apply the rules in the order in which they were learned. A word that the corpus never had comes out in parts:
@@ -220,35 +240,30 @@ save_figure(figure, "06_merges")
 # **What to notice.** Frequent words grow together first (`▁the`), long ones later. `catbird` was never in the corpus, so it is put together from parts. The piece `▁bird` does not help: it begins with a space. More merges: shorter sequences, longer list. That is the trade.
 
 # %% [markdown]
-# ## Vectorised
+# ## Each word once
 #
-# Counting pairs is one operation on an array. We put all words in one row, with −1 between them; a pair is coded as one number, and `np.unique` counts. Only a pair of twins (`a a a`) needs care: two pairs overlap, but only one can merge.
+# A corpus repeats its words. So list each **distinct** word once, with the number of its occurrences, and let it vote that often. Everything else stays.
 
 
 # %%
 def train_bpe_fast(text, merges):
-    """The same as train_bpe, on one array of numbers."""
-    words = ["▁" + word for word in text.split()]
-    pieces = sorted(set("".join(words)))
-    number = {letter: i for i, letter in enumerate(pieces)}
-    row = np.array([i for word in words for i in [*map(number.get, word), -1]])
+    """The same as train_bpe, looking at each distinct word once."""
+    times = Counter("▁" + word for word in text.split())
+    pieces = sorted(set("".join(times)))
+    split = {word: [pieces.index(letter) for letter in word] for word in times}
     rules = []
-    for new in range(len(pieces), len(pieces) + merges):
-        left, right = row[:-1], row[1:]
-        inside = (left >= 0) & (right >= 0)
-        codes, counts = np.unique((left * new + right)[inside], return_counts=True)
-        if not len(codes):
+    for _ in range(merges):
+        counts = Counter()
+        for word, parts in split.items():
+            for pair in pairwise(parts):
+                counts[pair] += times[word]
+        if not counts:
             break
-        a, b = (int(x) for x in divmod(codes[counts.argmax()], new))  # argmax: the first on a tie
-        hits = np.flatnonzero((left == a) & (right == b))
-        if a == b:  # of a run of overlapping hits keep the first, third, fifth …
-            order = np.arange(len(hits))
-            starts = np.where(np.diff(hits, prepend=-2) > 1, order, 0)
-            hits = hits[(order - np.maximum.accumulate(starts)) % 2 == 0]
-        row[hits] = new
-        row = np.delete(row, hits + 1)
-        pieces.append(pieces[a] + pieces[b])
-        rules.append((a, b))
+        best = max(counts, key=counts.get)
+        for parts in split.values():
+            merge(parts, best, len(pieces))
+        pieces.append(pieces[best[0]] + pieces[best[1]])
+        rules.append(best)
     return pieces, rules
 
 
@@ -259,6 +274,7 @@ print("equal to the loop: the same pieces, the same rules, in the same order")
 
 # %% tags=["nbval-ignore-output"]
 text = " ".join(captions * 5)
+print(f"{len(text.split()):,} words, {len(set(text.split()))} of them distinct")
 for train in (train_bpe, train_bpe_fast):
     start = time.perf_counter()
     train(text, 60)
@@ -322,26 +338,27 @@ for text in ("12 cats", " cat", "café", "🐱", "a\nb"):
 
 
 # %%
-def encode_by_hand(text):
-    """Text to the ids of `sp`, by the rules of this lesson."""
+def encode_by_hand(text, sp):
+    """Text to the ids of a SentencePiece model, by the rules of this lesson."""
+    number = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     parts = list(text.replace(" ", "▁"))
     while True:
         pairs = [a + b for a, b in pairwise(parts)]
-        known = [(sp.piece_to_id(pair), i) for i, pair in enumerate(pairs) if pair in listed]
+        known = [(number[pair], i) for i, pair in enumerate(pairs) if pair in number]
         if not known:
             break
         i = min(known)[1]  # learned earliest; on a tie the leftmost
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     ids = []
     for part in parts:
-        spelled = [part] if part in listed else [f"<0x{byte:02X}>" for byte in part.encode()]
-        ids += [sp.piece_to_id(piece) for piece in spelled]
+        spelled = [part] if part in number else [f"<0x{byte:02X}>" for byte in part.encode()]
+        ids += [number[piece] for piece in spelled]
     return ids
 
 
 letters = "catdogehursnl é🐱"
 texts = captions[:50] + ["".join(rng.choices(letters, k=20)) for _ in range(200)]
-assert all(encode_by_hand(text) == sp.encode(text) for text in texts)
+assert all(encode_by_hand(text, sp) == sp.encode(text) for text in texts)
 print(f"{len(texts)} texts, captions and nonsense: the same ids as SentencePiece")
 
 # %% [markdown]
@@ -353,8 +370,7 @@ print(f"{len(texts)} texts, captions and nonsense: the same ids as SentencePiece
 #| export
 NUM_LOC, NUM_SEG = 1024, 128
 ADDED = [f"<loc{i:04d}>" for i in range(NUM_LOC)] + [f"<seg{i:03d}>" for i in range(NUM_SEG)]
-LOC_OR_SEG = re.compile(r"(<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>)", re.A)
-CONTROL = re.compile(r"<(?:image|bos|eos|pad)>")
+CONTROL = ("<image>", "<bos>", "<eos>", "<pad>")
 
 # %%
 blocks = [
@@ -375,90 +391,9 @@ ax.set_axis_off()
 save_figure(figure, "06_layout")
 
 # %% [markdown]
-# A file is opened with care: the user may have given the wrong one. And some releases of the published file end with the `<loc>` and `<seg>` pieces, while others lack them. The ids must be the same in both cases.
-
-
-# %%
-#| export
-def _open_model(model_file: str | os.PathLike) -> SentencePieceProcessor:
-    """Open a SentencePiece file that has the control pieces PaliGemma needs."""
-    if not os.path.isfile(model_file):
-        hint = "a checkpoint directory needs its tokenizer.model"
-        if (Path(model_file).parent / "tokenizer.json").is_file():
-            hint = "there is a tokenizer.json, but this reads the tokenizer.model of the base model"
-        raise ValueError(f"no tokenizer at {model_file}; {hint}")
-    try:
-        sp = SentencePieceProcessor(model_file=str(model_file))
-    except (RuntimeError, OSError):
-        raise ValueError(
-            f"{model_file} is not a SentencePiece model; expected the published tokenizer.model"
-        ) from None
-    if -1 in (sp.pad_id(), sp.eos_id(), sp.bos_id()):
-        raise ValueError(f"{model_file} lacks a <pad>, <eos> or <bos> piece; PaliGemma needs all")
-    return sp
-
-
-# %%
-#| export
-def _added_ids(sp: SentencePieceProcessor, model_file: str | os.PathLike) -> dict[str, int]:
-    """The id of each `<loc>` and `<seg>`: where the file has them, otherwise right after it."""
-    found, size = [sp.piece_to_id(piece) for piece in ADDED], sp.get_piece_size()
-    first = size if set(found) == {sp.unk_id()} else found[0]
-    expected = list(range(first, first + len(ADDED)))
-    if first != size and found != expected:
-        raise ValueError(
-            f"{model_file} holds some <loc> and <seg> pieces, but not all {len(ADDED)} in order; "
-            "expected the published tokenizer.model"
-        )
-    return dict(zip(ADDED, expected))
-
-
-# %% [markdown]
-# What a *user* types is text, never a command. `<loc0100>` in a prompt is fine, people ask about places. But `<image>`, `<bos>`, `<eos>` and `<pad>` steer the model. Were they obeyed in a prompt, any web page could end its reader's answer. They are refused.
-
-
-# %%
-#| export
-def _checked(text: str) -> str:
-    """The same text, if a user may say it."""
-    if not isinstance(text, str):
-        raise ValueError(f"the text is {type(text).__name__}; expected a string")
-    control = CONTROL.search(text)
-    if control:
-        raise ValueError(
-            f"the text contains {control[0]!r}, which only the processor may place; "
-            "remove it or write it differently"
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"character {error.start} of the text is half of a surrogate pair; "
-            "expected valid Unicode: read or decode the text as UTF-8"
-        ) from None
-    return text
-
-
-# %%
-#| export
-def _decode(sp: SentencePieceProcessor, spelled: dict[int, str], ids: Iterable[int]) -> str:
-    """Join runs of ordinary pieces, and spell what was added; drop all other ids."""
-    text, run, size = [], [], sp.get_piece_size()
-    for i in map(int, ids):
-        if i < 0:
-            raise ValueError(f"id {i} is negative; drop the -100 of labels before decoding")
-        if i in spelled:
-            text += [sp.decode(run), spelled[i]]
-            run = []
-        elif i < size and not sp.is_control(i):
-            run.append(i)
-    return "".join([*text, sp.decode(run)])
-
-
-# %% [markdown]
-# Now the class is short. Note how `encode` splits the text at `<loc>` and `<seg>` first: SentencePiece sees only what lies between them.
+# ### The plain form
 #
-# Below it we try it out. `<loc1024>` does not exist, so it is ordinary text. What has no `<loc>` or `<seg>` goes through as in SentencePiece, and control tokens are refused.
+# Our SentencePiece model ends before `<loc0000>`. So the new words get the ids that come next. `encode` cuts them out of the text first; SentencePiece sees only what lies between them.
 
 
 # %%
@@ -467,42 +402,47 @@ class Tokenizer:
     """SentencePiece plus the tokens that PaliGemma adds.
 
     Ids, in order: the pieces of the file, `<loc0000>`…`<loc1023>`, `<seg000>`…`<seg127>`
-    (whether the file already ends with these or not), then `<image>`.
+    (whether the file already ends with these or not), then `<image>`. Tokens that a fine-tune
+    added, and the files beside it list, have the ids that these files say.
 
     Args:
-        model_file: path of a SentencePiece `tokenizer.model`; a `ValueError` if it is none.
+        model_file: path of a SentencePiece `tokenizer.model`.
+
+    Raises:
+        ValueError: no such file, another kind of file, or others beside it that contradict it.
 
     Source: PaliGemma paper, section 3.2; the published `tokenizer.model` and `added_tokens.json`.
     """
 
     def __init__(self, model_file: str | os.PathLike):
-        self.sp = sp = _open_model(model_file)
-        self.pad_id, self.eos_id, self.bos_id = sp.pad_id(), sp.eos_id(), sp.bos_id()
-        self._added = _added_ids(sp, model_file)
-        self._spelled = {i: piece for piece, i in self._added.items()}
-        self.image_id = max(sp.get_piece_size(), max(self._spelled) + 1)
-        self.newline_id = self.encode("\n")[-1]
-
-    def __len__(self) -> int:
-        """V, how many ids there are, `<image>` included."""
-        return self.image_id + 1
+        self.sp = SentencePieceProcessor(model_file=str(model_file))
+        self.pad_id, self.eos_id, self.bos_id = 0, 1, 2
+        first = self.sp.get_piece_size()
+        self.added = {token: first + i for i, token in enumerate(ADDED)}
+        self.image_id = first + len(ADDED)
+        self._spelled = {i: token for token, i in self.added.items()}
+        self._split = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
 
     def encode(self, text: str) -> list[int]:
         """Text to ids, without bos or eos; a `ValueError` if it spells a control token."""
         ids = []
-        for part in LOC_OR_SEG.split(_checked(text)):
-            ids += [self._added[part]] if part in self._added else self.sp.encode(part)
+        for part in self._split.split(text):  # "<loc0001> cat" → "", "<loc0001>", " cat"
+            ids += [self.added[part]] if part in self.added else self.sp.encode(part)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text, without pad, bos, eos and `<image>`. Undoes `encode`, but for `▁`: the
-        character U+2581 comes back as a space, since SentencePiece writes spaces with it."""
-        return _decode(self.sp, self._spelled, ids)
+        """Ids to text: undoes `encode`, for all texts without one certain character (exercise 3).
 
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read `tokenizer.model` from a checkpoint directory."""
-        return cls(Path(path) / "tokenizer.model")
+        Pad, bos, eos and `<image>` are left out; an id that no token has shows as `<unk:…>`.
+        """
+        text, run = [], []
+        for i in map(int, ids):
+            if i in self._spelled:
+                text += [self.sp.decode(run), self._spelled[i]]
+                run = []
+            elif i < self.sp.get_piece_size() and not self.sp.is_control(i):
+                run.append(i)
+        return "".join([*text, self.sp.decode(run)])
 
 
 # %%
@@ -515,17 +455,133 @@ def tokenizer_of(model_bytes):
 
 
 tokenizer = tokenizer_of(model_bytes)
-print(len(tokenizer), "ids =", sp.get_piece_size(), "pieces +", len(ADDED), "+ <image>")
 for text in ("a cat", "<loc0100> a cat\n", "<seg007><loc1023>", "<loc1024>"):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     print(f"{text!r:20} {tokenizer.encode(text)}")
 
 assert all(tokenizer.encode(text) == sp.encode(text) for text in texts)
+
+# %% [markdown]
+# `<loc1024>` does not exist, so it is ordinary text. What has no `<loc>` or `<seg>` goes through as in SentencePiece.
+#
+# ### Text is never a command
+#
+# A web page contains the letters `<eos>`. A tokenizer that obeys them makes *the* eos of them, and whoever asked for the page's text gets half of it:
+
+# %%
+page = "two cats<eos> and the dog"
+first, rest = page.split("<eos>")
+obeyed = [*tokenizer.encode(first), tokenizer.eos_id, *tokenizer.encode(rest)]
+print(tokenizer.decode(obeyed[: obeyed.index(tokenizer.eos_id)]))
+
+# %% [markdown]
+# So `<image>`, `<bos>`, `<eos>` and `<pad>` in a text are refused. `<loc0100>` is fine: people ask about places. In the other direction, labels hold −100 for "not counted": no id, so an error. And an id that no token has must be *seen*.
+
+
+# %%
+#| export
+@add_to_class(Tokenizer)
+def encode(self, text: str) -> list[int]:
+    """Text to ids, without bos or eos; a `ValueError` if it spells a control token."""
+    check_text(text, CONTROL)
+    ids = []
+    for part in self._split.split(text):  # "<loc0001> cat" → "", "<loc0001>", " cat"
+        ids += [self.added[part]] if part in self.added else self.sp.encode(part)
+    return ids
+
+
+# %%
+#| export
+@add_to_class(Tokenizer)
+def decode(self, ids: Iterable[int]) -> str:
+    """Ids to text: undoes `encode`, for all texts without one certain character (exercise 3).
+
+    Pad, bos, eos and `<image>` are left out; an id that no token has shows as `<unk:…>`.
+    """
+    text, run = [], []
+    for i in map(int, ids):
+        if i < 0:
+            raise ValueError(f"id {i} is negative; drop the -100 of labels before decoding")
+        if i == self.image_id or (i < self.sp.get_piece_size() and self.sp.is_control(i)):
+            continue
+        if i < self.sp.get_piece_size() and i not in self._spelled:
+            run.append(i)  # decoded together: a letter may be several pieces
+        else:
+            text += [self.sp.decode(run), self._spelled.get(i, f"<unk:{i}>")]
+            run = []
+    return "".join([*text, self.sp.decode(run)])
+
+
+# %%
 for text in ("<image> a cat", "a cat<eos>", "\ud83d"):
     try:
         tokenizer.encode(text)
     except ValueError as error:
         print("✗", error)
+print(tokenizer.decode([*tokenizer.encode("a cat"), tokenizer.eos_id, 257_200]))
+
+# %% [markdown]
+# ### Files of every release
+#
+# Some releases of `tokenizer.model` end with the `<loc>` and `<seg>` pieces, others lack them. And a fine-tune may add tokens of its own, in the rows that are left after `<image>`: other files list them. `place_tokens`, in [support/tokens.py](../paligemma/support/tokens.py), reads them all and refuses those that contradict one another.
+
+
+# %%
+#| export
+@add_to_class(Tokenizer)
+def __init__(self, model_file: str | os.PathLike):
+    self.sp = sp = open_sentencepiece(model_file)
+    self.pad_id, self.eos_id, self.bos_id = sp.pad_id(), sp.eos_id(), sp.bos_id()
+    self.added, self.image_id = place_tokens(sp, ADDED, "<image>", model_file)
+    self._spelled = {i: token for token, i in self.added.items()}
+    longest_first = sorted(self.added, key=len, reverse=True)
+    self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    self.newline_id = self.encode("\n")[-1]
+
+
+@add_to_class(Tokenizer)
+def __len__(self) -> int:
+    """V, how many ids there are, `<image>` and what a fine-tune added included."""
+    return max(self.image_id, *self.added.values()) + 1
+
+
+# %%
+#| export
+@add_to_class(Tokenizer)
+@classmethod
+def from_pretrained(cls, path: str | os.PathLike) -> "Tokenizer":
+    """Read `tokenizer.model`, and what lists more tokens, from a checkpoint directory."""
+    return cls(Path(path) / "tokenizer.model")
+
+
+@add_to_class(Tokenizer)
+def save_pretrained(self, path: str | os.PathLike) -> None:
+    """Write `tokenizer.model` and the two files that list what it lacks; transformers reads
+    them too. The directory is made when absent."""
+    files = token_files(self.sp, self.added | {"<image>": self.image_id}, "<image>")
+    with replacing(path) as draft:
+        draft("tokenizer.model").write_bytes(self.sp.serialized_model_proto())
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            draft(name).write_text(text + "\n", encoding="utf-8")
+
+
+# %% [markdown]
+# A fine-tune that answers with angles, read back after saving:
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "tokenizer.model"
+    file.write_bytes(model_bytes)
+    free = tokenizer.image_id + 1
+    Path(folder, "added_tokens.json").write_text(json.dumps({"<angle90>": free}))
+    tuned = Tokenizer.from_pretrained(folder)
+    tuned.save_pretrained(Path(folder) / "saved")
+    tuned = Tokenizer.from_pretrained(Path(folder) / "saved")
+print(tuned.encode("a cat<angle90>"), tokenizer.encode("a cat<angle90>"))
+assert tuned.encode("<angle90>") == [free] and tuned.decode([free]) == "<angle90>"
+tokenizer = tokenizer_of(model_bytes)
+print(len(tokenizer), "ids =", sp.get_piece_size(), "pieces +", len(ADDED), "+ <image>")
 
 # %% [markdown]
 # ## Against the reference
@@ -540,6 +596,15 @@ for index in range(count):
     text = bytes(stored[f"text_{index}"].tolist()).decode()
     assert theirs.encode(text) == stored[f"ids_{index}"].tolist(), text
 print(f"{count} texts, {sum(stored[f'ids_{i}'].numel() for i in range(count))} ids: 0 differ")
+
+# %% [markdown]
+# And the tokenizer of the model that ships with the course: are its ids those of this lesson's rules?
+
+# %%
+tiny = Tokenizer.from_pretrained(resources.files("paligemma") / "assets" / "tiny")
+asked = ["caption en", "how many cats are there?", "detect cat ; dog", *captions[:20]]
+assert all(encode_by_hand(text, tiny.sp) == tiny.encode(text) for text in asked)
+print(asked[1], "→", tiny.encode(asked[1]))
 
 # %% [markdown]
 # ## See it
@@ -580,7 +645,7 @@ save_figure(figure, "06_box")
 # %% [markdown]
 # ### Who pays for the counting
 #
-# The pieces are learned from a corpus; so whose language is in it matters. "The bird sees the dog" in nine languages, with two tokenizers of the same size. One has seen English only, the other all nine.
+# The pieces are learned from a corpus; so whose language is in it matters. "The bird sees the dog" in nine languages, with two tokenizers that may have 520 pieces each. One has seen English only (and runs out of pairs to merge before that), the other all nine.
 
 # %%
 three = {  # the cat sees the dog, the dog sees the bird, the bird sees the cat
@@ -615,7 +680,9 @@ for name, sentences in (("English only", english), ("all nine", everyone)):
         model_proto=train_sentencepiece(captions + sentences, 520, character_coverage=1.0)
     )
     counts[name] = [len(other.encode(text)) for text in unseen.values()]
-    print(f"{name:13}", dict(zip(unseen, counts[name])))
+    print(f"{name:13} {other.get_piece_size()} pieces", dict(zip(unseen, counts[name])))
+english, hindi = counts["English only"][0], counts["English only"][-1]
+assert hindi > 10 * english
 
 # %%
 figure, ax = plt.subplots(figsize=(9, 2.6), layout="constrained")
@@ -629,7 +696,7 @@ ax.legend(title="tokenizer trained on")
 save_figure(figure, "06_languages")
 
 # %% [markdown]
-# **What to notice.** A Hindi speaker pays more than ten times as much for the same sentence: in time, in money, in context. Byte fallback makes every language *possible*, not equally cheap. Gemma's 256,000 pieces are a list for many languages; that is one reason why it is so long.
+# **What to notice.** In this toy, which has seen English alone, the Hindi sentence costs more than ten times as much as the English one: in time, in money, in context. Real lists have seen many languages, and the gap is smaller, but it is there. Byte fallback makes every language *possible*, not equally cheap. Gemma's 256,000 pieces are a list for many languages; that is one reason why it is so long.
 
 # %% [markdown]
 # ## At full size
@@ -669,7 +736,7 @@ print(
 # %% [markdown]
 # ## A bug people really make
 #
-# Three colleagues build the prompt themselves. Ours is: bos, the prompt's pieces, line break. (Like Gemma's list, this one has a piece for two line breaks in a row.) They check by decoding. All four look perfect:
+# Three colleagues build the prompt themselves. Ours is: bos, the prompt's pieces, line break. (Like Gemma's list, this one has a piece for two line breaks in a row.) They check by decoding, and strip the line break at the end. All four look perfect:
 
 # %%
 prompts = [f"{task} {language}" for task in ("caption", "describe") for language in ("en", "de")]
@@ -684,6 +751,7 @@ builders = {
 }
 for name, build in builders.items():
     print(f"{name:5} {t.decode(build('caption en')).strip()}")
+assert {t.decode(build("caption en")).strip() for build in builders.values()} == {"caption en"}
 
 # %% [markdown]
 # Then the complaints come: "answers got worse after the refactoring", "sometimes it answers with another question". Let us build the smallest language model there is: a table of **which token followed which** in training. How much of each prompt has it ever seen?
@@ -702,7 +770,7 @@ for name, build in builders.items():
 # %% [markdown]
 # **A**, double bos: the library adds one, the code another. **B**: one space between image and prompt puts a token there that training never had in this place. **C**: two line breaks became *one other* token, and the sign "now answer" never came.
 #
-# A large model does not crash on what it never saw. It guesses. `decode` hides all three, since it drops bos and shows no spaces. Look at ids:
+# A large model does not crash on what it never saw. It guesses. `decode` hides the first, since it drops bos; `strip` hid the other two. Look at ids:
 
 
 # %%
