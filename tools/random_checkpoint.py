@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -47,7 +48,8 @@ LOUD = 8.0
 
 def sparse_config(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
     """`config.json` as published: fields that have transformers' default are left out."""
-    value = config_dict(config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    value: dict[str, Any] = config_dict(config)
+    value["torch_dtype"] = str(dtype).removeprefix("torch.")
     text = TEXT_DEFAULTS[value["text_config"]["model_type"]]
     for section, defaults in (("text_config", text), ("vision_config", VISION_DEFAULTS)):
         for name, default in defaults.items():
@@ -82,7 +84,8 @@ def write_shard(
     file: Path, tensors: dict[str, tuple[str, torch.Size]], dtype: torch.dtype, generator, bar
 ) -> None:
     """Write one safetensors file: header length, header, then every tensor's bytes in turn."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for stored, (_, shape) in tensors.items():
         start, end = end, end + shape.numel() * dtype.itemsize
         header[stored] = {

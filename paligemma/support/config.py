@@ -1,8 +1,10 @@
 """Read and write `config.json` as every release of transformers writes it; devices by name."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +56,7 @@ LARGEST_WHOLE, LARGEST_REAL = 10**7, 1e12  # vocab_size; rope_theta
 TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 
-def read_config(path: str | os.PathLike) -> dict:
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """The `config.json` of a checkpoint directory, complete and checked.
 
     Args:
@@ -112,7 +114,7 @@ def read_config(path: str | os.PathLike) -> dict:
     return found
 
 
-def config_dict(config) -> dict:
+def config_dict(config) -> dict[str, Any]:
     """A `PaliGemmaConfig` in the form of the published `config.json`, for saving."""
     text, vision = asdict(config.text_config), asdict(config.vision_config)
     text |= {name: text[name] or None for name in CAPS & text.keys()}  # 0 is no cap, as null is
@@ -160,7 +162,9 @@ def _expect(file: Path, values: dict, name: str, *allowed, section: str = "") ->
         )
 
 
-def _fill(file: Path, section: str, values: dict, defaults: dict) -> dict:
+def _fill(
+    file: Path, section: str, values: dict[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
     """Each field of `defaults` from `values`, or its default; all are positive numbers."""
     found = {}
     for name, default in defaults.items():

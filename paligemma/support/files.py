@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,7 @@ def shorten(value: object, width: int = 60) -> str:
 # ---------------------------------------------------------------- JSON
 
 
-def read_json(path: str | os.PathLike, kind: type | tuple[type, ...] = (dict, list)) -> dict | list:
+def read_json(path: str | os.PathLike, kind: type | tuple[type, ...] = (dict, list)) -> Any:
     """The object or list in a JSON file.
 
     Args:
@@ -210,7 +211,8 @@ def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, torch.Tensor]:
             two different saves.
     """
     found, saves = {}, set()
-    for file in map(Path, files):
+    files = [Path(file) for file in files]
+    for file in files:
         if not os.path.isfile(file):  # a pipe would be waited for
             raise CheckpointError(f"no file {file}; download it again")
         try:
@@ -231,7 +233,7 @@ def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, torch.Tensor]:
             ) from None
     if len(saves) > 1:
         raise CheckpointError(
-            f"{file.parent} holds shards of {len(saves)} saves, the last of them interrupted; "
+            f"{files[0].parent} holds shards of {len(saves)} saves, the last of them interrupted; "
             "save the model again"
         )
     return found
