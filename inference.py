@@ -1,5 +1,5 @@
 import sys
 
-from paligemma.inference import main
+from paligemma.support.command_line import main
 
 sys.exit(main())

@@ -8,14 +8,23 @@ for piece in pg.stream("photo.jpg", "caption en"):
     print(piece, end="", flush=True)
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paligemma.inference import Pipeline, load
+
 __all__ = ["Pipeline", "load"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    # Imported on first use: `python -m paligemma.inference` would otherwise load it twice.
+    # Imported on first use: `paligemma --help` and a lesson's module need no whole model.
     if name in __all__:
         from paligemma import inference
 
         return getattr(inference, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,460 @@
+"""The command `paligemma`: what stands between a terminal and `Pipeline`.
+
+Answers go to standard output, all else to standard error. Exit codes: 0; 1 where a picture or the
+machine failed; 2 after one line about input that cannot be right; 130 after Ctrl-C.
+"""
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # what is slow to import comes after the arguments were read, see `run`
+    from PIL import Image
+
+    from paligemma.detection import Detection
+    from paligemma.inference import Pipeline
+    from paligemma.segmentation import Segment
+
+EXAMPLES = """examples:
+  paligemma --image_file_path photo.jpg                        caption with the shipped tiny model
+  paligemma --model_path ~/paligemma-3b-mix-224 --image_file_path photo.jpg \\
+            --prompt "answer en what is on the table?"         a published checkpoint
+  paligemma --image_file_path photo.jpg --do_sample --temperature 0.8 --top_p 0.9 --seed 1
+  paligemma --image_file_path photo.jpg --output captioned.png write the picture with its answer
+  paligemma --image_file_path photo.jpg --task detect --prompt "cat ; dog" --output boxes.png
+  paligemma --image_file_path photo.jpg --task segment --prompt cat --output masks.png --json
+  paligemma --image_file_path holidays/ extra.png --json       a line for each picture
+  curl -s https://example.org/photo.jpg | paligemma --image_file_path -
+"""
+# Endings by which the pictures in a folder are known.
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
+STANDARD_INPUT = 1 << 28  # bytes; more is no picture
+
+
+class Failure(Exception):
+    """Something that is neither the user's mistake nor ours: one line, exit 1."""
+
+
+# ---------------------------------------------------------------- arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes dashes for underscores; an error is one line."""
+
+    def parse_args(self, args=None, namespace=None):  # pyright: ignore
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([underscore(a) for a in args], namespace)
+
+    def _print_message(self, message, file=None):  # argparse's own is silent where it fails
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            say(message)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}")
+
+
+def one_line(message: str) -> str:
+    """A message without its line breaks, and cut where something huge was quoted."""
+    message = " ".join(message.split())
+    return message if len(message) <= 1000 else message[:800] + " … " + message[-190:]
+
+
+def underscore(argument: str) -> str:
+    """`--top-p=0.9` → `--top_p=0.9`; values stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    name, *value = argument[2:].split("=", 1)
+    return "=".join(["--" + name.replace("-", "_"), *value])
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is neither True nor False")
+    return values[text.lower()]
+
+
+def make_parser() -> Parser:
+    """The options of the command."""
+    from paligemma import __version__
+
+    parser = Parser(
+        prog="paligemma",
+        description="Answer a prompt about a picture, or about each of several.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a misspelt --temp is an error, not a guess
+    )
+    add = parser.add_argument
+    add(
+        "--image_file_path",
+        metavar="FILE",
+        required=True,
+        nargs="+",
+        help="the picture; or several, or folders of them; - is standard input",
+    )
+    add(
+        "--prompt",
+        help="what to do with it (default: caption en); for detect and segment: the names",
+    )
+    add("--model_path", metavar="DIR", help="checkpoint directory or hub name (default: shipped)")
+    add("--max_tokens_to_generate", metavar="N", type=int, default=100, help="default: 100")
+    flag: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    flag["metavar"] = "BOOL"
+    add("--do_sample", **flag, help="draw tokens rather than take the likeliest")
+    add("--temperature", type=float, default=0.8, help="with --do_sample (default: 0.8)")
+    add("--top_p", type=float, default=0.9, help="with --do_sample (default: 0.9)")
+    add("--seed", type=int, help="makes --do_sample repeatable")
+    add("--only_cpu", **flag, help="leave a GPU alone")
+    add("--quantize", choices=["int8", "int4"], help="fewer bits a weight")
+    add("--adapter", metavar="DIR", help="a LoRA adapter, as peft saves it, for the model")
+    add("--task", choices=["answer", "detect", "segment"], default="answer", help="default: answer")
+    add(
+        "--output",
+        metavar="FILE",
+        help="write the picture with its answer, boxes or masks; of several pictures: the folder",
+    )
+    add("--json", action="store_true", help="print one JSON object for each picture")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+# ---------------------------------------------------------------- the process
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, or exits with 2 on bad input.
+
+    A `ValueError` is the user's mistake and becomes one line. What is neither that nor the
+    machine's trouble is our mistake, and keeps its traceback.
+    """
+    make_channels_safe()
+    parser = make_parser()
+    try:
+        try:
+            return run(parser.parse_args(argv))
+        finally:
+            sys.stdout.flush()  # a full disk or a reader who left shows here, not at the very end
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:  # a wish, not an error
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, and has enough
+        discard_output()
+        return 0
+    except OSError as error:  # those of files came as ValueError: it is a channel
+        discard_output()
+        where = error.filename or "standard output"
+        say(f"{parser.prog}: error: {where} cannot be written: {error.strerror or error}")
+        return 1
+    except (Failure, MemoryError) as error:
+        say(f"{parser.prog}: error: {str(error) or 'the memory is full'}")
+        return 1
+
+
+def make_channels_safe() -> None:
+    """Standard output and error can be written to, whatever they are and whatever is written."""
+    for name in ("stdout", "stderr"):
+        channel = getattr(sys, name)
+        if channel is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(channel, io.TextIOWrapper):  # "é" on a console without it becomes "\xe9"
+            channel.reconfigure(errors="backslashreplace")
+
+
+def discard_output() -> None:
+    """Nobody takes what is still in the buffer of standard output; without this Python complains
+    at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(message: str) -> None:
+    """One line on standard error, where there is one."""
+    try:
+        sys.stderr.write(one_line(message) + "\n")
+        sys.stderr.flush()
+    except OSError:
+        pass
+
+
+def import_slowly() -> None:
+    """Import PyTorch and the model. Ctrl-C meanwhile ends the process at once and silently: an
+    import that is interrupted says so in forty lines, or as another error."""
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        import paligemma.inference  # noqa: F401
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ---------------------------------------------------------------- what it does
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer for each picture; what is cheap to check is checked before the weights are read.
+
+    Returns:
+        0, or 1 where one of several pictures could not be read.
+    """
+    import_slowly()
+    import torch
+    from tqdm import tqdm
+
+    from paligemma.inference import check_options, load, task_prompt
+
+    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    options["max_new_tokens"] = args.max_tokens_to_generate
+    check_options(**options)  # a temperature that is not used may still be a mistake
+    if not args.do_sample:
+        options["temperature"] = 0.0
+    prompt = "caption en" if args.prompt is None else args.prompt
+    if args.task != "answer":
+        prompt = task_prompt(args.task, args.prompt or "")
+    files, several = list_pictures(args.image_file_path)
+    targets = plan_output(args.output, files, several)
+
+    for_people = sys.stderr.isatty()  # a bar is not for log files
+    pipeline, unread = None, 0
+    bar = tqdm(files, desc="pictures", unit="", disable=not (several and for_people))
+    for file, target in zip(bar, targets, strict=True):
+        try:
+            picture = read_picture(file)
+        except ValueError as error:
+            if not several:
+                raise
+            with tqdm.external_write_mode():
+                say(f"paligemma: {error}")
+            unread += 1
+            continue
+        try:
+            if pipeline is None:
+                pipeline = load(
+                    args.model_path,
+                    device="cpu" if args.only_cpu else "auto",
+                    quantize=args.quantize,
+                    adapter=args.adapter,
+                    progress=for_people,
+                )
+            draw = answer(pipeline, file, picture, args.task, prompt, options, args.json, several)
+        except torch.OutOfMemoryError:
+            raise Failure("the GPU's memory is full; try --only_cpu") from None
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
+                raise
+            raise Failure("the memory is full; try fewer tokens, or --quantize int4") from None
+        if target is not None:
+            save_picture(draw(), target)
+    return 1 if unread else 0
+
+
+def answer(
+    pipeline: "Pipeline",
+    file: str,
+    picture: "Image.Image",
+    task: str,
+    prompt: str,
+    options: dict[str, Any],
+    as_json: bool,
+    several: bool,
+) -> "Callable[[], Image.Image]":
+    """Print what the model says of one picture; returns what draws it.
+
+    One picture's answer streams. Each of several gets a line with its name in front, an object
+    one with label, score, x0 y0 x1 y1 and, with a mask, its pixels; or all that as JSON.
+    """
+    from tqdm import tqdm
+
+    streams = task == "answer" and not as_json and not several
+    if task == "answer":
+        text = ""
+        for piece in pipeline.stream(picture, prompt, **options):
+            text += piece
+            if streams:
+                print(piece, end="", flush=True)
+        found, record, lines = [], {"answer": text}, ["" if streams else " ".join(text.split("\n"))]
+    else:
+        found = (pipeline.detect if task == "detect" else pipeline.segment)(
+            picture, prompt, **options
+        )
+        name = {"detect": "detections", "segment": "segments"}[task]
+        record = {name: [as_dict(one) for one in found]}
+        lines = [as_line(one) for one in found]
+        if not found and not as_json:
+            with tqdm.external_write_mode():
+                say(f"{file}: nothing found" if several else "nothing found")
+    if as_json:
+        lines = [json.dumps({"image": file, "prompt": prompt, **record})]
+    elif several:
+        lines = [f"{file}\t{line}" for line in lines]
+    with tqdm.external_write_mode():  # not through the bar
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+
+    def draw() -> "Image.Image":
+        from paligemma.support.drawing import draw_boxes, draw_caption, draw_masks
+
+        if task == "answer":
+            return draw_caption(picture, record["answer"])
+        labels = [one.label for one in found]
+        masks = [one.mask for one in found] if task == "segment" else []
+        drawn = draw_masks(picture, masks, labels) if masks else picture
+        return draw_boxes(drawn, [one.box for one in found], labels, [one.score for one in found])
+
+    return draw
+
+
+def as_line(one: "Detection | Segment") -> str:
+    """An object for people and for `cut -f`."""
+    mask = getattr(one, "mask", None)
+    box = " ".join(f"{value:.0f}" for value in one.box)
+    return f"{one.label}\t{one.score:.2f}\t{box}" + ("" if mask is None else f"\t{mask.sum()}")
+
+
+def as_dict(one: "Detection | Segment") -> dict[str, Any]:
+    """An object for JSON; its mask as run lengths down the columns, zeros first, as COCO has it."""
+    import numpy as np
+
+    box = [round(value, 2) for value in one.box]
+    result = {"label": one.label, "score": round(one.score, 4), "box": box}
+    mask = getattr(one, "mask", None)
+    if mask is not None:
+        flat = np.concatenate(([False], mask.ravel(order="F")))
+        ends = np.flatnonzero(np.diff(flat)).tolist()
+        counts = np.diff([0, *ends, mask.size]).tolist()
+        result["mask"] = {"size": list(mask.shape), "counts": counts}
+    return result
+
+
+# ---------------------------------------------------------------- pictures in and out
+
+
+def list_pictures(names: Sequence[str]) -> tuple[list[str], bool]:
+    """The files that are meant, folders opened, and whether they may be several.
+
+    Raises:
+        ValueError: a folder without pictures, or one that may not be read.
+    """
+    files = []
+    for name in names:
+        if not os.path.isdir(name):
+            files.append(name)
+            continue
+        try:
+            entries = sorted(os.listdir(name))
+        except OSError as error:
+            raise ValueError(f"directory {name} cannot be read: {error.strerror}") from None
+        entries = [e for e in entries if Path(e).suffix.lower() in PICTURES and e[0] != "."]
+        found = [path for e in entries if os.path.isfile(path := os.path.join(name, e))]
+        if not found:
+            raise ValueError(
+                f"{name} is a directory without pictures; give a picture, or a directory of them"
+            )
+        files += found
+    return files, len(names) > 1 or os.path.isdir(names[0])
+
+
+def read_picture(name: str) -> "Image.Image":
+    """The picture of that name; `-` reads it from standard input.
+
+    Raises:
+        ValueError: not a picture.
+    """
+    from PIL import Image
+
+    from paligemma.image_processor import open_image
+
+    if name != "-":
+        return open_image(name)
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("standard input is closed; give a file, or pipe a picture in")
+    data = sys.stdin.buffer.read(STANDARD_INPUT + 1)
+    if len(data) > STANDARD_INPUT:
+        raise ValueError(f"standard input has more than {STANDARD_INPUT >> 20} MiB; give a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return open_image(Image.open(io.BytesIO(data)))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(
+            f"the picture on standard input has more than {Image.MAX_IMAGE_PIXELS:,} pixels; "
+            "make it smaller"
+        ) from None
+    except (OSError, SyntaxError):  # what Pillow raises for a header that is no header
+        raise ValueError("what came on standard input is not a picture") from None
+
+
+def plan_output(output: str | None, files: Sequence[str], several: bool) -> list[Path | None]:
+    """Where each picture's drawing goes.
+
+    Raises:
+        ValueError: somewhere that cannot be written.
+    """
+    if output is None:
+        return [None] * len(files)
+    if not several:
+        check_output(Path(output))
+        return [Path(output)]
+    if not os.path.isdir(output):
+        raise ValueError(
+            f"--output {output} is no directory; of several pictures it is the directory into "
+            "which they are written: make it first"
+        )
+    targets: list[Path | None] = []
+    for file in files:
+        name = "standard_input.png" if file == "-" else Path(file).name
+        target = Path(output, name if is_format(name) else f"{name}.png")
+        if target in targets:
+            raise ValueError(f"two pictures would be written to {target}; rename one of them")
+        if os.path.exists(target) and os.path.exists(file) and os.path.samefile(target, file):
+            raise ValueError(f"{target} is one of the pictures; give another directory")
+        check_output(target)
+        targets.append(target)
+    return targets
+
+
+def is_format(name: str) -> bool:
+    """Whether Pillow can write a file with this ending."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE
+
+
+def check_output(file: Path) -> None:
+    """Refuse a file that `save_picture` could not write."""
+    if not os.path.isdir(file.parent):
+        raise ValueError(f"cannot write {file}: its directory does not exist")
+    if os.path.isdir(file) or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"cannot write {file}: it is a directory, or in one that is read-only")
+    if not is_format(file.name):
+        raise ValueError(f"cannot write {file}: no picture format; use a name such as answer.png")
+
+
+def save_picture(image: "Image.Image", file: Path) -> None:
+    """Write a picture whole or not at all; the format follows the file's ending."""
+    temporary = file.with_name(f".paligemma-{os.getpid()}{file.suffix}")  # short: names have limits
+    try:
+        image.save(temporary)
+        os.replace(temporary, file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot write {file} ({error}); use a name such as answer.png") from None
+    finally:
+        temporary.unlink(missing_ok=True)
