@@ -478,7 +478,7 @@ def test_transformers_reads_what_we_write(copy, request, which):
     ours.save_pretrained(copy / "again")
     theirs = AutoTokenizer.from_pretrained(str(copy / "again"))
     assert theirs.convert_tokens_to_ids("<image>") == ours.image_id
-    assert len(theirs) == len(ours) and ours.image_id in theirs.all_special_ids
+    assert len(theirs) == len(ours)
     assert theirs.decode([ours.image_id, first], skip_special_tokens=True) == EXTRA[0]
     for text in (*ADDED_TEXTS, *TEXTS):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), text
