@@ -169,15 +169,18 @@ def _fill(
     found = {}
     for name, default in defaults.items():
         value = values.get(name, default)
-        if name in CAPS and not isinstance(value, bool) and value in (None, 0):
+        if name in CAPS and (value is None or (value == 0 and not isinstance(value, bool))):
             found[name] = None
             continue
         if value is None and name in MAY_BE_NULL:
             value = default
         whole = isinstance(default, int)
         largest = LARGEST.get(name, LARGEST_WHOLE if whole else LARGEST_REAL)
-        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < float("inf"):
+        if (
+            not isinstance(value, int if whole else (int, float))
+            or isinstance(value, bool)
+            or not 0 < value < float("inf")
+        ):
             raise CheckpointError(
                 f"{file}: {section}.{name} is {shorten(value)}; expected a positive "
                 f"{'whole ' if whole else ''}number"

@@ -18,7 +18,7 @@ from paligemma.support.config import (
     parse_dtype,
     read_config,
 )
-from paligemma.support.files import CheckpointError
+from paligemma.support.files import CheckpointError, shorten
 
 SMALL = PaliGemmaConfig(
     SiglipVisionConfig(16, 32, 2, 2, image_size=14, patch_size=7),
@@ -227,6 +227,7 @@ def test_a_mark_at_the_beginning(tmp_path):
         ("text_config", "rms_norm_eps", 1e300),
         ("vision_config", "image_size", [224, 224]),
     ],
+    ids=shorten,
 )
 def test_more_than_any_model_has(tmp_path, section, name, value):
     config = config_dict(SMALL)
@@ -237,7 +238,7 @@ def test_more_than_any_model_has(tmp_path, section, name, value):
 
 
 @pytest.mark.parametrize("name", ["image_token_index", "pad_token_id", "eos_token_id"])
-@pytest.mark.parametrize("value", [-1, 1.5, True, "1", 10**400, {}, [[1]]])
+@pytest.mark.parametrize("value", [-1, 1.5, True, "1", 10**400, {}, [[1]]], ids=shorten)
 def test_tokens_that_are_none(tmp_path, name, value):
     with pytest.raises(CheckpointError, match=rf"{name} is .*expected 0 or more"):
         read(tmp_path, config_dict(SMALL) | {name: value})
