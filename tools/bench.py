@@ -60,14 +60,19 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
+def model_without_memory(model_path: Path):
+    """The model that the folder's config.json describes, on the meta device."""
+    from paligemma.checkpoint import build_config, empty_model
+    from paligemma.support.config import read_config
+
+    return empty_model(build_config(read_config(model_path)))
+
+
 def make_inputs(model_path: Path) -> dict:
     """The same random picture and prompt for everyone: N `<image>` tokens and 8 of text."""
     import torch
 
-    from paligemma.checkpoint import build_config
-    from paligemma.support.config import read_config
-
-    config = build_config(read_config(model_path))
+    config = model_without_memory(model_path).config
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(10, config.image_token_index, (TEXT_TOKENS - 1,), generator=generator)
     image = torch.full((config.vision_config.num_image_tokens,), config.image_token_index)
@@ -83,7 +88,7 @@ def make_ours(model_path: Path, dtype: str | None):
 
     from paligemma.checkpoint import load_model
     from paligemma.generation import generate
-    from paligemma.quantization import load_quantized, read_quantization
+    from paligemma.support.quantized import load_quantized, read_quantization
 
     def load():
         if read_quantization(model_path):
@@ -185,10 +190,7 @@ def product_shapes(model_path: Path) -> Counter:
     """The matrix products of a prefill, attention's apart: {(rows, D, E): how many}."""
     import torch
 
-    from paligemma.checkpoint import build_config, empty_model
-    from paligemma.support.config import read_config
-
-    model = empty_model(build_config(read_config(model_path)))
+    model = model_without_memory(model_path)
     patches = model.config.vision_config.num_image_tokens
     shapes = Counter()
     for name, layer in model.named_modules():
@@ -221,7 +223,7 @@ def products(model_path: Path, dtype: str | None, threads: int) -> dict:
 
 def quantize(model_path: Path, mode: str, folder: Path) -> float:
     """Write the quantised weights to a folder; seconds that it took."""
-    from paligemma.quantization import load_quantized, save_quantized
+    from paligemma.support.quantized import load_quantized, save_quantized
 
     start = time.perf_counter()
     save_quantized(load_quantized(model_path, mode), folder)
@@ -265,11 +267,10 @@ def bench(args: argparse.Namespace) -> dict:
         bound.append(start("products", cache, args))
         note(f"round {i + 1} of {args.rounds}: products {bound[-1]['seconds']:.3f} s")
     sample = rounds["ours"][0]
-    config = json.loads((args.model_path / "config.json").read_text())
+    model = model_without_memory(args.model_path)
     return {
         "model": args.label or args.model_path.name,
-        "hidden_size": config["text_config"]["hidden_size"],
-        "weights": count_weights(args.model_path),
+        "weights": sum(weight.numel() for weight in model.parameters()),
         "prompt": sample["prompt"],
         "tokens": args.tokens,
         "dtype": sample["dtype"],
@@ -297,23 +298,6 @@ def describe(run: dict) -> str:
     return ", ".join(f"{label} {run[key]:.{n}f} {u}" for key, (label, u, n, _) in ROWS.items())
 
 
-def count_weights(path: Path) -> int:
-    """Numbers stored in the checkpoint, from the files' headers."""
-    from paligemma.support.tensors import weight_files
-
-    total = 0
-    for file in weight_files(path):
-        with open(file, "rb") as stored:
-            header = json.loads(stored.read(int.from_bytes(stored.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                count = 1
-                for side in entry["shape"]:
-                    count *= side
-                total += count
-    return total
-
-
 def machine() -> str:
     """The processor's name, where the system tells it."""
     info = Path("/proc/cpuinfo")
@@ -336,6 +320,14 @@ def ratio(result: dict, key: str, name: str = "ours") -> float:
     """How many times better a contender is than transformers: above 1 it is faster or smaller."""
     ours, theirs = (result["median"][n][key] for n in (name, "transformers"))
     return ours / theirs if ROWS[key][3] else theirs / ours
+
+
+def spread(result: dict, key: str) -> str:
+    """Lowest and highest round of each contender."""
+    _, unit, digits, _ = ROWS[key]
+    runs = {name: [run[key] for run in rounds] for name, rounds in result["rounds"].items()}
+    ends = (f"{name} {min(x):.{digits}f}–{max(x):.{digits}f}" for name, x in runs.items())
+    return f"{', '.join(ends)} {unit}"
 
 
 def markdown(result: dict) -> str:
@@ -378,7 +370,8 @@ def markdown(result: dict) -> str:
             f"{equal}, {same['distinct']} of them distinct.",
             f"The matrix products of the prefill alone take {seconds:.3f} s, measured in each "
             f"round ({rate:.0f} GFLOP/s): {ours} of our prefill, {theirs} of transformers'.",
-            f"Median of {len(result['rounds']['ours'])} rounds, each in a new process, in turn; "
+            f"Median of {len(result['rounds']['ours'])} rounds, each in a new process, in turn "
+            f"(decode from the slowest to the fastest: {spread(result, 'decode')}); "
             f"{result['threads']} threads on {result['machine']} ({result['cores']} cores); "
             f"{versions}; transformers with sdpa and its {result['cache']} cache, the faster one "
             "here. Files in the page cache; memory is the process's peak as the system counts it, "
@@ -394,8 +387,10 @@ def draw(result: dict, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from paligemma.support.course import set_style
     from paligemma.support.drawing import COLOURS
 
+    set_style()
     names = list(result["median"])
     size = (11.4, 1.1 + 0.4 * len(names))
     figure, panels = plt.subplots(1, len(ROWS), figsize=size, layout="constrained")
