@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -16,7 +19,7 @@
 # %% [markdown]
 # # 22 · Quantization: how few bits can a weight have?
 #
-# *45 minutes* · part IV, Answering
+# *65 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - compute from bytes alone how fast a model can write.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("gemma", "gemma2")
 
@@ -42,47 +45,34 @@ model_map("gemma", "gemma2")
 #| export
 """Weights in eight or four bits: a smaller model that decodes faster, because it reads less."""
 
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from paligemma.checkpoint import (
-    CheckpointError,
-    config_dict,
-    empty_model,
-    internal_name,
-    load_model,
-    published_name,
-    read_config,
-    read_tensors,
-    replacing,
-    weight_files,
-)
-from paligemma.gemma import GemmaModel
-from paligemma.gemma2 import Gemma2Model, soft_cap
 from paligemma.model import PaliGemma
+from paligemma.support.files import shorten
 
 # %% tags=["setup"]
 import copy
 import tempfile
 import time
 from importlib import resources
-from itertools import zip_longest
+from pathlib import Path
+from itertools import pairwise, zip_longest
 
 import matplotlib.pyplot as plt
 
+from safetensors.torch import load_file, save_file
+
+from paligemma.checkpoint import load_model
 from paligemma.generation import generate
 from paligemma.model import PaliGemmaConfig
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure, show_heatmap
+from paligemma.plotting import show_heatmap
 from paligemma.processor import Processor
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 
 TINY = resources.files("paligemma") / "assets" / "tiny"
 _ = torch.manual_seed(21), torch.set_grad_enabled(False)  # we only answer; nothing is trained
@@ -179,52 +169,70 @@ print(slow[0].tolist())
 # %% [markdown]
 # ## The module, part one: eight bits
 #
-# Vectorised it is four lines. One detail: the model computes in bfloat16, so the scale will be stored in
-# bfloat16, which has 8 significant bits. **Round the scale first**, then compute the codes for the rounded
-# scale. The other way round, every weight of a row would be off by the scale's error.
+# Vectorised it is two lines.
 
 
 # %%
 #| export
-def quantize_int8(
-    weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round each row to whole numbers from -127 to 127 times a scale of its own.
 
     Args:
-        weight: `float[N, K]`, one row for each output channel.
-        dtype: of the scales. They are rounded first, so that the numbers fit the rounded scale.
+        weight: `float[N, K]`, one row for each output.
 
     Returns:
-        codes `int8[N, K]` and scales `dtype[N]`; weight ≈ codes · scales[:, None].
-
-    Raises:
-        ValueError: the weight holds NaN or infinity.
+        codes `int8[N, K]` and scales `float32[N]`; weight ≈ codes · scales[:, None].
     """
     weight = weight.float()
-    scales = (weight.abs().amax(1) / 127).to(dtype)
-    _check_finite(scales)
-    scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros: any scale will do
-    codes = (weight / scales.float()[:, None]).round().clamp(-127, 127)
-    return codes.to(torch.int8), scales
-
-
-def _check_finite(scales: torch.Tensor) -> None:
-    if not bool(scales.isfinite().all()):
-        raise ValueError(
-            "the weight holds NaN or infinity, or numbers too large for the type of its scales; "
-            "check the checkpoint"
-        )
+    scales = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # a row of zeros: any scale will do
+    return (weight / scales[:, None]).round().to(torch.int8), scales
 
 
 # %%
-codes, scales = quantize_int8(W, torch.float32)
+codes, scales = quantize_int8(W)
 assert torch.equal(codes, slow[0])
 torch.testing.assert_close(scales, slow[1])
-for dtype in (torch.float32, torch.bfloat16):
-    codes, scales = quantize_int8(W, dtype)
-    error = (codes * scales.float()[:, None] - W).abs() / scales.float()[:, None]
-    print(f"scales in {str(dtype)[6:]:8} largest error {error.max():.2f} steps")
+error = (codes * scales[:, None] - W).abs() / scales[:, None]
+print(f"as the loop; largest error {error.max():.2f} steps")
+assert error.max() <= 0.5001
+
+# %% [markdown]
+# ### The layer is one line
+#
+# Now a linear layer with such a weight. Its `forward` is one line, and it takes the place of every
+# linear layer in the tiny model's decoder.
+
+
+# %%
+class SimpleInt8(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.codes, self.scales = quantize_int8(linear.weight)
+
+    def forward(self, x):
+        return x @ self.codes.to(x.dtype).T * self.scales
+
+
+def caption(model):
+    batch = processor([sample_picture("scene")], ["caption en"])
+    ids = generate(model, batch["input_ids"], batch["pixel_values"])
+    return processor.decode(ids[0])
+
+
+model, processor = load_model(TINY), Processor.from_pretrained(TINY)
+simple = copy.deepcopy(model)
+for name, layer in list(simple.language_model.named_modules()):
+    if isinstance(layer, nn.Linear):
+        parent, _, child = name.rpartition(".")
+        setattr(simple.language_model.get_submodule(parent), child, SimpleInt8(layer))
+print("32 bits:", caption(model))
+print(" 8 bits:", caption(simple))
+assert caption(simple) == caption(model)
+
+# %% [markdown]
+# That is the whole idea, and it works. What is missing? The *head*, a fifth of the bytes. Fewer bits than
+# eight. And speed: `codes.to(x.dtype)` writes the large matrix out again before each product, so it reads more
+# than before, not less. The rest of this lesson is about these three.
 
 # %% [markdown]
 # ## Where do real weights lie?
@@ -233,7 +241,6 @@ for dtype in (torch.float32, torch.bfloat16):
 # them the values that each scheme can represent.
 
 # %%
-model, processor = load_model(TINY), Processor.from_pretrained(TINY)
 down = model.language_model.layers[0].mlp.down_proj.weight
 row = int(down.abs().amax(1).argsort()[len(down) // 2])  # a middling row
 group = down[row, :32].sort().values
@@ -279,81 +286,62 @@ def relative(approximate, exact):
 
 layers = [m.weight for m in model.language_model.layers.modules() if isinstance(m, nn.Linear)]
 fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
+sizes, mean_error = (16, 32, 64, 128), {}
 for bits, colour in ((3, "accent"), (4, "language"), (5, "together")):
-    cost = [bits + 32 / g for g in (16, 32, 64, 128)]
-    errors = [
-        sum(relative(fake(w, bits, g), w) for w in layers) / len(layers) for g in (16, 32, 64, 128)
-    ]
+    for g in sizes:
+        mean_error[bits, g] = sum(relative(fake(w, bits, g), w) for w in layers) / len(layers)
+    cost, errors = [bits + 32 / g for g in sizes], [mean_error[bits, g] for g in sizes]
     ax.plot(cost, errors, "o-", color=COLOURS[colour], label=f"{bits} bits, groups of 128 … 16")
     print(bits, "bits:", [f"{c:.2f} → {100 * e:.1f} %" for c, e in zip(cost, errors)])
 ax.set(xlabel="bits a weight, scales included", ylabel="error / weight", ylim=(0, None))
 ax.legend(fontsize=8)
+assert all(
+    0.4 < mean_error[bits + 1, g] / mean_error[bits, g] < 0.6 for bits in (3, 4) for g in sizes
+)
+assert 0.8 < mean_error[4, 32] / mean_error[4, 64] < 0.95, "half a bit more: an eighth less"
 save_figure(fig, "22_bits")
 
 # %% [markdown]
-# One bit more halves the error. Smaller groups help too, but each bit buys less. Eight bits need none.
+# One bit more halves the error. Half a bit spent on groups of 32 instead of 64 takes an eighth off it: that is
+# less. Eight bits need no groups.
 #
 # ## The module, part two: four bits
 #
-# For each group 16 values from its least weight to its greatest. But the ends are the rarest places: if we
-# **clip** there a little, the grid gets finer for all others. So we try three ranges and keep the one with
-# the least squared error.
+# For each group 16 values from its least weight to its greatest. `fake` above, kept as codes: the kernel
+# that we are going to use wants the value of code 8 as "zero".
+
 
 # %%
 #| export
-CLIPS = (1.0, 0.95, 0.9)  # shares of a group's range that are tried
-
-
-def quantize_int4(
-    weight: torch.Tensor, group_size: int = 64, dtype: torch.dtype = torch.bfloat16
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round each group of a row to 16 evenly spaced values: its own scale, its own zero.
-
-    The values span the group's range, or a little less where that makes the squared error
-    smaller: clipping one outlier can serve the others.
+def quantize_int4(weight: torch.Tensor, group_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each group of a row to 16 evenly spaced values, from its least to its greatest.
 
     Args:
         weight: `float[N, K]`, K a multiple of the group size.
         group_size: neighbours along the input that share a scale and a zero.
-        dtype: of scales and zeros; they are rounded first.
 
     Returns:
-        codes `uint8[N, K]`, 0 to 15, and `dtype[N, K / group_size, 2]`, scale and zero;
+        codes `uint8[N, K]`, 0 to 15, and `float32[N, K / group_size, 2]`, scale and zero;
         weight ≈ (codes - 8) · scale + zero.
-
-    Raises:
-        ValueError: the weight holds NaN or infinity.
     """
     groups = weight.float().unflatten(1, (-1, group_size))  # (N, K/g, g)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    best = None
-    for clip in CLIPS:
-        scale = ((high - low) * (clip / 15)).to(dtype).float()
-        zero = ((low + high + scale) / 2).to(dtype).float()  # the middle lies between 7 and 8
-        _check_finite(zero)
-        scale = torch.where(scale > 0, scale, 1.0)  # all equal: the zero says it all
-        codes = ((groups - zero) / scale).round().clamp(-8, 7)
-        error = torch.addcmul(zero, codes, scale).sub(groups).square().sum(-1, keepdim=True)
-        if best is None:
-            best = error, codes, scale, zero
-        else:
-            better = error < best[0]
-            best = [torch.where(better, *pair) for pair in zip((error, codes, scale, zero), best)]
-    _, codes, scale, zero = best
-    return (codes + 8).to(torch.uint8).flatten(1), torch.cat([scale, zero], -1).to(dtype)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = ((high - low) / 15).clamp(min=1e-30)  # all equal: the zero says it all
+    codes = ((groups - low[..., None]) / scales[..., None]).round()
+    return codes.to(torch.uint8).flatten(1), torch.stack([scales, low + 8 * scales], -1)
 
 
 # %%
 for g in (32, 64, 128):
-    plain = sum(relative(fake(w, 4, g), w) for w in layers) / len(layers)
-    ours = []
+    errors = []
     for w in layers:
         codes, scales = quantize_int4(w, g)
-        step, zero = scales.float().repeat_interleave(g, 1).unbind(-1)
-        ours.append(relative((codes.float() - 8) * step + zero, w))
-    print(
-        f"groups of {g:3}: plain {100 * plain:.1f} %, clipped {100 * sum(ours) / len(ours):.1f} %"
-    )
+        step, zero = scales.repeat_interleave(g, 1).unbind(-1)
+        back = (codes.float() - 8) * step + zero
+        torch.testing.assert_close(back, fake(w, 4, g), rtol=0, atol=1e-5)
+        errors.append(relative(back, w))
+    mean_error[4, g] = sum(errors) / len(errors)
+    print(f"groups of {g:3}: {4 + 32 / g:.2f} bits a weight, error {100 * mean_error[4, g]:.1f} %")
 
 # %% [markdown]
 # ## Two weights in a byte
@@ -392,15 +380,13 @@ def unpack_int4(packed: torch.Tensor, block: int = 64) -> torch.Tensor:
 
 @cache
 def kernel_block() -> int | None:
-    """Rows in a block of this machine's int4 kernel; None: in an order that we do not know."""
-    codes = torch.arange(64 * 32, device="cpu").mul(7).remainder(16).view(64, 32)
-    codes = (codes + codes.new_tensor(range(64))[:, None]).remainder(16)
+    """Rows in a block of this processor's int4 kernel; None: in an order that we do not know."""
+    codes = (torch.arange(64, device="cpu")[:, None] + 7 * torch.arange(32, device="cpu")) % 16
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     except (RuntimeError, AttributeError):  # private names: another PyTorch may have others
         return None
-    known = (b for b in (64, 32) if torch.equal(pack_int4(codes.byte(), b), packed))
-    return next(known, None)
+    return next((b for b in (64, 32) if torch.equal(pack_int4(codes.byte(), b), packed)), None)
 
 
 # %%
@@ -422,12 +408,11 @@ assert torch.equal(unpack_int4(packed, block=4), small)
 
 # %%
 #| export
-PAGE = 4096  # bytes, of the memory
 CHUNK = 2**21  # weights that are taken out of their packing at a time: a few megabytes
 
 
 class QuantizedLinear(nn.Module):
-    """x·Wᵀ + bias with W in few bits; the input and the output keep their type.
+    """x·Wᵀ + bias with W in few bits.
 
     Few rows in bfloat16 on a CPU (decoding) go to a kernel that reads the packed weights. In all
     other cases a chunk of W after another is unpacked and multiplied as usual: for many rows
@@ -440,25 +425,63 @@ class QuantizedLinear(nn.Module):
         multiple: K is filled up with zeros to a multiple of this.
     """
 
-    few = 0  # most rows for which the kernel is faster
+    few: int = 0  # most rows for which the kernel is faster
+    group_size: int = 64  # int8 has no groups
+    block: int = 64  # nor blocks
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
 
-    def __init__(self, in_features, out_features, bias=False, dtype=None, multiple=32):
+    def __init__(self, in_features, out_features, bias=False, dtype=None, multiple=1):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.fill = -in_features % multiple
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype) if bias else None)
+
+    @classmethod
+    def from_weight(cls, weight: torch.Tensor, bias=None, group_size: int = 64):
+        """Quantise `float[N, K]`, a chunk at a time; on the meta device there are only shapes.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
+        """
+        n, k = weight.shape
+        new = cls(k, n, bias is not None, weight.dtype, group_size).to(weight.device)
+        new.bias = None if bias is None else bias.detach()
+        for part in [] if weight.is_meta else new.chunks():
+            rows = weight[part].float()
+            if not bool(rows.isfinite().all()):
+                raise ValueError("the weight holds NaN or infinity; check the checkpoint")
+            missing = new.qweight[part].shape[0] - rows.shape[0]
+            new.set_rows(part, F.pad(rows, (0, new.fill, 0, missing)))
+        return new
+
+    def chunks(self) -> list[slice]:
+        """W's rows in slices of a few megabytes, and of whole blocks."""
+        step = max(64, CHUNK // self.in_features // 64 * 64)
+        return [slice(i, i + step) for i in range(0, self.qweight.shape[0], step)]
+
+    def set_rows(self, part: slice, weight: torch.Tensor) -> None:
+        """Quantise `float32[n, K]` into one slice."""
+        raise NotImplementedError
+
+    def kernel(self, rows: torch.Tensor) -> torch.Tensor:
+        """`bfloat16[M, K]` → `bfloat16[M, N]`, straight from the codes."""
+        raise NotImplementedError
+
+    def multiply(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+        """`float[M, K]` → `float[M, n]`, the outputs of one slice."""
+        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`float[…, K]` → `float[…, N]`."""
         rows = F.pad(x.reshape(-1, self.in_features), (0, self.fill))  # (M, K)
         learning = torch.is_grad_enabled() and x.requires_grad  # the kernels have no gradient
         fits = rows.device.type == "cpu" and rows.dtype == self.scales.dtype == torch.bfloat16
-        if fits and 0 < rows.shape[0] <= self.few and not learning and self.has_kernel():
+        if fits and 0 < rows.shape[0] <= self.few and not learning:
             y = self.kernel(rows.contiguous())
         else:
-            step = max(64, CHUNK // rows.shape[1] // 64 * 64)
-            starts = range(0, self.qweight.shape[0], step)
-            y = torch.cat([self.chunk(rows, slice(i, i + step)) for i in starts], 1)
+            y = torch.cat([self.multiply(rows, part) for part in self.chunks()], 1)
         y = y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -467,10 +490,14 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
+# %% [markdown]
+# With eight bits a chunk is the one line from above:
+
+
 # %%
 #| export
 class Int8Linear(QuantizedLinear):
-    """Eight bits a weight and one scale for each output channel."""
+    """Eight bits a weight and one scale for each output."""
 
     few = 8
 
@@ -481,33 +508,20 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("qweight", codes)
         self.register_buffer("scales", torch.empty(out_features, dtype=dtype))
 
-    def set_rows(self, start: int, weight: torch.Tensor) -> None:
-        """Quantise `float[n, K]` into the rows from `start` on."""
-        codes, scales = quantize_int8(F.pad(weight, (0, self.fill)), self.scales.dtype)
-        rows = slice(start, start + weight.shape[0])
-        self.qweight[rows], self.scales[rows] = codes, scales
-
-    def dequantize(self) -> torch.Tensor:
-        """The weight as it acts: `float32[N, K]`."""
-        return (self.qweight.float() * self.scales.float()[:, None])[:, : self.in_features]
-
-    def has_kernel(self) -> bool:
-        """PyTorch has the kernel on every CPU."""
-        return hasattr(torch.ops.aten, "_weight_int8pack_mm")
+    def set_rows(self, part: slice, weight: torch.Tensor) -> None:
+        self.qweight[part], self.scales[part] = quantize_int8(weight)
 
     def kernel(self, rows: torch.Tensor) -> torch.Tensor:
-        """`bfloat16[M, K]` → `bfloat16[M, N]`, straight from the codes."""
-        multiply, (n, k) = torch.ops.aten._weight_int8pack_mm, self.qweight.shape
-        if rows.shape[0] > 1 or n % 2 or not k < PAGE <= 2 * k:
-            return multiply(rows, self.qweight, self.scales)
-        # Processors read ahead only within a page: two short rows of W pass for one that fills it.
-        codes, ones = self.qweight.view(n // 2, 2 * k), self.scales.new_ones(n // 2)
-        pairs = multiply(torch.block_diag(rows, rows), codes, ones)  # (2, N / 2)
-        return pairs.T.reshape(1, n) * self.scales
+        return torch.ops.aten._weight_int8pack_mm(rows, self.qweight, self.scales)
 
-    def chunk(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
-        """The outputs of one slice: whole numbers to -127 … 127 are exact in every float type."""
+    def multiply(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+        # Whole numbers up to 127 are exact in every float type.
         return rows @ self.qweight[part].to(rows.dtype).T * self.scales[part].to(rows.dtype)
+
+
+# %% [markdown]
+# With four bits it first takes the two codes of each byte apart. A block of packed rows lies column by column, so
+# what comes out is Wᵀ.
 
 
 # %%
@@ -515,57 +529,32 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """Four bits a weight; a scale and a zero for each group along the input."""
 
-    few = 64
-
     def __init__(self, in_features, out_features, bias=False, dtype=None, group_size=64):
         super().__init__(in_features, out_features, bias, dtype, multiple=group_size)
         n, k = out_features + -out_features % 64, in_features + self.fill  # whole blocks
         self.group_size, self.block = group_size, kernel_block() or 64
-        self.register_buffer("qweight", torch.zeros(n, k // 2, dtype=torch.uint8))
-        self.register_buffer("scales", torch.zeros(k // group_size, n, 2, dtype=dtype))
+        self.few = 64 if kernel_block() else 0
+        self.register_buffer("qweight", torch.empty(n, k // 2, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(k // group_size, n, 2, dtype=dtype))
 
-    def set_rows(self, start: int, weight: torch.Tensor) -> None:
-        """Quantise `float[n, K]` into the rows from `start` on, a multiple of 64."""
-        weight = F.pad(weight, (0, self.fill, 0, -weight.shape[0] % 64))
-        codes, scales = quantize_int4(weight, self.group_size, self.scales.dtype)
-        rows = slice(start, start + weight.shape[0])
-        self.qweight[rows] = pack_int4(codes, self.block)
-        self.scales[:, rows] = scales.transpose(0, 1)
-
-    def repack(self, stored_block: int) -> None:
-        """Codes that another machine packed, in this machine's order."""
-        if stored_block != self.block:
-            self.qweight = pack_int4(unpack_int4(self.qweight, stored_block), self.block)
-
-    def dequantize(self) -> torch.Tensor:
-        """The weight as it acts: `float32[N, K]`."""
-        columns = self._columns(slice(None), torch.float32)  # (K, N)
-        return columns.T[: self.out_features, : self.in_features]
-
-    def has_kernel(self) -> bool:
-        """Whether this machine's kernel reads our order."""
-        return kernel_block() == self.block
+    def set_rows(self, part: slice, weight: torch.Tensor) -> None:
+        codes, scales = quantize_int4(weight, self.group_size)
+        self.qweight[part] = pack_int4(codes, self.block)
+        self.scales[:, part] = scales.transpose(0, 1)
 
     def kernel(self, rows: torch.Tensor) -> torch.Tensor:
-        """`bfloat16[M, K]` → `bfloat16[M, N]`, straight from the codes."""
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
         return multiply(rows, self.qweight, self.group_size, self.scales)
 
-    def chunk(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
-        """The outputs of one slice, whole blocks."""
-        return rows @ self._columns(part, rows.dtype)
-
-    def _columns(self, part: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Some rows of W, transposed: `dtype[K, n]`, rounded once (`addcmul` adds in float32)."""
-        g, block, wide = self.group_size, self.block, torch.promote_types(dtype, self.scales.dtype)
-        scales = self.scales[:, part].unflatten(1, (-1, block)).permute(3, 1, 0, 2).to(wide)
-        scale, zero = scales[:, :, :, None].contiguous()  # (n/block, K/g, 1, block)
-        packed = self.qweight[part].view(-1, scale.shape[1], g, block // 2)
-        codes = scale.new_empty(*packed.shape[:-1], block)  # (n/block, K/g, g, block)
-        for half, bits in zip(codes.split(block // 2, -1), (packed & 15, packed >> 4)):
-            half.copy_(bits.view(torch.int8).sub_(8))
-        weight = torch.addcmul(zero, codes, scale).to(dtype)
-        return weight.flatten(1, 2).transpose(0, 1).flatten(1)  # (K, n)
+    def multiply(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+        groups, block = self.scales.shape[0], self.block
+        pairs = self.qweight[part].view(-1, groups, self.group_size, block // 2)
+        codes = torch.cat([pairs & 15, pairs >> 4], -1).view(torch.int8) - 8  # (n/b, K/g, g, b)
+        scales = self.scales[:, part].unflatten(1, (-1, block)).permute(3, 1, 0, 2)
+        # One addcmul rounds once; it is twice as fast when scale and zero lie contiguously.
+        scale, zero = scales[:, :, :, None].to(rows.dtype).contiguous()  # (n/b, K/g, 1, b) each
+        weight = torch.addcmul(zero, codes.to(rows.dtype), scale).flatten(1, 2)  # (n/b, K, b)
+        return rows @ weight.transpose(0, 1).flatten(1)  # Wᵀ: (K, n)
 
 
 # %% [markdown]
@@ -574,15 +563,20 @@ class Int4Linear(QuantizedLinear):
 # has a gradient. So the layer fills up its columns with zeros, and uses a kernel only where it is right
 # *and* fast.
 
+
 # %%
+def acting(layer):
+    """The weight of a layer without bias as it acts: what it makes of the rows of a unit matrix."""
+    return copy.deepcopy(layer).float()(torch.eye(layer.in_features)).T
+
+
 torch.manual_seed(0)
 weight = torch.randn(70, 40)  # neither is a multiple of 16
 for kind in (Int8Linear, Int4Linear):
-    layer = kind(40, 70, dtype=torch.bfloat16, group_size=32)
-    layer.set_rows(0, weight)
+    layer = kind.from_weight(weight.bfloat16(), group_size=32)
     for rows in (1, 100):
         x = torch.randn(rows, 40).bfloat16()
-        expected = x.float() @ layer.dequantize().T
+        expected = x.float() @ acting(layer).T
         error = relative(layer(x).float(), expected)
         assert error < 0.01
         print(f"{kind.__name__} {rows:3} rows → {list(layer(x).shape)}, like its own weight: True")
@@ -596,7 +590,7 @@ for kind in (Int8Linear, Int4Linear):
 
 # %%
 w = torch.randn(96, 128)
-codes, scales = quantize_int8(w, torch.float32)
+codes, scales = quantize_int8(w)
 zeros = torch.zeros(len(w), dtype=torch.int32)
 theirs = torch.fake_quantize_per_channel_affine(w, scales, zeros, 0, -127, 127)
 gap = (codes * scales[:, None] - theirs).abs().max().item()
@@ -604,10 +598,9 @@ print(f"rounding: {gap:.1e}")
 assert gap <= 1e-6
 for kind in (Int8Linear, Int4Linear):
     for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        layer = kind(w.shape[1], w.shape[0], dtype=dtype, group_size=32)
-        layer.set_rows(0, w)
+        layer = kind.from_weight(w.to(dtype), group_size=32)
         x = torch.randn(4, w.shape[1]).to(dtype)
-        gap = relative(layer(x).float(), F.linear(x.float(), layer.dequantize()))
+        gap = relative(layer(x).float(), F.linear(x.float(), acting(layer)))
         assert gap <= most
         print(f"{kind.__name__}, {str(dtype)[6:]:8} differs from F.linear by less than {most:.0e}")
 
@@ -618,98 +611,31 @@ for kind in (Int8Linear, Int4Linear):
 # it memory, no time. It stays, but takes eight beside four bits, where it would be a third. Of the
 # embedding a prompt reads few rows; it stays exact, and the **head** gets a quantised copy.
 #
-# The tied weights meet in the head, so there the class changes. One original weight is needed at a time.
+# The tied weights meet in the head: [`GemmaModel.head`](12_gemma.ipynb), when it is set, takes the embedding's
+# place there, in Gemma 2 too.
 
 
 # %%
 #| export
-class QuantizedGemmaModel(GemmaModel):
-    """Gemma whose head is a quantised copy of the embedding."""
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`float[B, L, D]` → `float32[B, L, V]`."""
-        return self.lm_head(hidden).float()
-
-
-class QuantizedGemma2Model(Gemma2Model):
-    """Gemma 2 whose head is a quantised copy of the embedding."""
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`float[B, L, D]` → `float32[B, L, V]`, capped."""
-        return soft_cap(self.lm_head(hidden), self.config.final_logit_softcapping)
+def check_one_type(model: nn.Module) -> None:
+    """Weights and scales of several float types cannot be multiplied with each other."""
+    floats = {str(t.dtype)[6:] for t in model.state_dict().values() if t.is_floating_point()}
+    if len(floats) > 1:
+        raise ValueError(f"the weights are {' and '.join(sorted(floats))}; give one dtype for all")
 
 
 MODES = {"int8": Int8Linear, "int4": Int4Linear}
-HEADS = {GemmaModel: QuantizedGemmaModel, Gemma2Model: QuantizedGemma2Model}
-GROUPS = (32, 64, 128, 256)  # what the int4 kernel knows
-SPARED = ("attention", "head")  # what int4 can leave at eight bits
+GROUP_SIZES = (32, 64, 128, 256)  # what the int4 kernel knows
 
 
-# %%
-#| export
-def _empty(mode: str, linear: nn.Module, dtype: torch.dtype, group_size: int) -> QuantizedLinear:
-    """A quantised layer, still without its weight, for a linear layer or an embedding."""
-    n, k = linear.weight.shape
-    new = MODES[mode](k, n, getattr(linear, "bias", None) is not None, dtype, group_size)
-    if new.bias is not None:
-        new.bias = linear.bias.detach().to(dtype)
-    return new
-
-
-def _swap(
-    model: PaliGemma, mode: str, group_size: int, eight: tuple, dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor, QuantizedLinear]]:
-    """Put empty quantised layers in, one at a time; what is done between is the caller's.
-
-    Yields:
-        the name of a weight in the model, the tensor, and the layer that has to take it.
-    """
-    language = model.language_model
-    head_mode = "int8" if "head" in eight else mode
-    language.lm_head = _empty(head_mode, language.embed_tokens, dtype, group_size)
-    language.__class__ = HEADS[type(language)]
-    # The largest weight first, while nothing else is in memory yet.
-    yield "language_model.embed_tokens.weight", language.embed_tokens.weight, language.lm_head
-    tower = "vision_tower." if mode == "int4" else "language_model."
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name.startswith(("language_model.", tower)):
-            parent, _, child = name.rpartition(".")
-            spared = name.startswith("vision") or ("attention" in eight and ".self_attn." in name)
-            new = _empty("int8" if spared else mode, layer, dtype, group_size)
-            setattr(model.get_submodule(parent), child, new)
-            yield f"{name}.weight", layer.weight, new
-
-
-def _choose(
-    model: PaliGemma, mode: str, group_size: int | None, eight: Sequence[str] | None
-) -> tuple[int, tuple[str, ...]]:
-    """Group size, and what keeps eight bits; narrow models need care more than they need speed."""
-    if type(model.language_model) not in HEADS:
-        raise ValueError("the model is quantised already; load the original weights again")
-    if mode not in MODES:
-        raise ValueError(f"the mode is {mode!r}; expected 'int8' or 'int4'")
-    narrow = model.config.text_config.hidden_size < 1024
-    group_size = (32 if narrow else 64) if group_size is None else group_size
-    if group_size not in GROUPS:
-        raise ValueError(f"group_size is {group_size!r}; expected 32, 64, 128 or 256")
-    eight = (SPARED if narrow else ()) if eight is None else eight
-    if isinstance(eight, str) or not set(eight) <= set(SPARED):
-        raise ValueError(f"eight is {eight!r}; expected a list of 'attention', 'head', or neither")
-    return group_size, tuple(sorted(eight)) if mode == "int4" else ()
-
-
-# %%
-#| export
 @torch.no_grad()
 def quantize_model(
     model: PaliGemma,
     mode: str = "int8",
-    group_size: int | None = None,
-    eight: Sequence[str] | None = None,
+    group_size: int = 64,
     dtype: torch.dtype | None = None,
-    read: Callable[[str], torch.Tensor] | None = None,
 ) -> PaliGemma:
-    """Quantise the linear layers of the language model and the head's copy of the embedding.
+    """Quantise the linear layers of the language model, and a copy of the embedding as its head.
 
     The vision tower sees many rows once for each picture, where few bits save no time: it stays,
     except that beside four bits, where it would be a third of the memory, it takes eight.
@@ -718,26 +644,35 @@ def quantize_model(
     Args:
         model: changed in place.
         mode: "int8" or "int4".
-        group_size: for int4: 32, 64, 128 or 256; None: 64, or 32 below a width of 1024.
-        eight: what keeps eight bits in an int4 model, of "attention" and "head"; None: nothing,
-            or both below a width of 1024.
-        dtype: of the scales; None: the model's.
-        read: gives a weight by its name in the model; None: the model's own tensors.
+        group_size: for int4: 32, 64, 128 or 256.
+        dtype: to compute in afterwards; None: the type of the weights, which have to have one.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an unknown mode or group size, a model that is quantised already, or NaN.
+        ValueError: an unknown mode or group size, a model that is quantised already, adapters
+            that are not merged, weights of several types, or NaN. Only NaN is found on the way.
     """
-    group_size, eight = _choose(model, mode, group_size, eight)
-    for name, weight, new in _swap(model, mode, group_size, eight, dtype or model.dtype):
-        weight = weight if read is None else read(name)
-        step = max(64, CHUNK // 4 // weight.shape[1] // 64 * 64)  # the search needs room
-        new.to(weight.device)
-        for start in range(0, weight.shape[0], step):
-            new.set_rows(start, weight[start : start + step])
-    return model
+    if mode not in tuple(MODES):
+        raise ValueError(f"the mode is {shorten(mode)}; expected 'int8' or 'int4'")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {shorten(group_size)}; expected 32, 64, 128 or 256")
+    if model.language_model.head is not None:
+        raise ValueError("the model is quantised already; load the original weights again")
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("the model has adapters; call merge_lora first")
+    if dtype is None:
+        check_one_type(model)
+    language, kind = model.language_model, MODES[mode]
+    language.head = kind.from_weight(language.embed_tokens.weight, None, group_size)
+    kinds = {"language_model": kind} | ({"vision_tower": Int8Linear} if mode == "int4" else {})
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and (part := name.split(".")[0]) in kinds:
+            parent, _, child = name.rpartition(".")
+            new = kinds[part].from_weight(layer.weight, layer.bias, group_size)
+            setattr(model.get_submodule(parent), child, new)
+    return model.to(dtype=dtype)
 
 
 # %%
@@ -745,17 +680,19 @@ exact = model
 models = {"float32": exact}
 for mode in ("int8", "int4"):
     models[mode] = quantize_model(copy.deepcopy(exact), mode)
-read = [n for n in exact.state_dict() if "_proj" in n or n.endswith("embed_tokens.weight")]
-read = [n for n in read if n.startswith("language_model.")]
-weights = sum(exact.get_parameter(n).numel() for n in read)
+weights = sum(m.weight.numel() for m in exact.language_model.modules() if isinstance(m, nn.Linear))
+weights += exact.language_model.embed_tokens.weight.numel()
+bits_used = {}
 for mode in ("int8", "int4"):
-    state = models[mode].state_dict()
+    state = models[mode].language_model.state_dict()
     size = sum(t.nbytes for n, t in state.items() if n.endswith(("qweight", "scales")))
-    print(f"{mode}: {8 * size / weights:.2f} bits a weight")
+    bits_used[mode] = 8 * size / weights
+    print(f"{mode}: {bits_used[mode]:.2f} bits a weight of the language model")
+assert 8 < bits_used["int8"] < 8.4 and 5 <= bits_used["int4"] < 5.4
 
 # %% [markdown]
-# (Here the scales are in float32, as the tiny model computes, and int4 spares attention and head; we shall see
-# why. At full size it is 8.01 and 4.5.)
+# (Here the scales are in float32, as the tiny model computes, so a group's two cost one bit a weight. In bfloat16
+# and at full size it is 8.01 and 4.5.)
 #
 # Do the models still answer? The course's three scenes, four questions each (boxes not printed):
 
@@ -825,12 +762,14 @@ ax.plot(bits_tried, shift, "o-", color=COLOURS["vision"], label="change of the l
 ax.set(xlabel="bits a weight", ylabel="share", ylim=(0, 1.05), xticks=bits_tried)
 ax.invert_xaxis()
 fig.legend(loc="outside upper center", ncols=2, fontsize=8)
+assert all(1.4 < b / a < 2.6 for a, b in pairwise(shift[:5]))
+assert 1 > same[0] > same[2] > same[4] > same[6], "a slope"
 save_figure(fig, "22_fewer_bits")
 
 # %% [markdown]
-# What to notice: the logits' error about doubles with each bit that is taken, as the grid's step does. The
-# answers care late: mostly the best word wins by more than that. Where two words are nearly tied, such as
-# two neighbouring places of a box, they change first. Then comes the cliff.
+# What to notice: from 8 bits down to 4 the logits' error about doubles with each bit that is taken, as the grid's
+# step does. The answers go down a slope with it. Where two words are nearly tied, such as two neighbouring
+# location words of a box, they change first.
 #
 # ### Which layer is sensitive?
 #
@@ -860,189 +799,45 @@ print(
     f"together: {100 * shift[bits_tried.index(4)]:.0f} %, "
     f"root of the sum of squares: {sum(s**2 for s in shifts) ** 0.5:.0f} %"
 )
+together = 100 * shift[bits_tried.index(4)]
+assert 0.6 < together / sum(s**2 for s in shifts) ** 0.5 < 1.5
+harm = [shift_ / share for shift_, share in zip(shifts, shares)]  # for each per cent of the weights
+assert sorted(kinds, key=dict(zip(kinds, harm)).get)[-2:] == ["k_proj", "v_proj"]
+assert min(harm) == harm[-1]
 save_figure(fig, "22_layers")
 
 # %% [markdown]
 # The errors are nearly independent: together they grow about like the root of the sum of squares. Compare the length of a
-# bar with its share: attention is small and sensitive. The head is large, and its error goes straight into
-# the logits. So in narrow models, where four bits cost answers, ours get feed-forward layers only. In large
-# models some *inputs* are outliers too; GPTQ and AWQ (references) weigh each weight by what flows through it.
+# bar with its share: keys and values are few, and a weight of theirs counts more than any other; the head is large,
+# and a weight of it counts least. Some programs therefore leave attention at eight bits. In large models some
+# *inputs* are outliers too; GPTQ and AWQ (references) weigh each weight by what flows through it.
 
 # %% [markdown]
 # ## Files: quantise once, map for ever
 #
-# A 3B checkpoint has 5.8 GB. Whoever quantises because memory is short must not need all of it. So each
-# weight is mapped ([lesson 16](16_checkpoint.ipynb)), quantised, and let go. Let go *really*: a page that was read stays in memory as
-# long as its mapping lives. So each weight gets a mapping of its own.
-
-
-# %%
-#| export
-def load_quantized(
-    path: str | os.PathLike,
-    mode: str | None = None,
-    group_size: int | None = None,
-    eight: Sequence[str] | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> PaliGemma:
-    """Load a checkpoint with few bits a weight; the whole original is never in memory.
-
-    Args:
-        path: a directory that `save_quantized` wrote: its tensors stay mapped, loading takes next
-            to no time. Or one with original weights: each is mapped, quantised and let go.
-        mode: "int8" or "int4"; None: as the directory was saved.
-        group_size, eight: as in `quantize_model`; None: as saved, or chosen by the width.
-        device: where the weights go.
-        dtype: to compute in; None: as stored.
-
-    Returns:
-        A `PaliGemma` in evaluation mode.
-
-    Raises:
-        CheckpointError: a directory that cannot be used, or was quantised in another mode.
-        ValueError: as in `quantize_model`.
-    """
-    saved = read_quantization(path)
-    if saved is not None:
-        asked = {"mode": mode, "group_size": group_size}
-        asked["eight"] = None if eight is None else sorted(eight)
-        for name, value in asked.items():
-            if value not in (None, saved[name]):
-                raise CheckpointError(
-                    f"{path} was quantised with {name} {saved[name]!r}, not {value!r}; "
-                    "quantise the original weights"
-                )
-        model = _load_saved(path, saved)
-    else:
-        model = load_model(path, dtype=None)
-        quantize_model(model, mode or "int8", group_size, eight, dtype, _reader(path))
-    return model.to(device=device, dtype=dtype).eval()
-
-
-def _reader(path: str | os.PathLike) -> Callable[[str], torch.Tensor]:
-    """A function that maps one weight by its name in the model, with a mapping of its own.
-
-    When the weight is let go its pages are too; in a common mapping of the file they would stay.
-    """
-    place = {internal_name(n): (f, n) for f in weight_files(path) for n, _ in read_tensors([f])}
-
-    def read(name: str) -> torch.Tensor:
-        file, stored = place[name]
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(stored)
-
-    return read
-
-
-# %% [markdown]
-# The result can be saved. `config.json` says how it was made, so that no one takes codes for weights, and
-# all is written under other names first, as in [lesson 16](16_checkpoint.ipynb). Loading is strict, as ever.
-
-# %%
-#| export
-KEY, METHOD = "quantization_config", "paligemma"
-
-
-def read_quantization(path: str | os.PathLike) -> dict | None:
-    """How a directory was quantised: mode, group_size, eight, block; None: not at all.
-
-    Raises:
-        CheckpointError: it was quantised by something else.
-    """
-    file = Path(path) / "config.json"
-    read_config(path)  # says what is wrong with the file as a whole
-    found = json.loads(file.read_text(encoding="utf-8")).get(KEY)
-    if found is None:
-        return None
-    good = isinstance(found, dict) and found.get("quant_method") == METHOD
-    eights = ([], ["attention"], ["head"], ["attention", "head"])
-    allowed = {"mode": list(MODES), "eight": eights, "group_size": GROUPS, "block": (32, 64)}
-    if not good or any(found.get(name) not in values for name, values in allowed.items()):
-        raise CheckpointError(f"{file}: {KEY} is {found!r:.130}; expected one of save_quantized")
-    return {name: found[name] for name in allowed}
-
-
-def save_quantized(model: PaliGemma, path: str | os.PathLike) -> None:
-    """Write a quantised model: `config.json`, which names the mode, and one safetensors file.
-
-    Both are written under other names and renamed when whole. `load_model` refuses the directory;
-    `load_quantized` maps it.
-
-    Raises:
-        ValueError: the model is not quantised.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    if not layers:
-        raise ValueError("the model is not quantised; use save_model, or quantize_model first")
-    language = model.language_model
-    four = any(isinstance(layer, Int4Linear) for layer in layers)
-    how = {"mode": "int4" if four else "int8", "eight": []}
-    for name, layer in (
-        ("attention", language.layers[0].self_attn.q_proj),
-        ("head", language.lm_head),
-    ):
-        if four and isinstance(layer, Int8Linear):
-            how["eight"].append(name)
-    how |= {"group_size": 64, "block": 64, "quant_method": METHOD}  # int8 has neither
-    for layer in layers:
-        if isinstance(layer, Int4Linear):
-            how |= {"group_size": layer.group_size, "block": layer.block}
-    dtype = {"dtype": str(model.dtype).removeprefix("torch.")}
-    config = json.dumps(config_dict(model.config) | dtype | {KEY: how}, indent=2)
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    state = {published_name(n): t.detach().cpu() for n, t in model.state_dict().items()}
-    with replacing(path) as draft:
-        save_file(state, draft("model.safetensors"), metadata={"format": "pt"})
-        draft("config.json").write_text(config + "\n")
-
-
-# %%
-#| export
-def _load_saved(path: str | os.PathLike, how: dict) -> PaliGemma:
-    """A directory of `save_quantized`, mapped and strict."""
-    model = empty_model(path, read_config(path))
-    with torch.device("meta"):
-        for _ in _swap(model, how["mode"], how["group_size"], how["eight"], torch.float32):
-            pass
-    expected = model.state_dict()
-    state = {internal_name(name): tensor for name, tensor in read_tensors(weight_files(path))}
-    missing, foreign = sorted(expected.keys() - state), sorted(state.keys() - expected)
-    if missing or foreign:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors and holds {len(foreign)} that do not belong to "
-            f"it, such as {(missing + foreign)[0]}; save it again"
-        )
-    for name, tensor in state.items():
-        wanted = expected[name]
-        if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
-            raise CheckpointError(
-                f"{path}: {name} is {tensor.dtype}{list(tensor.shape)}; expected {wanted.dtype}"
-                f"{list(wanted.shape)}: save it again"
-            )
-    model.load_state_dict(state, strict=True, assign=True)
-    for layer in model.modules():
-        if isinstance(layer, Int4Linear):
-            layer.repack(how["block"])
-    return model
-
+# A 3B checkpoint has 5.8 GB. Whoever quantises because memory is short must not need all of it. The weights are
+# mapped ([lesson 16](16_checkpoint.ipynb)): a page comes into memory when it is read, and the system takes it back when it needs
+# room. What is written anew are the codes.
+#
+# The codes can be saved, so that this is done once. Again the plain form first: write all tensors; make a model
+# on the *meta device*, which has shapes and no numbers; quantise that, which gives it layers of the right
+# shapes; put the tensors in.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    first = load_quantized(TINY, "int4")  # bfloat16, as stored
-    save_quantized(first, folder)
-    again = load_quantized(folder)
-    pair = [
-        m.language_model(torch.ones(1, 1, 128).bfloat16(), torch.zeros(1, 1).long())
-        for m in (first, again)
-    ]
-    print("the same to the last bit:", torch.equal(*pair))
-    print(json.loads((Path(folder) / "config.json").read_text())[KEY])
-    try:
-        load_model(folder)
-    except CheckpointError as error:
-        print("load_model refuses:", str(error).split(" holds ")[-1])
+    file = Path(folder) / "int4.safetensors"
+    save_file(models["int4"].state_dict(), file)
+    with torch.device("meta"):
+        again = quantize_model(PaliGemma(exact.config), "int4")
+    again.load_state_dict(load_file(file), assign=True)
+    size = file.stat().st_size, sum(t.nbytes for t in exact.state_dict().values())
+assert torch.equal(again(**inputs).logits, models["int4"](**inputs).logits)
+print(f"the same to the last bit; {size[0] / 1e6:.1f} MB instead of {size[1] / 1e6:.1f}")
+
+# %% [markdown]
+# What a real program adds is in [support/quantized.py](../paligemma/support/quantized.py): `config.json` says how the weights were made, so that
+# no one takes codes for weights; a file from a processor with another order is repacked; each tensor has to
+# find its place. `paligemma.load(path, quantize="int4")` uses it.
 
 # %% [markdown]
 # ## At full size
@@ -1050,7 +845,7 @@ with tempfile.TemporaryDirectory() as folder:
 # One feed-forward matrix of the 3B model, 2048 × 16,384, times one row, on **one** core. We take processor
 # time, which other programs disturb least, and several copies in turn: a single packed matrix would stay in
 # the processor's cache and look too fast. The pace of the model is its bytes for each token, divided by the
-# reading speed. For bfloat16 there are two products: oneDNN's, and PyTorch's own ([lesson 18](18_generation.ipynb)).
+# reading speed. For bfloat16 PyTorch has two products, oneDNN's and its own; which is faster depends on the processor.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -1121,20 +916,25 @@ counts, styles = (
     {"kernel": "language", "chunks": "vision", "bfloat16": "muted"},
 )
 for ax, mode in zip(axes, MODES):
-    times, layer = {name: [] for name in styles}, MODES[mode](2048, 4096, dtype=torch.bfloat16)
+    few, times, layer = (
+        1,
+        {name: [] for name in styles},
+        MODES[mode](2048, 4096, dtype=torch.bfloat16),
+    )
     part = copy.deepcopy(dense.weight[:4096])
     layer.qweight.random_(), layer.scales.fill_(0.01)
     for rows in counts:
         x = torch.randn(rows, 2048).bfloat16()
         ways = {"kernel": layer.kernel, "chunks": layer, "bfloat16": lambda x: x @ part.T}
-        layer.few = 0  # calling the layer now goes through chunks
+        few, layer.few = layer.few or few, 0  # calling the layer now goes through chunks
         for name, way in ways.items():
             times[name].append(1e3 * seconds(lambda way=way, x=x: way(x), 3))
     for name, colour in styles.items():
         ax.plot(counts, times[name], "o-", color=COLOURS[colour], label=name, markersize=4)
-    ax.axvline(type(layer).few, color=COLOURS["ink"], lw=0.7, ls=":")
+    ax.axvline(few, color=COLOURS["ink"], lw=0.7, ls=":")
     ax.set(xscale="log", yscale="log", title=mode, xlabel="rows", xticks=counts, xticklabels=counts)
     ax.minorticks_off()
+    assert times["chunks"][-1] > 0.9 * times["bfloat16"][-1], "many rows: never faster"
 axes[0].set_ylabel("ms")
 axes[0].legend(fontsize=8)
 torch.set_num_threads(threads)
@@ -1142,8 +942,8 @@ save_figure(fig, "22_rows")
 
 # %% [markdown]
 # What to notice: the kernel starts lowest and rises with every row; the chunks start high, at the price of
-# unpacking, and hardly rise. The layer changes over at the dotted line. For many
-# rows few bits bring **nothing**: prefill does not get faster.
+# unpacking, and hardly rise. The layer changes over at the dotted line. For many rows few bits save **no time**:
+# the product is the same, and the unpacking comes on top. Prefill gets slower.
 
 # %% [markdown]
 # ## A bug people really make: the scale of the wrong side
@@ -1176,7 +976,7 @@ print(f"in the layer: output off by {100 * relative(layer(x), x @ q_proj.T):.0f}
 # that counts compares *outputs*, with an input that is not all ones, and with a matrix that is not square.
 
 # %%
-for make in (quantize_colleague, lambda w: quantize_int8(w, torch.float32)):
+for make in (quantize_colleague, quantize_int8):
     k_proj = exact.language_model.layers[0].self_attn.k_proj.weight  # not square
     codes, scales = make(k_proj)
     try:
@@ -1284,8 +1084,7 @@ def test_3(bad_row):
     assert (row != 0).all(), "no weight may be zero"
     codes, _ = quantize_int8(row[None])
     assert int((codes != 0).sum()) == 1, f"{int((codes != 0).sum())} codes are not zero"
-    codes, scales = quantize_int4(row[None], 32)
-    kept = dequantize_int4(codes, scales)[0]
+    kept = acting(Int4Linear.from_weight(row[None], group_size=32))[0]
     errors = [relative(kept[half], row[half]) for half in (slice(0, 32), slice(32, 64))]
     assert min(errors) < 0.2, "one half should be fine in groups: only one outlier"
 
@@ -1316,7 +1115,7 @@ check(test_3, bad_row)
 # - A code is a weight divided by a scale, rounded; the error is half a step at most.
 # - The fewer share a scale, the less one outlier hurts: a row for 8 bits, 32 to 128 neighbours with their
 #   own zero for 4.
-# - Few rows: read packed. Many rows: unpack and multiply. Prefill gains nothing.
+# - Few rows: read packed. Many rows: unpack and multiply. Prefill gains no time.
 # - Check outputs, not weights.
 
 # %% [markdown]
@@ -1336,8 +1135,8 @@ check(test_3, bad_row)
 #
 # <details><summary>Answer</summary>
 #
-# Hardly at all. Each weight that is read now serves 64 rows, so arithmetic is the bottleneck, and it is
-# done in bfloat16 as before. What remains is the smaller memory.
+# Not at all: it is slower. Each weight that is read now serves 64 rows, so arithmetic is the bottleneck, it is
+# done in bfloat16 as before, and the weights have to be unpacked for it. What remains is the smaller memory.
 #
 # </details>
 
