@@ -37,7 +37,7 @@ class PaliGemmaOutput:
     loss: torch.Tensor | None = None
 
     def __getitem__(self, index):
-        """By place, as transformers' Trainer asks for it: the loss first, if there is one."""
+        """By place, the loss first where there is one: as in transformers."""
         return tuple(t for t in (self.loss, self.logits) if t is not None)[index]
 
 
@@ -45,6 +45,17 @@ def prefix_lm_mask(
     attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None, length: int
 ) -> torch.Tensor | None:
     """Who may look at whom: prefix at prefix in both directions, suffix only backwards.
+
+                         is looked at
+                    image  prompt  suffix
+        image       1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+        prompt      1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+        suffix      1 1 1   1 1    1 0 0
+                    1 1 1   1 1    1 1 0
+                    1 1 1   1 1    1 1 1
 
     Args:
         attention_mask: `int64[B, S + L]`, 0 on padding; S tokens are in the cache already.
@@ -97,6 +108,118 @@ def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return total / (shift_labels != -100).sum().clamp(min=1)
 
 
+class PaliGemma(nn.Module):
+    """A picture and a prompt in, the next token's logits out (PaliGemma paper, section 3)."""
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.config, text = config, config.text_config
+        self.vision_tower = SiglipVisionModel(config.vision_config)
+        self.multi_modal_projector = PaliGemmaProjector(config)
+        kind = Gemma2Model if isinstance(text, Gemma2Config) else GemmaModel
+        self.language_model: GemmaModel = kind(text)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.language_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of the cache."""
+        return self.language_model.embed_tokens.weight.dtype
+
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`float[P, 3, H, W]` → `float[P, N, D]`, the vectors that stand for P pictures."""
+        return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
+
+    def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
+        """One sequence of words, times √D, and of pictures, as they are.
+
+        Args:
+            input_ids: `int64[B, L]`.
+            image_features: `float[P, N, D]`; they fill the `<image>` places in order over the rows.
+
+        Returns:
+            `float[B, L, D]`.
+
+        Raises:
+            ValueError: not exactly one place for each vector.
+        """
+        is_image = input_ids == self.config.image_token_index  # (B, L)
+        found = int(is_image.sum())
+        given = 0 if image_features is None else image_features.shape[:2].numel()
+        if found != given:
+            raise ValueError(
+                f"input_ids hold {found} <image> tokens and the pictures give {given}; "
+                "make both with the same Processor"
+            )
+        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # (B, L, D)
+        if image_features is None:
+            return inputs_embeds
+        return inputs_embeds.masked_scatter(
+            is_image[..., None], image_features.to(inputs_embeds.dtype)
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        image_features: torch.Tensor | None = None,
+        logits_to_keep: int | None = None,
+    ) -> PaliGemmaOutput:
+        """Logits for the new tokens, and the loss when there are labels.
+
+        Args:
+            input_ids: `int64[B, L]`, the new tokens.
+            pixel_values: `float[P, 3, H, W]`, the pictures of the `<image>` tokens, in order over
+                the rows; a row may hold several.
+            attention_mask: `int64[B, S + L]`, 0 on padding, S tokens cached; None: no padding.
+            token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: prefix (suffix after a cache).
+            labels: `int64[B, L]`, -100 where nothing is to be learnt; not shifted.
+            cache: from `make_cache`; gains the L tokens.
+            image_features: `float[P, N, D]` from `encode_image`, instead of `pixel_values`.
+            logits_to_keep: only the last so many positions get logits (and a loss); None: all.
+
+        Returns:
+            `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
+
+        Raises:
+            ValueError: tensors that do not fit each other, labels without token_type_ids, or a
+                picture given in two ways.
+        """
+        past, length = 0 if cache is None else len(cache), input_ids.shape[1]
+        all_see_all = (
+            attention_mask is None and token_type_ids is None and (length == 1 or not past)
+        )
+        attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
+        if pixel_values is not None:
+            if image_features is not None:
+                raise ValueError("got pixel_values and image_features; give one of them")
+            image_features = self.encode_image(pixel_values)  # (P, N, D)
+        if past and image_features is None:  # the picture is cached; a new <image> is a word
+            x = self.language_model.embed(input_ids)
+        else:
+            x = self.merge(input_ids, image_features)  # (B, L, D)
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (B, L)
+        mask = None if all_see_all else prefix_lm_mask(attention_mask, token_type_ids, length)
+        hidden = self.language_model(x, position_ids, mask, cache)  # (B, L, D)
+        keep = min(logits_to_keep or length, length)
+        logits = self.language_model.logits(hidden[:, -keep:])  # (B, keep, V)
+        loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
+        return PaliGemmaOutput(logits, loss)
+
+    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens."""
+        c = self.config.text_config
+        shape = (batch_size, c.num_key_value_heads, max_length, c.head_dim)
+        return KVCache(c.num_hidden_layers, *shape, self.device, self.dtype)
+
+
 def check_inputs(
     input_ids: torch.Tensor,
     past: int,
@@ -127,121 +250,3 @@ def check_inputs(
         if tensor is not None and tensor.shape != (batch, size):
             raise ValueError(f"{name} is {list(tensor.shape)}; expected [{batch}, {size}]: {why}")
     return attention_mask
-
-
-def place_features(
-    inputs_embeds: torch.Tensor, is_image: torch.Tensor, image_features: torch.Tensor | None
-) -> torch.Tensor:
-    """Put the pictures' vectors where `<image>` stands, in order over the rows and unscaled.
-
-    Args:
-        inputs_embeds: `float[B, L, D]`, the embedded text.
-        is_image: `bool[B, L]`, True on the placeholders.
-        image_features: `float[P, N, D]`, or None when there is no picture.
-
-    Returns:
-        `float[B, L, D]`.
-
-    Raises:
-        ValueError: not exactly one placeholder for each vector.
-    """
-    found = int(is_image.sum())
-    wanted = 0 if image_features is None else image_features.shape[:2].numel()
-    if found != wanted:
-        raise ValueError(
-            f"input_ids hold {found} <image> tokens and the pictures give {wanted}; "
-            "make both with the same Processor"
-        )
-    if image_features is None:
-        return inputs_embeds
-    return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
-
-
-class PaliGemma(nn.Module):
-    """A picture and a prompt in, the next token's logits out (PaliGemma paper, section 3)."""
-
-    def __init__(self, config: PaliGemmaConfig):
-        super().__init__()
-        self.config = config
-        self.vision_tower = SiglipVisionModel(config.vision_config)
-        self.multi_modal_projector = PaliGemmaProjector(config)
-        text = config.text_config
-        self.language_model = (
-            Gemma2Model(text) if isinstance(text, Gemma2Config) else GemmaModel(text)
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.language_model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights and of the cache."""
-        return self.language_model.embed_tokens.weight.dtype
-
-    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`float[P, 3, H, W]` → `float[P, N, D]`, the vectors that stand for P pictures."""
-        return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
-
-    def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        """`int64[B, L]` and `float[P, N, D]` → `float[B, L, D]`: words × √D, pictures as given."""
-        is_image = input_ids == self.config.image_token_index
-        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))
-        return place_features(inputs_embeds, is_image, image_features)
-
-    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for `batch_size` rows of up to `max_length` tokens."""
-        c = self.config.text_config
-        shape = (batch_size, c.num_key_value_heads, max_length, c.head_dim)
-        return KVCache(c.num_hidden_layers, *shape, self.device, self.dtype)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        image_features: torch.Tensor | None = None,
-        logits_to_keep: int | None = None,
-    ) -> PaliGemmaOutput:
-        """Logits for the new tokens, and the loss when there are labels.
-
-        Args:
-            input_ids: `int64[B, L]`, the new tokens.
-            pixel_values: `float[P, 3, H, W]`, the pictures of the `<image>` tokens, in order over
-                the rows; one row may hold several.
-            attention_mask: `int64[B, S + L]`, 0 on padding, S tokens cached; None: no padding.
-            token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: prefix (suffix after a cache).
-            labels: `int64[B, L]`, -100 where nothing is to be learnt; not shifted.
-            cache: from `make_cache`; gains the L tokens.
-            image_features: `float[P, N, D]` from `encode_image`, instead of `pixel_values`.
-            logits_to_keep: only the last so many positions get logits (and a loss); None: all.
-
-        Returns:
-            `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
-
-        Raises:
-            ValueError: tensors that do not fit each other, labels without token_type_ids, or a
-                picture given in two ways.
-        """
-        past, length = 0 if cache is None else len(cache), input_ids.shape[1]
-        free = attention_mask is None and token_type_ids is None and (length == 1 or not past)
-        attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
-        if pixel_values is not None:
-            if image_features is not None:
-                raise ValueError("got pixel_values and image_features; give one of them")
-            image_features = self.encode_image(pixel_values)
-        if past and image_features is None:  # the picture is cached; a new <image> is a word
-            x = self.language_model.embed(input_ids)
-        else:
-            x = self.merge(input_ids, image_features)  # (B, L, D)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        mask = None if free else prefix_lm_mask(attention_mask, token_type_ids, length)
-        hidden = self.language_model(x, position_ids, mask, cache)
-        keep = min(logits_to_keep or length, length)
-        logits = self.language_model.logits(hidden[:, -keep:])
-        loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
-        return PaliGemmaOutput(logits, loss)
