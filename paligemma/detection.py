@@ -53,7 +53,7 @@ class Detection:
     """One object that was found.
 
     Args:
-        label: its name, as the model wrote it.
+        label: its name, as the model wrote it; "" where it wrote none.
         box: (x0, y0, x1, y1) in pixels of the given picture.
         score: how sure the model was, 0 to 1; 1 where nothing is known.
     """
@@ -68,14 +68,15 @@ class Found:
     """One object as it stands in a text.
 
     Args:
-        start, end: its characters are text[start:end].
-        locs: the last four `<loc>` numbers, y0 x0 y1 x1, or fewer.
+        start, name, end: its numbers are text[start:name], its name is text[name:end].
+        locs: the `<loc>` numbers: y0 x0 y1 x1 of a box.
         segs: the `<seg>` numbers: none, or the sixteen of a mask.
-        label: what follows them.
+        label: what follows them, "" where nothing does.
         problem: why it cannot be used; None: it is well formed.
     """
 
     start: int
+    name: int
     end: int
     locs: tuple[int, ...]
     segs: tuple[int, ...]
@@ -87,22 +88,30 @@ OBJECT = re.compile(r"((?:<loc\d{4}>\s*)+)((?:<seg\d{3}>\s*)*)([^;<>\n]*)", re.A
 
 
 def find_objects(text: str) -> Iterator[Found]:
-    """Yield every run of `<loc>` words with what follows it, well formed or not, in order."""
+    """Yield every run of `<loc>` words with what follows it, well formed or not, in order.
+
+    Of a run of more than four, what is before the last four is yielded by itself, as a problem.
+    """
     for match in OBJECT.finditer(text):
-        locs = tuple(int(number) for number in re.findall(r"\d{4}", match[1], re.ASCII)[-4:])
+        words = list(re.finditer(r"<loc(\d{4})>", match[1], re.ASCII))
+        numbers = [int(word[1]) for word in words]
+        start, surplus, locs = match.start(), numbers[:-4], tuple(numbers[-4:])
+        if surplus:
+            middle = start + words[-4].start()
+            problem = f"{len(surplus)} <loc> before the last 4"
+            yield Found(start, middle, middle, tuple(surplus), (), "", problem)
+            start = middle
         segs = tuple(int(number) for number in re.findall(r"\d{3}", match[2], re.ASCII))
-        label, problem = match[3].strip(), None
+        problem = None
         if len(locs) < 4:
             problem = f"{len(locs)} <loc>, expected 4"
         elif max(locs) > 1023 or max(segs, default=0) > 127:
             problem = "a number beyond <loc1023> or <seg127>"
         elif len(segs) not in (0, 16):
             problem = f"{len(segs)} <seg>, expected 16 or none"
-        elif not label:
-            problem = "no label"
         elif locs[2] <= locs[0] or locs[3] <= locs[1]:
             problem = "a box without inside"
-        yield Found(match.start(), match.end(), locs, segs, label, problem)
+        yield Found(start, match.start(3), match.end(), locs, segs, match[3].strip(), problem)
 
 
 def decode_box(
@@ -119,7 +128,8 @@ def parse_detections(
     """Read the objects of a model's answer; whatever the text, it raises nothing.
 
     Args:
-        text: "<loc>×4 label" joined by " ; ", with anything around; a mask's `<seg>` are skipped.
+        text: "<loc>×4 label" joined by " ; ", with anything around; a mask's `<seg>` are skipped,
+            and an object without a label has the label "".
         width, height: of the picture, pixels.
         dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
 
@@ -139,34 +149,38 @@ def parse_detections(
     return detections
 
 
-def score_spans(
-    spans: Iterable[tuple[int, int]],
+def score_objects(
+    objects: Iterable[Found],
     ids: Sequence[int],
     log_probs: Sequence[float],
     tokenizer: Tokenizer,
 ) -> list[float]:
-    """How sure the model was of pieces of its answer.
+    """How sure the model was of each object of its answer.
 
     Args:
-        spans: (start, end) characters of `tokenizer.decode(ids)`.
+        objects: from `find_objects(tokenizer.decode(ids))`.
         ids: the tokens of the answer.
         log_probs: the natural logarithm of each token's probability.
         tokenizer: spells them.
 
     Returns:
-        For each span the geometric mean of its tokens' probabilities, 0 to 1.
+        For each object, 0 to 1: geometric means over the tokens of its numbers and over those of
+        its name, and of the two again; so the length of a name does not count.
     """
     ids = [int(token) for token in ids]
     ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
     starts = [0, *ends[:-1]]
     scores = []
-    for first, last in spans:
-        own = [
-            float(log_prob)
-            for start, end, log_prob in zip(starts, ends, log_probs)
-            if start < end and first < end <= last
-        ]
-        scores.append(min(1.0, math.exp(sum(own) / len(own))) if own else 0.0)
+    for found in objects:
+        means = []
+        for first, last in ((found.start, found.name), (found.name, found.end)):
+            own = [
+                float(log_prob)
+                for start, end, log_prob in zip(starts, ends, log_probs)
+                if start < end and first < end <= last
+            ]
+            means += [sum(own) / len(own)] if own else []
+        scores.append(min(1.0, math.exp(sum(means) / len(means))) if means else 0.0)
     return scores
 
 
@@ -191,8 +205,8 @@ def score_detections(
     """
     text = tokenizer.decode(ids)
     detections = parse_detections(text, width, height, dropped)
-    spans = [(found.start, found.end) for found in find_objects(text) if found.problem is None]
-    scores = score_spans(spans, ids, log_probs, tokenizer)
+    objects = [found for found in find_objects(text) if found.problem is None]
+    scores = score_objects(objects, ids, log_probs, tokenizer)
     return [Detection(d.label, d.box, score) for d, score in zip(detections, scores)]
 
 
@@ -206,12 +220,13 @@ def box_iou(a: Sequence, b: Sequence) -> torch.Tensor:
     Returns:
         `float64[N, M]`, 0 (apart) to 1 (equal); 0 for two boxes without area.
     """
-    a, b = (torch.as_tensor(boxes, dtype=torch.float64).reshape(-1, 4) for boxes in (a, b))
-    low = torch.maximum(a[:, None, :2], b[None, :, :2])  # (N, M, 2)
-    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    first = torch.as_tensor(a, dtype=torch.float64).reshape(-1, 4)
+    second = torch.as_tensor(b, dtype=torch.float64).reshape(-1, 4)
+    low = torch.maximum(first[:, None, :2], second[None, :, :2])  # (N, M, 2)
+    high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
     shared = (high - low).clamp(min=0).prod(-1)  # (N, M)
-    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b))
-    union = area_a[:, None] + area_b - shared
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1] - shared
     return torch.where(union > 0, shared / union, 0.0)
 
 

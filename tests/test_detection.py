@@ -1,6 +1,7 @@
 """Lesson 19: boxes as words. What untrusted text may do, and average precision beside COCO's."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import math
@@ -20,7 +21,7 @@ from paligemma.detection import (
     match_boxes,
     parse_detections,
     score_detections,
-    score_spans,
+    score_objects,
 )
 from paligemma.tokenizer import Tokenizer
 
@@ -144,8 +145,10 @@ def test_boxes_that_cannot_be_written(box, message):
     ("text", "labels", "problem"),
     [
         ("<loc0100><loc0200><loc0500> cat", [], "3 <loc>"),
-        ("<loc0100><loc0200><loc0500><loc0600>", [], "no label"),
-        ("<loc0100><loc0200><loc0500><loc0600> ; cat", [], "no label"),
+        ("<loc0100><loc0200><loc0500><loc0600>", [""], None),
+        ("<loc0100><loc0200><loc0500><loc0600><eos>", [""], None),
+        ("<loc0100><loc0200><loc0500><loc0600> ; cat", [""], None),
+        ("<loc0100><loc0200><loc0500><loc0600> ; " + GOOD, ["", "owl"], None),
         ("<loc0500><loc0200><loc0500><loc0600> cat", [], "without inside"),
         ("<loc0100><loc0700><loc0500><loc0600> cat", [], "without inside"),
         ("<loc0100><loc0200><loc0500><loc1024> cat", [], "beyond"),
@@ -154,7 +157,8 @@ def test_boxes_that_cannot_be_written(box, message):
         (GOOD.replace(" owl", "<seg001>" * 16 + " owl"), ["owl"], None),
         ("detect owl\n" + GOOD, ["owl"], None),
         (GOOD + "<eos>", ["owl"], None),
-        ("<loc0001>" + GOOD, ["owl"], None),
+        ("<loc0001>" + GOOD, ["owl"], "1 <loc> before the last 4"),
+        ("<loc0001>" * 4 + GOOD, ["owl"], "4 <loc> before the last 4"),
         (GOOD + GOOD, ["owl", "owl"], None),
         (GOOD + " ; <loc0001>", ["owl"], "1 <loc>"),
         ("", [], None),
@@ -173,7 +177,7 @@ def test_any_text_gives_a_list(text):
     for detection in parse_detections(text, 640, 480):
         x0, y0, x1, y1 = detection.box
         assert 0 <= x0 < x1 <= 640 and 0 <= y0 < y1 <= 480
-        assert detection.label.strip() == detection.label != ""
+        assert detection.label.strip() == detection.label
 
 
 @given(TEXTS, TEXTS)
@@ -202,9 +206,30 @@ def test_a_score_is_the_mean_of_its_own_tokens(tokenizer):
     one, two = score_detections(ids, logs, tokenizer, 10, 10)
     assert (one.label, two.label) == ("cat", "dog")
     assert one.score == pytest.approx(0.5)
-    expected = sum(logs[second : second + 5]) / 5
-    assert two.score == pytest.approx(math.exp(expected))
-    assert score_spans([(0, 0)], ids, logs, tokenizer) == [0.0]
+    place, name = sum(logs[second : second + 4]) / 4, logs[second + 4]
+    assert two.score == pytest.approx(math.exp((place + name) / 2))
+    nothing = dataclasses.replace(next(find_objects(text)), start=0, name=0, end=0)
+    assert score_objects([nothing], ids, logs, tokenizer) == [0.0]
+
+
+def test_the_length_of_a_name_does_not_count(tokenizer):
+    """Unsure of the place, sure of the name: one piece or ten, the score is the same."""
+    scores = []
+    for name in ("cat", "cat cat cat cat", ""):
+        ids = tokenizer.encode(f"<loc0100><loc0200><loc0500><loc0600> {name}".strip())
+        logs = [math.log(0.1)] * 4 + [math.log(0.9)] * (len(ids) - 4)
+        (found,) = score_detections(ids, logs, tokenizer, 10, 10)
+        assert found.label == name
+        scores.append(found.score)
+    assert scores == pytest.approx([0.3, 0.3, 0.1])
+
+
+def test_surplus_numbers_do_not_lower_a_score(tokenizer):
+    ids = tokenizer.encode("<loc0001><loc0002>" + GOOD)
+    logs, dropped = [-9.0] * 2 + [math.log(0.5)] * (len(ids) - 2), []
+    (found,) = score_detections(ids, logs, tokenizer, 10, 10, dropped)
+    assert found.score == pytest.approx(0.5)
+    assert dropped == [("<loc0001><loc0002>", "2 <loc> before the last 4")]
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=30))

@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -11,12 +14,12 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Segmentation →](21_segmentation.ipynb)
+# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Mask codec →](20_mask_codec.ipynb)
 
 # %% [markdown]
 # # 19 · Detection: how does a sentence become boxes, and how good are they?
 #
-# *45 minutes* · part IV, Answering
+# *60 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - find the detection bug that hides in square pictures.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("detection")
 
@@ -60,8 +63,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from paligemma.checkpoint import load_model
-from paligemma.generation import generate_steps
-from paligemma.plotting import COLOURS, CYCLE, check, draw_boxes, sample_picture, save_figure
+from paligemma.generation import GenerationConfig, generate_steps
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS, CYCLE, draw_boxes
 from paligemma.plotting import show_images
 from paligemma.processor import Processor
 
@@ -222,7 +226,7 @@ for label, box in read_plain(answers["scene"], 448, 448):
 GOOD = "<loc0100><loc0200><loc0500><loc0600> cat"
 BROKEN = {
     "cut off": f"{GOOD} ; <loc0100><loc0200><loc0500>",
-    "no name": f"{GOOD} ; <loc0100><loc0200><loc0500><loc0600>",
+    "eight numbers": f"<loc0007><loc0007><loc0900><loc0900>{GOOD}",
     "inside out": f"{GOOD} ; <loc0500><loc0200><loc0100><loc0600> dog",
     "the prompt again": f"detect cat ; dog\n{GOOD}",
     "just talk": "two cats",
@@ -237,15 +241,19 @@ for what, text in BROKEN.items():
 
 # %% [markdown]
 # Two kinds of harm. Some answers crash a program that could have shown the good cat. Others are
-# *silent*: a nameless object, a box inside out, a name made of masks, a box far outside the picture.
+# *silent*: a name made of numbers, a box inside out, a box far outside the picture.
 # We want three things: never an exception, no false object, and no good object lost.
 
 # %% [markdown]
 # ## The module, part two: reading
 #
-# Do not split, *search*: an object is a run of `<loc>` words, perhaps `<seg>` words (a mask, lesson
-# 20), and a name up to the next separator. Whatever lies between objects is ignored. Of too many
-# `<loc>` words the last four count: what stands in front of an object must not spoil it.
+# Do not split, *search*: an object is a run of `<loc>` words, perhaps `<seg>` words (a mask,
+# [lesson 21](21_segmentation.ipynb)), and a name up to the next separator. Whatever lies between
+# objects is ignored. Of too many `<loc>` words the last four count, and the surplus is reported:
+# what stands in front of an object must not spoil it.
+#
+# A **name may be missing**. Some published models are asked with a sentence ("the cat on the
+# left") and answer with the box alone. Such an object is kept, with the label "".
 
 
 # %%
@@ -255,7 +263,7 @@ class Detection:
     """One object that was found.
 
     Args:
-        label: its name, as the model wrote it.
+        label: its name, as the model wrote it; "" where it wrote none.
         box: (x0, y0, x1, y1) in pixels of the given picture.
         score: how sure the model was, 0 to 1; 1 where nothing is known.
     """
@@ -270,14 +278,15 @@ class Found:
     """One object as it stands in a text.
 
     Args:
-        start, end: its characters are text[start:end].
-        locs: the last four `<loc>` numbers, y0 x0 y1 x1, or fewer.
+        start, name, end: its numbers are text[start:name], its name is text[name:end].
+        locs: the `<loc>` numbers: y0 x0 y1 x1 of a box.
         segs: the `<seg>` numbers: none, or the sixteen of a mask.
-        label: what follows them.
+        label: what follows them, "" where nothing does.
         problem: why it cannot be used; None: it is well formed.
     """
 
     start: int
+    name: int
     end: int
     locs: tuple[int, ...]
     segs: tuple[int, ...]
@@ -291,22 +300,30 @@ OBJECT = re.compile(r"((?:<loc\d{4}>\s*)+)((?:<seg\d{3}>\s*)*)([^;<>\n]*)", re.A
 # %%
 #| export
 def find_objects(text: str) -> Iterator[Found]:
-    """Yield every run of `<loc>` words with what follows it, well formed or not, in order."""
+    """Yield every run of `<loc>` words with what follows it, well formed or not, in order.
+
+    Of a run of more than four, what is before the last four is yielded by itself, as a problem.
+    """
     for match in OBJECT.finditer(text):
-        locs = tuple(int(number) for number in re.findall(r"\d{4}", match[1], re.ASCII)[-4:])
+        words = list(re.finditer(r"<loc(\d{4})>", match[1], re.ASCII))
+        numbers = [int(word[1]) for word in words]
+        start, surplus, locs = match.start(), numbers[:-4], tuple(numbers[-4:])
+        if surplus:
+            middle = start + words[-4].start()
+            problem = f"{len(surplus)} <loc> before the last 4"
+            yield Found(start, middle, middle, tuple(surplus), (), "", problem)
+            start = middle
         segs = tuple(int(number) for number in re.findall(r"\d{3}", match[2], re.ASCII))
-        label, problem = match[3].strip(), None
+        problem = None
         if len(locs) < 4:
             problem = f"{len(locs)} <loc>, expected 4"
         elif max(locs) > 1023 or max(segs, default=0) > 127:
             problem = "a number beyond <loc1023> or <seg127>"
         elif len(segs) not in (0, 16):
             problem = f"{len(segs)} <seg>, expected 16 or none"
-        elif not label:
-            problem = "no label"
         elif locs[2] <= locs[0] or locs[3] <= locs[1]:
             problem = "a box without inside"
-        yield Found(match.start(), match.end(), locs, segs, label, problem)
+        yield Found(start, match.start(3), match.end(), locs, segs, match[3].strip(), problem)
 
 
 def decode_box(
@@ -325,7 +342,8 @@ def parse_detections(
     """Read the objects of a model's answer; whatever the text, it raises nothing.
 
     Args:
-        text: "<loc>×4 label" joined by " ; ", with anything around; a mask's `<seg>` are skipped.
+        text: "<loc>×4 label" joined by " ; ", with anything around; a mask's `<seg>` are skipped,
+            and an object without a label has the label "".
         width, height: of the picture, pixels.
         dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
 
@@ -352,8 +370,13 @@ for what, text in BROKEN.items():
     print(f"{what:17} {kept!s:8} dropped: {', '.join(problem for _, problem in dropped) or '-'}")
 
 # %% [markdown]
-# Every good cat is kept, and nothing false is. Now at random: 2,000 answers made of the words that do
-# harm, with one good object hidden in each.
+# Every good cat is kept, and nothing false is. And the nameless:
+
+# %%
+print(parse_detections(GOOD.removesuffix(" cat"), 448, 448))
+
+# %% [markdown]
+# Now at random: 2,000 answers made of the words that do harm, with one good object hidden in each.
 
 # %%
 random.seed(19)
@@ -381,53 +404,64 @@ for name in PLACED:
 # ## A score from the words' probabilities
 #
 # Which of two boxes should be trusted more? A detector's head gives a score. A language model gives
-# a probability for every word it wrote. An object is five words or so; we take the **geometric mean**
-# of their probabilities, that is $\exp$ of the mean logarithm.
+# a probability for every word it wrote. The product of all would punish long names, so we take the
+# **geometric mean**, that is $\exp$ of the mean logarithm. One mean over everything has a fault too:
+
 
 # %%
-written = [0.9, 0.8, 0.9, 0.7, 0.99]  # y0, x0, y1, x1, the name
-product = math.prod(written)
-mean = math.exp(sum(map(math.log, written)) / len(written))
-print(f"product {product:.3f}, geometric mean {mean:.3f}")
-longer = [*written, 0.95, 0.95]  # the same box with a name of three pieces
-print(f"a longer name: {math.prod(longer):.3f} and {math.exp(sum(map(math.log, longer)) / 7):.3f}")
+def geometric_mean(shares):
+    return math.exp(sum(map(math.log, shares)) / len(shares))
+
+
+place = [0.1, 0.1, 0.1, 0.1]  # four edges, each a choice among near-equal neighbours
+for name in ([0.9], [0.9, 0.9, 0.9]):  # a name of one piece, a name of three
+    over_all = geometric_mean(place + name)
+    apart = math.sqrt(geometric_mean(place) * geometric_mean(name))
+    print(f"{len(name)} pieces: one mean over all {over_all:.2f}, place and name apart {apart:.2f}")
+assert geometric_mean(place + [0.9] * 3) > 1.5 * geometric_mean(place + [0.9])
 
 # %% [markdown]
-# The product punishes long names; the mean does not. Which tokens belong to which object? Decode ever
-# longer beginnings of the answer: where the text ends is where the token ends. A token belongs to the
-# object in whose characters it ends.
+# The same box, equally sure of its name, nearly twice the score because the name is longer. So **place**
+# and **name** get a mean each, and the score is the mean of the two.
+#
+# Which tokens belong to which object? Decode ever longer beginnings of the answer: where the text
+# ends is where the token ends. A token belongs to the piece of text in whose characters it ends.
 
 
 # %%
 #| export
-def score_spans(
-    spans: Iterable[tuple[int, int]],
+def score_objects(
+    objects: Iterable[Found],
     ids: Sequence[int],
     log_probs: Sequence[float],
     tokenizer: Tokenizer,
 ) -> list[float]:
-    """How sure the model was of pieces of its answer.
+    """How sure the model was of each object of its answer.
 
     Args:
-        spans: (start, end) characters of `tokenizer.decode(ids)`.
+        objects: from `find_objects(tokenizer.decode(ids))`.
         ids: the tokens of the answer.
         log_probs: the natural logarithm of each token's probability.
         tokenizer: spells them.
 
     Returns:
-        For each span the geometric mean of its tokens' probabilities, 0 to 1.
+        For each object, 0 to 1: geometric means over the tokens of its numbers and over those of
+        its name, and of the two again; so the length of a name does not count.
     """
     ids = [int(token) for token in ids]
     ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
     starts = [0, *ends[:-1]]
     scores = []
-    for first, last in spans:
-        own = [
-            float(log_prob)
-            for start, end, log_prob in zip(starts, ends, log_probs)
-            if start < end and first < end <= last
-        ]
-        scores.append(min(1.0, math.exp(sum(own) / len(own))) if own else 0.0)
+    for found in objects:
+        means = []
+        for first, last in ((found.start, found.name), (found.name, found.end)):
+            own = [
+                float(log_prob)
+                for start, end, log_prob in zip(starts, ends, log_probs)
+                if start < end and first < end <= last
+            ]
+            means += [sum(own) / len(own)] if own else []
+        scores.append(min(1.0, math.exp(sum(means) / len(means))) if means else 0.0)
     return scores
 
 
@@ -454,8 +488,8 @@ def score_detections(
     """
     text = tokenizer.decode(ids)
     detections = parse_detections(text, width, height, dropped)
-    spans = [(found.start, found.end) for found in find_objects(text) if found.problem is None]
-    scores = score_spans(spans, ids, log_probs, tokenizer)
+    objects = [found for found in find_objects(text) if found.problem is None]
+    scores = score_objects(objects, ids, log_probs, tokenizer)
     return [Detection(d.label, d.box, score) for d, score in zip(detections, scores)]
 
 
@@ -488,7 +522,11 @@ def detect(image, what):
     inputs = processor(image, f"detect {what}")
     log_probs = []
     steps = generate_steps(
-        model, inputs["input_ids"], inputs["pixel_values"], max_new_tokens=60, log_probs=log_probs
+        model,
+        inputs["input_ids"],
+        inputs["pixel_values"],
+        config=GenerationConfig(max_new_tokens=60),
+        log_probs=log_probs,
     )
     ids = [int(token) for token in steps]
     log_probs = [float(log_prob) for log_prob in log_probs]
@@ -550,12 +588,13 @@ def box_iou(a: Sequence, b: Sequence) -> torch.Tensor:
     Returns:
         `float64[N, M]`, 0 (apart) to 1 (equal); 0 for two boxes without area.
     """
-    a, b = (torch.as_tensor(boxes, dtype=torch.float64).reshape(-1, 4) for boxes in (a, b))
-    low = torch.maximum(a[:, None, :2], b[None, :, :2])  # (N, M, 2)
-    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    first = torch.as_tensor(a, dtype=torch.float64).reshape(-1, 4)
+    second = torch.as_tensor(b, dtype=torch.float64).reshape(-1, 4)
+    low = torch.maximum(first[:, None, :2], second[None, :, :2])  # (N, M, 2)
+    high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
     shared = (high - low).clamp(min=0).prod(-1)  # (N, M)
-    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b))
-    union = area_a[:, None] + area_b - shared
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1] - shared
     return torch.where(union > 0, shared / union, 0.0)
 
 
@@ -576,7 +615,10 @@ views = []
 for step in (4, 12, 26, 42):
     moved = (x0 + step, y0 - step, x1 + step, y1 - step)
     views.append((f"IoU {iou_loop((x0, y0, x1, y1), moved):.2f}", moved))
-pictures = [draw_boxes(scene, [(x0, y0, x1, y1), box]).crop((0, 150, 240, 390)) for _, box in views]
+pictures = [
+    draw_boxes(scene, [(x0, y0, x1, y1), box], ["true", "guess"]).crop((0, 150, 240, 390))
+    for _, box in views
+]
 fig = show_images([p.resize((180, 180)) for p in pictures], [t for t, _ in views], height=1.65)
 save_figure(fig, "19_iou.png")
 
@@ -730,9 +772,11 @@ print(f"AP at IoU 0.50: {ap:.4f}")
 for threshold in (0.75, 0.9, 0.95):
     value = average_precision(one_picture(found, scores), one_picture(truth), "cat", threshold)
     print(f"AP at IoU {threshold:.2f}: {value:.4f}")
+    assert value <= ap
+    ap = value
 
 # %% [markdown]
-# The stricter the bound, the lower the number. "The" AP of papers is the mean over the ten bounds
+# A stricter bound never makes the number higher. "The" AP of papers is the mean over the ten bounds
 # 0.50, 0.55, … 0.95 and over all kinds. (Exercise 2.)
 #
 # ## Against the reference
@@ -763,20 +807,24 @@ print(f"largest difference: {gap:.1e}")
 # ## See it
 #
 # The tiny model's own answers, each box with its score. Above each picture stands, for every true
-# object, the IoU of the box that fits it best. Scores are low though boxes are good: training let each
-# edge lie a little to the side ([lesson 27](27_training.ipynb)), so no single place is likely. A score ranks the boxes of one
-# model; it is not the chance of being right. Labels never hide each other.
+# object, the IoU of the box that fits it best. Scores are lower than that: training let each edge lie
+# a little to the side ([lesson 27](27_training.ipynb)), so no single place is likely. A score ranks the
+# boxes of one model; it is not the chance of being right. Labels never hide each other.
 
 # %%
-shown, titles = [], []
+shown, titles, sure, fit = [], [], [], []
 for name in PLACED:
     detections = outcome[name][0]
     ious = box_iou([d.box for d in detections], boxes[name])
     best = [f"{v:.2f}" for v in ious.amax(0)] if detections else ["-"] * len(boxes[name])
+    sure += [d.score for d in detections]
+    fit += ious.amax(1).tolist() if detections else []
     names, scores = [d.label for d in detections], [d.score for d in detections]
     drawn = draw_boxes(sample_picture(name), [d.box for d in detections], names, scores)
     shown.append(drawn)
     titles.append("best IoU: " + ", ".join(best))
+print(f"mean score {sum(sure) / len(sure):.2f}, mean IoU {sum(fit) / len(fit):.2f}")
+assert sum(sure) < sum(fit)
 fig = show_images([picture.resize((224, 224)) for picture in shown], titles, height=2.1)
 save_figure(fig, "19_scenes.png")
 
@@ -897,12 +945,12 @@ check(test_1, counts)
 # <details><summary>Hint</summary>
 #
 # A name ends where the next `<` begins. Of too many locs, the last four count. A semicolon ends an
-# object. The parser does not judge whether two objects are the same.
+# object, and an object needs no name. The parser does not judge whether two objects are the same.
 #
 # </details>
 
 # %% tags=["solution"]
-counts = [2, 1, 0, 2]
+counts = [2, 1, 1, 2]
 check(test_1, counts)
 
 # %% [markdown]
@@ -999,7 +1047,8 @@ check(test_3, say_once)
 #
 # - A box is four words, y0 x0 y1 x1, `round(v · 1023)` of the picture's height or width.
 # - A model's answer is untrusted: search for objects, keep the good, name the broken.
-# - The probabilities of an object's words make its score, and the score decides who matches first.
+# - The probabilities of an object's words make its score, place and name apart; the score decides
+#   who matches first.
 # - IoU measures one box; AP measures a list with its order.
 # - Test with pictures that are not square.
 
@@ -1047,4 +1096,4 @@ check(test_3, say_once)
 # - big_vision: `pp/proj/paligemma`, the published preprocessing of boxes.
 
 # %% [markdown] tags=["navigation"]
-# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Segmentation →](21_segmentation.ipynb)
+# [← Generation](18_generation.ipynb) | [contents](00_overview.ipynb) | [Mask codec →](20_mask_codec.ipynb)
