@@ -93,15 +93,13 @@ class SiglipVisionModel(nn.Module):
         self.embeddings = PatchEmbedding(
             config.hidden_size, config.image_size, config.patch_size, config.num_channels
         )
-        self.encoder = nn.Module()  # only a name: published keys read encoder.layers.0.…
-        self.encoder.layers = nn.ModuleList(
-            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
+        layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})  # published keys read encoder.layers.0.…
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`float[B, 3, H, W]` in -1…1 → `float[B, N, D]`."""
         x = self.embeddings(pixel_values)
-        for layer in self.encoder.layers:
+        for layer in self.encoder["layers"].children():
             x = layer(x)
         return self.post_layernorm(x)

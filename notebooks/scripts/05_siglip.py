@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,9 +17,9 @@
 # [← SigLIP's attention](04_siglip_attention.ipynb) | [contents](00_overview.ipynb) | [Tokenizer →](06_tokenizer.ipynb)
 
 # %% [markdown]
-# # 5 · SigLIP: how is a vision encoder put together?
+# # 05 · SigLIP: how is a vision encoder put together?
 #
-# *35 minutes* · part I, Seeing
+# *55 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - watch a trained tower tell two dogs from a cat, and catch an error that bfloat16 hides.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("siglip")
 
@@ -61,7 +64,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from paligemma.image_processor import ImageProcessor
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure, show_images
+from paligemma.plotting import show_images
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 
 _ = torch.manual_seed(5)
 
@@ -465,16 +470,14 @@ class SiglipVisionModel(nn.Module):
         self.embeddings = PatchEmbedding(
             config.hidden_size, config.image_size, config.patch_size, config.num_channels
         )
-        self.encoder = nn.Module()  # only a name: published keys read encoder.layers.0.…
-        self.encoder.layers = nn.ModuleList(
-            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
+        layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})  # published keys read encoder.layers.0.…
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`float[B, 3, H, W]` in -1…1 → `float[B, N, D]`."""
         x = self.embeddings(pixel_values)
-        for layer in self.encoder.layers:
+        for layer in self.encoder["layers"].children():
             x = layer(x)
         return self.post_layernorm(x)
 

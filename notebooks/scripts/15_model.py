@@ -434,8 +434,9 @@ class PaliGemma(nn.Module):
         self.config, text = config, config.text_config
         self.vision_tower = SiglipVisionModel(config.vision_config)
         self.multi_modal_projector = PaliGemmaProjector(config)
-        kind = Gemma2Model if isinstance(text, Gemma2Config) else GemmaModel
-        self.language_model: GemmaModel = kind(text)
+        self.language_model = (
+            Gemma2Model(text) if isinstance(text, Gemma2Config) else GemmaModel(text)
+        )
 
     @property
     def device(self) -> torch.device:
