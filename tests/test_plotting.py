@@ -1,54 +1,26 @@
-"""Drawing helpers: what they accept, what they refuse, and that nothing is cut off or overlaps."""
+"""Lesson plotting: what the drawing functions accept, what they refuse, and what they show."""
 
 import io
-import itertools
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib import cm
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from paligemma import plotting
-from paligemma.plotting import (
-    BOXES,
-    COLOURS,
-    CYCLE,
-    FRAMES,
-    STEMS,
-    check,
-    draw_boxes,
-    draw_caption,
-    draw_masks,
-    model_map,
-    sample_picture,
-    save_figure,
-    show_attention,
-    show_heatmap,
-    show_images,
-    to_array,
-    to_pixels,
-)
+from paligemma.plotting import show_attention, show_heatmap, show_images, to_array, to_pixels
+from paligemma.support.drawing import COLOURS
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-SIZES = [(32, 32), (33, 200), (450, 300), (4000, 600)]  # width, height
 
 
 def plain(width, height, value=40):
     return Image.new("RGB", (width, height), (value, value, value))
-
-
-def byte_colour(name):
-    return tuple(round(255 * part) for part in to_rgb(name))
 
 
 # ---------------------------------------------------------------- pictures as numbers
@@ -114,18 +86,6 @@ def test_pictures_that_would_be_a_guess_are_refused(image, message):
         to_pixels(image)
 
 
-@pytest.mark.parametrize("name", ["cat", "coffee", "astronaut", "scene"])
-def test_sample_pictures(name):
-    picture = sample_picture(name)
-    assert picture.mode == "RGB"
-    assert min(picture.size) >= 224
-
-
-def test_unknown_sample_picture():
-    with pytest.raises(ValueError, match=r"no sample picture 'dog': choose from .*cat"):
-        sample_picture("dog")
-
-
 # ---------------------------------------------------------------- figures
 
 
@@ -134,7 +94,6 @@ def test_figures_are_closed_so_that_jupyter_shows_them_once():
     show_images(NOISE)
     show_heatmap(np.eye(3))
     show_attention(NOISE, np.ones(4))
-    model_map("rope")
     _, ax = plt.subplots()
     show_heatmap(np.eye(3), ax=ax)
     assert plt.get_fignums() == []
@@ -224,261 +183,6 @@ def test_attention_lights_the_right_patch():
 def test_attention_needs_a_square_of_patches(shape):
     with pytest.raises(ValueError, match="square number"):
         show_attention(NOISE, np.ones(shape))
-
-
-# ---------------------------------------------------------------- drawing on pictures
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_drawings_keep_size_and_input(size):
-    picture = plain(*size)
-    before = picture.tobytes()
-    width, height = size
-    box = (width * 0.3, height * 0.4, width * 0.8, height * 0.9)
-    mask = np.zeros((height, width), bool)
-    mask[height // 3 : height // 2, width // 3 : width // 2] = True
-    boxed, masked = draw_boxes(picture, [box], ["a cat"]), draw_masks(picture, [mask], ["a cat"])
-    assert boxed.size == masked.size == size
-    assert picture.tobytes() == before
-    assert boxed.tobytes() != before and masked.tobytes() != before
-
-
-def test_lines_grow_with_the_picture():
-    def line(side):
-        box = (side * 0.25, side * 0.25, side * 0.75, side * 0.75)
-        row = np.asarray(draw_boxes(plain(side, side), [box]))[side // 2]
-        return int((row == byte_colour(CYCLE[0])).all(axis=1).sum()) // 2
-
-    assert line(32) >= 2
-    assert line(3000) == 10 * line(300)
-
-
-def test_box_lies_where_it_should():
-    drawn = np.asarray(draw_boxes(plain(100, 60), [(20, 10, 50, 40)]))
-    rows, columns = np.nonzero((drawn != 40).any(axis=2))
-    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (20, 10, 50, 40)
-    assert (drawn[25, 35] == 40).all(), "the inside stays as it was"
-
-
-@pytest.mark.parametrize(
-    "box", [(-50, -50, 500, 500), (90, 50, 10, 5), (30, 30, 30, 30), (200, 200, 300, 300)]
-)
-def test_boxes_outside_or_inside_out_are_drawn_within(box):
-    assert draw_boxes(plain(100, 60), [box], ["label"]).size == (100, 60)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    "label", ["cat", "a very long label that no small picture can hold", "å\nß"]
-)
-def test_labels_never_leave_the_picture(size, label):
-    """A tag pushed against any edge is as large as one in the middle: nothing is cut off."""
-    width, height = size
-
-    def area(x, y):
-        picture = plain(*size)
-        plotting._write_label(picture, label, x, y, "#ff0000")
-        changed = (np.asarray(picture) != 40).any(axis=2)
-        rows, columns = changed.any(axis=1).nonzero()[0], changed.any(axis=0).nonzero()[0]
-        return rows[-1] - rows[0], columns[-1] - columns[0], int(changed.sum())
-
-    middle = area(width // 2, height // 2)
-    for x, y in itertools.product((-99, width + 99), (-99, height + 99)):
-        assert area(x, y) == middle
-    assert middle[0] < height and middle[1] < width
-
-
-def test_labels_never_hide_each_other():
-    """Tags of different colours on one spot: each shows its whole rectangle, or is not there."""
-    for size, count in (((200, 120), 6), ((60, 40), 40)):
-        picture, taken = plain(*size), []
-        colours = [f"#{40 + 5 * i:02x}ff{250 - 5 * i:02x}" for i in range(count)]
-        areas = []
-        for number, colour in enumerate(colours):
-            before = len(taken)
-            plotting._write_label(picture, str(number), 30, 20, colour, taken)
-            areas += [colour] * (len(taken) - before)
-        pixels = np.asarray(picture)
-        for colour, (x0, y0, x1, y1) in zip(areas, taken):
-            edge = np.concatenate([pixels[y0, x0:x1], pixels[y0:y1, x0], pixels[y1 - 1, x0:x1]])
-            assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
-            assert (edge == byte_colour(colour)).all(axis=1).mean() > 0.5
-        for a, b in itertools.combinations(taken, 2):
-            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-        assert taken[0][:1] == (30,) and (count == 40 or len(taken) == count)
-
-
-def test_equal_labels_share_a_colour():
-    boxes = [(10, 10, 30, 30), (40, 10, 60, 30), (70, 10, 90, 30)]
-    drawn = np.asarray(draw_boxes(plain(100, 60), boxes, ["cat", "dog", "cat"]))
-    first, second, third = (tuple(drawn[25, x]) for x in (11, 41, 71))
-    assert first == third == byte_colour(CYCLE[0])
-    assert second == byte_colour(CYCLE[1])
-
-
-@pytest.mark.parametrize("draw", [draw_boxes, draw_masks])
-def test_nothing_to_draw_and_wrong_counts(draw):
-    assert np.array_equal(np.asarray(draw(NOISE, [], [])), NOISE)
-    thing = (1, 2, 3, 4) if draw is draw_boxes else np.zeros((60, 80), bool)
-    with pytest.raises(ValueError, match="got 2 labels for 1 objects"):
-        draw(NOISE, [thing], ["a", "b"])
-
-
-def test_mask_tints_the_inside_and_outlines_the_edge():
-    mask = torch.zeros(60, 80, dtype=torch.bool)
-    mask[20:40, 30:60] = True
-    drawn = np.asarray(draw_masks(plain(80, 60), [mask]))
-    colour = byte_colour(CYCLE[0])
-    assert tuple(drawn[20, 45]) == tuple(drawn[39, 30]) == colour
-    inside = drawn[30, 45].astype(int)
-    assert (inside != 40).any() and tuple(inside) != colour
-    assert (drawn[~mask.numpy()] == 40).all(), "nothing outside the mask changes"
-
-
-def test_mask_of_another_size():
-    with pytest.raises(ValueError, match=r"shape \[80, 60\], expected \[60, 80\]"):
-        draw_masks(NOISE, [np.zeros((80, 60), bool)])
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("text", ["", "a cat", "many words " * 30, "Donaudampfschifffahrt" * 9])
-def test_caption_is_wholly_on_the_strip(size, text):
-    drawn = draw_caption(plain(*size), text)
-    assert drawn.width == size[0] and drawn.height > size[1]
-    strip = np.asarray(drawn)[size[1] :]
-    paper = byte_colour(COLOURS["paper"])
-    edges = np.concatenate([strip[0], strip[-1], strip[:, 0], strip[:, -1]])
-    assert (edges == paper).all(), "letters touch the edge of the strip"
-    assert (strip != paper).any() == bool(text.strip())
-    assert np.array_equal(np.asarray(drawn)[: size[1]], np.asarray(plain(*size)))
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.text(st.characters(codec="latin-1", categories=["L", "N", "P", "Zs"])), st.integers(1, 300)
-)
-def test_wrapping_keeps_every_letter_and_the_width(text, width):
-    font = plotting._font(12)
-    lines = plotting._wrap(text, font, width)
-    assert "".join("".join(lines).split()) == "".join(text.split())
-    assert all(len(line) <= 1 or font.getlength(line) <= width + 0.5 for line in lines)
-
-
-# ---------------------------------------------------------------- check and save_figure
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (AssertionError("the sum is 3\nmore"), "✗ not yet: the sum is 3\n"),
-        (AssertionError(), "✗ not yet: AssertionError"),
-        (KeyError("x"), "✗ not yet: KeyError: 'x'\n"),
-        (SystemExit(2), "✗ not yet: SystemExit: 2\n"),
-        (RecursionError("deep"), "✗ not yet: RecursionError: deep\n"),
-    ],
-)
-def test_check_tells_the_reason_and_goes_on(capsys, error, said):
-    def test(answer):
-        raise error
-
-    assert check(test, None) is None
-    out, err = capsys.readouterr()
-    assert out.startswith(said) and not err
-
-
-def test_check_when_right_and_when_interrupted(capsys):
-    check(lambda a, b: None, 1, 2)
-    assert capsys.readouterr().out == "✓ correct\n"
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        check(interrupted)
-
-
-def test_figures_are_saved_where_asked_and_the_same_each_time(tmp_path, monkeypatch):
-    monkeypatch.setenv("PALIGEMMA_FIGURES", str(tmp_path / "figures"))
-    for name in ("one", "two"):
-        figure = model_map("rope")
-        assert save_figure(figure, name) is figure
-        picture = Image.fromarray(NOISE)
-        assert save_figure(picture, name) is picture
-        save_figure(show_images(NOISE), f"{name}-figure.png")
-    folder = tmp_path / "figures"
-    for kind in (".svg", ".png", "-figure.png"):
-        assert (folder / f"one{kind}").read_bytes() == (folder / f"two{kind}").read_bytes()
-    svg = (folder / "one.svg").read_text()
-    assert "RoPE</text>" in svg and "dc:date" not in svg
-    assert np.array_equal(np.asarray(Image.open(folder / "one.png")), NOISE)
-
-
-def test_nothing_is_saved_unasked(tmp_path, monkeypatch):
-    monkeypatch.delenv("PALIGEMMA_FIGURES", raising=False)
-    monkeypatch.chdir(tmp_path)
-    figure, _ = plt.subplots()
-    assert save_figure(figure, "name") is figure
-    assert list(tmp_path.iterdir()) == []
-    assert plt.get_fignums() == []
-
-
-# ---------------------------------------------------------------- the map
-
-
-def test_map_knows_every_lesson_by_its_number():
-    folder = Path(__file__).resolve().parents[1] / "notebooks"
-    for path in folder.glob("[0-9][0-9]_*.ipynb"):
-        number, stem = path.stem.split("_", 1)
-        assert list(STEMS)[int(number)] == stem
-    assert len(STEMS) == 30
-    drawn = {entry[0] for entry in (*BOXES, *FRAMES)} | {"plotting", "overview"}
-    assert drawn == set(STEMS)
-
-
-def test_unknown_lesson():
-    with pytest.raises(ValueError, match="no lesson 'ropes': choose from overview, plotting"):
-        model_map("rope", "ropes")
-
-
-def fills(figure):
-    return [patch.get_facecolor() for patch in figure.axes[0].patches]
-
-
-def test_each_stem_lights_something():
-    solid = {stem: to_rgb(COLOURS[part]) for stem, part in STEMS.items()}
-    dark = fills(model_map("plotting"))
-    for stem in list(STEMS)[2:]:
-        changed = [a[:3] for a, b in zip(fills(model_map(stem)), dark, strict=True) if a != b]
-        assert changed, stem
-        assert stem in ("processor",) or solid[stem] in changed, stem
-    assert fills(model_map()) == fills(model_map("overview")) == fills(model_map(*STEMS))
-
-
-@pytest.mark.parametrize("stems", [(), ("web_app",)])
-def test_no_text_of_the_map_overlaps_or_is_cut(stems):
-    figure = model_map(*stems)
-    canvas = FigureCanvasAgg(figure).get_renderer()
-    found = [
-        (text.get_text(), text.get_window_extent(canvas))
-        for ax in figure.axes
-        for text in ax.texts
-        if text.get_text() != "+"
-    ]
-    page = figure.bbox
-    for name, box in found:
-        assert box.x0 >= page.x0 and box.x1 <= page.x1, f"{name} is cut"
-        assert box.y0 >= page.y0 and box.y1 <= page.y1, f"{name} is cut"
-    for (one, a), (two, b) in itertools.combinations(found, 2):
-        assert not a.overlaps(b), f"{one} overlaps {two}"
-    to_pixel = figure.axes[0].transData.transform
-    for _, left, bottom, width, height, text in BOXES:
-        corner = to_pixel([(left, bottom), (left + width, bottom + height)])
-        inside = [box for name, box in found if name == text]
-        assert any(
-            box.x0 > corner[0, 0] and box.x1 < corner[1, 0] and box.y1 < corner[1, 1]
-            for box in inside
-            if box.y0 > corner[0, 1]
-        ), f"{text!r} leaves its box"
 
 
 def test_importing_needs_no_torch():
