@@ -408,7 +408,8 @@ for title, tensors in cases.items():
 
 # %% [markdown]
 # In the first case the dictionary kept whichever came last. In the second, the weights are a hundred times too large: eight bits come with a scale, which lies elsewhere. The third is a good file: PaliGemma's head *is* its embedding (tied, [lesson 12](12_gemma.ipynb)), and some programs store the pair under the head's name.
-#
+
+# %% [markdown]
 # So between reading and `load_state_dict` there is one more step. Each stored tensor must have exactly one place, and each place exactly one tensor, of the right shape and of a type that holds plain numbers.
 
 # %%
@@ -533,7 +534,8 @@ print("out and back, bit by bit")
 
 # %% [markdown]
 # Two things are missing. A big model is split into **shards** of a few GB, with an index that says which tensor lies in which file. And what if the disk fills up in the middle? Writing straight into `model.safetensors` leaves half a file, and the old one is gone.
-#
+
+# %% [markdown]
 # So every file is written under another name and **renamed** when all are whole: `replacing` gives out the names, `draft_weights` splits. Renaming is a single step: others see the old file or the new one. It also solves a riddle: how to save over the very file that is mapped? The old one lives on, without a name, while someone has it mapped.
 
 
