@@ -48,7 +48,8 @@ bench: $(DEV) ## time the shipped model beside transformers
 	@$(BIN)/python tools/bench.py --dtype float32 --quantize
 
 train: $(DEV) ## train the shipped model again; Ctrl-C and the same command go on
-	@$(BIN)/python -m paligemma.training --config paligemma/assets/tiny/recipe.json --work runs/tiny
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/train_tiny.py \
+		--config paligemma/assets/tiny/recipe.json --work runs/tiny
 
 clean: ## remove what these commands wrote, but not .venv
 	@rm -rf demo.png build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
