@@ -40,7 +40,7 @@ def their_processor(path, size, patch):
     tokenizer = GemmaTokenizer.from_pretrained(
         path, mask_token=None, padding_side="left", **control
     )
-    added = [piece for piece in ours._added if ours._added[piece] >= ours.sp.get_piece_size()]
+    added = [piece for piece, i in ours.added.items() if i >= ours.sp.get_piece_size()]
     tokenizer.add_tokens(added)  # where the file ends before them, as in some releases
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     images = SiglipImageProcessorPil(
@@ -123,6 +123,24 @@ def test_agrees_with_transformers_without_answers(tiny):
         assert torch.equal(ours[name], expected[name]), name
 
 
+def test_several_pictures_agree_with_transformers(tiny):
+    """Also of unequal number: `<image>` tokens of all, then bos; the pictures flat, in order."""
+    a, b, c, d, e = pictures(5)
+    groups, prompts, answers = [[a, b], [c], [d, e, a]], ["caption en", "more?", ""], ["x", "", "y"]
+    expected = their_processor(TINY, 112, 14)(
+        images=groups,
+        text=["<image>" * len(group) + prompt for group, prompt in zip(groups, prompts)],
+        suffix=answers,
+        return_tensors="pt",
+        padding=True,
+    )
+    ours = tiny([[a, b], c, (d, e, a)], prompts, answers)
+    for name in INTEGERS:
+        assert torch.equal(ours[name], expected[name]), name
+    assert ours["pixel_values"].shape == (6, 3, 112, 112)
+    torch.testing.assert_close(ours["pixel_values"], expected["pixel_values"], rtol=0, atol=1e-6)
+
+
 # ------------------------------------------------------------------ the layout
 
 
@@ -134,6 +152,17 @@ def test_the_row_is_what_the_paper_says(small):
     prompt, answer = t.sp.encode("detect cat"), t.sp.encode(" cat")
     loc = t.sp.get_piece_size() + 3
     assert rest == [2, *prompt, t.newline_id, loc, *answer, 1]
+
+
+def test_several_pictures_are_one_prompt_with_more_places(small):
+    batch = small([pictures(2)], "cat")
+    t, ids = small.tokenizer, batch["input_ids"][0].tolist()
+    assert ids == [t.image_id] * 18 + [t.bos_id, *t.encode("cat"), t.newline_id]
+    assert ids == small.encode_prefix("cat", 2) == small.encode_prefix("cat", num_images=2)
+    alone = torch.cat([small(picture, "cat")["pixel_values"] for picture in pictures(2)])
+    assert torch.equal(batch["pixel_values"], alone)
+    one = small([pictures(1)], "cat")
+    assert all(torch.equal(one[k], v) for k, v in small(pictures(1), "cat").items())
 
 
 def test_a_newline_of_the_prompt_stays_apart(tmp_path):
@@ -287,7 +316,13 @@ def test_what_only_looks_like_control_is_text(small):
 @pytest.mark.parametrize(
     ("images", "prompts", "suffixes", "words"),
     [
-        (2, ["a"], None, "2 pictures, 1 prompts; expected the same"),
+        (
+            2,
+            ["a"],
+            None,
+            r"2 pictures, 1 prompts; expected the same.*several pictures: \[\[a, b\]\]",
+        ),
+        (3, "a", None, r"3 pictures, 1 prompts.*the same for each: \[prompt\] \* 3"),
         (1, ["a", "b"], None, "1 pictures, 2 prompts"),
         (2, ["a", "b"], ["c"], "2 pictures, 2 prompts and 1 suffixes"),
         (2, ["a", "b"], [], "2 pictures, 2 prompts and 0 suffixes"),
@@ -311,9 +346,13 @@ def test_texts_that_are_none(small, wrong):
 
 
 def test_pictures_that_are_none(small):
-    for wrong in (None, 3, [None]):
-        with pytest.raises(ValueError):
+    for wrong in (None, 3, [None], [[None]], [[pictures(2)]]):
+        with pytest.raises(ValueError, match=r"got (NoneType|int|list); expected a path, a PIL"):
             small(wrong, "cat")
+    with pytest.raises(ValueError, match=r"prompt 1 has no picture"):
+        small([pictures(1), []], ["cat", "dog"])
+    with pytest.raises(ValueError, match=r"prompt 0 has no picture"):
+        small([[]], "cat")
 
 
 # ------------------------------------------------------------------ decode
@@ -350,16 +389,54 @@ def edit(folder, **changes):
     file.write_text(json.dumps(config))
 
 
-def test_published_defaults(tmp_path, folder):
+def test_published_defaults(folder):
     """The published config.json leaves out what is usual."""
     (folder / "preprocessor_config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({"image_token_index": 2176}))
+    config = {"model_type": "paligemma", "vision_config": {"patch_size": 14}, "text_config": {}}
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_index": 2176}))
     processor = Processor.from_pretrained(folder)
     assert processor.num_image_tokens == 256 and processor.image_processor.size == 224
-    (folder / "config.json").write_text(
-        json.dumps({"image_token_id": 2176, "vision_config": {"image_size": 448}})
-    )
+    config["vision_config"]["image_size"] = 448
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_id": 2176}))
     assert Processor.from_pretrained(folder).num_image_tokens == 1024
+
+
+def test_home_directory(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    assert Processor.from_pretrained(f"~/{folder.name}").num_image_tokens == 64
+
+
+def test_saved_and_read_again(folder, tiny):
+    """With tokens that a fine-tune added; by us and by transformers."""
+    (folder / "added_tokens.json").write_text(json.dumps({"<angle>": 2177}))
+    processor = Processor.from_pretrained(folder)
+    processor.image_processor = ImageProcessor(112, std=(0.4, 0.5, 0.6))
+    processor.save_pretrained(folder / "new")
+    shutil.copy(folder / "config.json", folder / "new")
+    again = Processor.from_pretrained(folder / "new")
+    assert again.image_processor == processor.image_processor
+    ours = processor([pictures(2), pictures(1)], ["turn <angle>", "caption en"], ["<angle>", "a"])
+    twice = again([pictures(2), pictures(1)], ["turn <angle>", "caption en"], ["<angle>", "a"])
+    assert (ours["input_ids"] == 2177).sum() == 2
+    assert all(torch.equal(ours[name], twice[name]) for name in ours)
+
+    from transformers import GemmaTokenizer, PaliGemmaProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    theirs = PaliGemmaProcessor(
+        SiglipImageProcessorPil.from_pretrained(folder / "new"),
+        GemmaTokenizer.from_pretrained(str(folder / "new")),
+    )
+    expected = theirs(
+        images=[pictures(2), pictures(1)],
+        text=["<image><image>turn <angle>", "<image>caption en"],
+        suffix=["<angle>", "a"],
+        return_tensors="pt",
+        padding=True,
+    )
+    for name in (*INTEGERS, "pixel_values"):
+        torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["", "{", "nope", "[" * 100_000])
@@ -375,18 +452,32 @@ def test_config_that_is_not_text(folder):
         Processor.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', '{"vision_config": []}'])
-def test_config_of_another_shape(folder, text):
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"'])
+def test_config_that_is_no_object(folder, text):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="holds no object with a vision_config"):
+    with pytest.raises(ValueError, match=r"config\.json is .*expected a JSON object"):
         Processor.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["image_size", "patch_size", "image_token_index"])
-@pytest.mark.parametrize("value", [0, -14, "112", 14.0, None, True, [112], {}])
+@pytest.mark.parametrize("value", [[], None, 3])
+def test_config_without_the_vision_tower(folder, value):
+    edit(folder, vision_config=value)
+    with pytest.raises(ValueError, match=r"config\.json: vision_config is .*expected an object"):
+        Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["image_size", "patch_size"])
+@pytest.mark.parametrize("value", [0, -14, "112", 14.0, True, [112], {}])
 def test_config_fields_that_cannot_be(folder, name, value):
     edit(folder, **{name: value})
     with pytest.raises(ValueError, match=rf"config\.json: .*{name} is .*positive whole number"):
+        Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [-14, "112", 14.0, True, {}])
+def test_image_tokens_that_cannot_be(folder, value):
+    edit(folder, image_token_index=value)
+    with pytest.raises(ValueError, match=r"config\.json: image_token_index is .*expected"):
         Processor.from_pretrained(folder)
 
 
@@ -400,6 +491,9 @@ def test_files_of_different_checkpoints(folder):
     edit(folder, image_token_index=257152)
     with pytest.raises(ValueError, match=r"token 257152, tokenizer\.model makes it 2176"):
         Processor.from_pretrained(folder)
+    edit(folder, image_token_index=0)
+    with pytest.raises(ValueError, match=r"token 0, tokenizer\.model makes it 2176"):
+        Processor.from_pretrained(folder)
     edit(folder, image_token_index=2176, image_size=224)
     with pytest.raises(ValueError, match=r"resizes to 112 pixels, config\.json expects 224"):
         Processor.from_pretrained(folder)
@@ -412,6 +506,18 @@ def test_missing_files(folder, name):
         Processor.from_pretrained(folder)
 
 
+def test_more_tokens_than_rows(folder):
+    """64 rows after <loc> and <seg>: <image>, and 63 that a fine-tune may use."""
+    tokens = {f"<x{i}>": 2177 + i for i in range(63)}
+    (folder / "added_tokens.json").write_text(json.dumps(tokens))
+    assert len(Processor.from_pretrained(folder).tokenizer) == 2240
+    (folder / "added_tokens.json").write_text(json.dumps(tokens | {"<y>": 2240}))
+    with pytest.raises(ValueError, match=r"ids up to 2240, the embedding of config.json 2240 rows"):
+        Processor.from_pretrained(folder)
+
+
 def test_no_such_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.json in"):
+    with pytest.raises(ValueError, match=r"no directory .*nowhere"):
         Processor.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no config\.json in"):
+        Processor.from_pretrained(tmp_path)

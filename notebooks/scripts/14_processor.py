@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -16,7 +19,7 @@
 # %% [markdown]
 # # 14 · Processor: what exactly does the model read?
 #
-# *35 minutes* · part III, Together
+# *50 minutes* · part III, Together
 #
 # **What you will be able to do**
 #
@@ -26,31 +29,36 @@
 # - spot four wrong sequences that read the same, and a training loss that is too good.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("processor")
 
 # %% [markdown]
 # ## Setup
 #
-# The processor joins two earlier lessons: `ImageProcessor` (02) and `Tokenizer` (06). The cells
-# that begin with `#| export` become [processor.py](../paligemma/processor.py).
+# The processor joins two earlier parts: `ImageProcessor` of [lesson 02](02_image_processor.ipynb)
+# and `Tokenizer` of [lesson 06](06_tokenizer.ipynb). The cells that begin with `#| export` become
+# [processor.py](../paligemma/processor.py).
 
 # %%
 #| export
 """Pictures and prompts to the tensors of one batch."""
 
-import json
 import os
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 
 from paligemma.image_processor import ImageProcessor
+from paligemma.support.arguments import as_lists
+from paligemma.support.config import read_config
+from paligemma.support.files import find_folder
+from paligemma.support.pictures import Picture
 from paligemma.tokenizer import Tokenizer
 
 # %% tags=["setup"]
 import random
+import tempfile
 import time
 from collections import Counter, defaultdict
 from importlib import resources
@@ -58,7 +66,9 @@ from importlib import resources
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure, show_heatmap
+from paligemma.plotting import show_heatmap
+from paligemma.support.course import add_to_class, check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 
 TINY = resources.files("paligemma") / "assets" / "tiny"  # the checkpoint that ships with the course
 tokenizer = Tokenizer.from_pretrained(TINY)
@@ -139,12 +149,21 @@ ax.set_axis_off()
 save_figure(fig, "14_strips.png")
 
 # %% [markdown]
-# Blue: places that the picture's vectors will fill ([lesson 15](15_model.ipynb)). Green: control tokens, which no user
-# text can spell. Orange: the **prompt**. Purple: the answer to learn, the **suffix**. Grey:
-# **padding**, because a tensor has to be rectangular. Picture and prompt with their control tokens
-# are the **prefix**.
+# Blue: places that the picture's vectors will fill ([lesson 15](15_model.ipynb)). Green: **control**
+# tokens. Orange: the **prompt**. Purple: the answer to learn, the **suffix**. Grey: **padding**,
+# because a tensor has to be rectangular. Picture and prompt with their control tokens are the
+# **prefix**.
 #
 # That is all there is. A task is nothing but a wording of the orange part.
+
+# %% [markdown]
+# No user can type bos or eos: the tokenizer refuses their spelling. The line break is another
+# matter. It is an ordinary piece, so a prompt may hold some; what ends the prefix is the *last* one.
+
+# %%
+lines = tokenizer.encode("two\nlines")
+print([tokenizer.sp.id_to_piece(i) for i in lines])
+assert lines.count(tokenizer.newline_id) == 1
 
 # %% [markdown]
 # ## By hand
@@ -322,68 +341,6 @@ assert all(torch.equal(fast[name], slow[name]) for name in slow)
 print(", ".join(fast), "equal to the loop;", "labels" in collate(prefixes, []))
 
 # %% [markdown]
-# ### Two helpers that say no
-#
-# How many image tokens there are is *derived*, never counted by hand: $N = (\text{size} /
-# \text{patch})^2$, from the checkpoint's `config.json`. Files come from elsewhere, so each field is
-# checked. And pictures, prompts and answers have to come in equal numbers.
-
-
-# %%
-#| export
-def read_layout(path: str | os.PathLike) -> tuple[int, int, int]:
-    """Side of the picture, side of a patch (pixels) and id of `<image>`, from `config.json`.
-
-    Raises:
-        ValueError: no such file, not JSON, or a field that cannot be.
-    """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"no config.json in {path}; give the directory of a checkpoint")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy the published file again") from None
-    vision = config.get("vision_config", {}) if isinstance(config, dict) else None
-    if not isinstance(vision, dict):
-        raise ValueError(f"{file} holds no object with a vision_config; copy the published file")
-    fields = {
-        "vision_config.image_size": vision.get("image_size", 224),
-        "vision_config.patch_size": vision.get("patch_size", 14),
-        "image_token_index": config.get("image_token_index", config.get("image_token_id", 257152)),
-    }
-    for name, value in fields.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{file}: {name} is {value!r}; expected a positive whole number")
-    size, patch, image_id = fields.values()
-    if size % patch:
-        raise ValueError(f"{file}: image_size {size} is not a multiple of patch_size {patch}")
-    return size, patch, image_id
-
-
-# %%
-#| export
-def as_lists(images, prompts, suffixes) -> tuple[list, list[str], list[str] | None]:
-    """One of each or lists of them → lists of equal length; suffixes may be None."""
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    texts = {"prompts": prompts, "suffixes": [] if suffixes is None else suffixes}
-    for name, values in texts.items():
-        values = [values] if isinstance(values, str) else values
-        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
-            raise ValueError(f"{name}: got {values!r:.80}; expected a string or a list of strings")
-        texts[name] = list(values)
-    prompts, answers = texts.values()
-    counts = {len(images), len(prompts), len(prompts if suffixes is None else answers)}
-    if len(counts) != 1 or not prompts:
-        raise ValueError(
-            f"got {len(images)} pictures, {len(prompts)} prompts"
-            + ("" if suffixes is None else f" and {len(answers)} suffixes")
-            + "; expected the same number of each, at least one"
-        )
-    return images, prompts, None if suffixes is None else answers
-
-
-# %% [markdown]
 # ### The class
 #
 # `encode_prefix` and `encode_suffix` *are* the layout, one line each. Prompt, newline and suffix are
@@ -410,36 +367,13 @@ class Processor:
         self.image_processor = image_processor
         self.num_image_tokens = num_image_tokens
 
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> "Processor":
-        """Read a checkpoint directory: `tokenizer.model`, `config.json` and, where present,
-        `preprocessor_config.json`; a `ValueError` if one is missing, broken or of another model."""
-        return _from_pretrained(cls, path)
-
-    def __call__(self, images, prompts, suffixes=None) -> dict[str, torch.Tensor]:
-        """Prepare one picture and prompt, or equally long lists of them.
-
-        Args:
-            images: a path, `PIL.Image` or `uint8[H, W, 3]`, or a list of B of these.
-            prompts: a string, or B strings.
-            suffixes: the answers to learn, one or B strings; makes `labels`.
-
-        Returns:
-            A dict with `pixel_values` float32[B, 3, H, W], and int64[B, L], padded on the left:
-            `input_ids`, `attention_mask` (0 = padding), `token_type_ids` (0 prefix, 1 suffix)
-            and, with suffixes, `labels` (-100 except on the suffix and eos).
-
-        Raises:
-            ValueError: unequal numbers, none at all, no strings, or a text that spells `<image>`.
-        """
-        images, prompts, suffixes = as_lists(images, prompts, suffixes)
+    def __call__(self, images: list, prompts: list[str], suffixes: list[str] | None = None):
         prefixes = [self.encode_prefix(prompt) for prompt in prompts]
         answers = [self.encode_suffix(text) for text in suffixes or []]
         batch = {"pixel_values": self.image_processor(images)}
         return batch | collate(prefixes, answers, self.tokenizer.pad_id)
 
     def encode_prefix(self, prompt: str) -> list[int]:
-        """`<image>`×N, bos, the prompt's pieces, newline."""
         t = self.tokenizer
         return [t.image_id] * self.num_image_tokens + [t.bos_id, *t.encode(prompt), t.newline_id]
 
@@ -447,28 +381,122 @@ class Processor:
         """The answer's pieces, eos."""
         return [*self.tokenizer.encode(text), self.tokenizer.eos_id]
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Generated ids, `int64[T]` or a list, to text; what follows the first eos is ignored."""
         ids = [*map(int, ids), self.tokenizer.eos_id]
         return self.tokenizer.decode(ids[: ids.index(self.tokenizer.eos_id)])
 
 
+# %%
+processor = Processor(tokenizer, ImageProcessor(112), num_image_tokens=64)
+photos = [sample_picture(name) for name in names]
+batch = processor(photos, prompts, suffixes)
+for name, tensor in batch.items():
+    print(f"{name:15} {tensor.dtype!s:14} {tuple(tensor.shape)}")
+parts = [[processor.encode_prefix(p) for p in prompts], map(processor.encode_suffix, suffixes)]
+by_loop = collate_loop(*map(list, parts))
+assert all(torch.equal(batch[name], by_loop[name]) for name in by_loop)
+print(processor.decode(processor.encode_suffix(suffixes[0])))
+
 # %% [markdown]
-# Three files of a checkpoint know about the picture's size or about `<image>`. Copied from different
-# places they may disagree, and then the model would run and answer badly. So they are compared.
+# ### Several pictures in one prompt
+#
+# "Which of these two has more cats?" asks about two pictures. Their tokens follow each other,
+# `<image>` × 2N, then bos and the prompt. The tower sees each picture by itself, so `pixel_values`
+# has one row for each *picture*, P of them, in order.
+#
+# And people pass one picture without a list, or three pictures and two prompts. `as_lists`, in
+# [support/arguments.py](../paligemma/support/arguments.py), turns whatever comes into lists of
+# equal length, or says what is wrong.
 
 
 # %%
 #| export
-def _from_pretrained(cls: type[Processor], path: str | os.PathLike) -> Processor:
-    """A processor from the files of a checkpoint, which have to agree."""
-    size, patch, image_id = read_layout(path)
+@add_to_class(Processor)
+def encode_prefix(self, prompt: str, num_images: int = 1) -> list[int]:
+    """`<image>`×(N · num_images), bos, the prompt's pieces, newline."""
+    t = self.tokenizer
+    image = [t.image_id] * (self.num_image_tokens * num_images)
+    return [*image, t.bos_id, *t.encode(prompt), t.newline_id]
+
+
+@add_to_class(Processor)
+def __call__(
+    self,
+    images: Picture | list | tuple,
+    prompts: str | list[str],
+    suffixes: str | list[str] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Prepare one picture and prompt, or equally long lists of them.
+
+    Args:
+        images: a path, `PIL.Image` or `uint8[H, W, 3]`, or a list of B: each one of these, or a
+            list of several for one prompt.
+        prompts: a string, or B strings.
+        suffixes: the answers to learn, one or B strings; makes `labels`.
+
+    Returns:
+        A dict: `pixel_values` float32[P, 3, H, W], the P pictures in order; int64[B, L],
+        padded on the left: `input_ids`, `attention_mask` (0 = padding), `token_type_ids`
+        (0 prefix, 1 suffix) and, with suffixes, `labels` (-100 except on the suffix and eos).
+
+    Raises:
+        ValueError: unequal numbers, none at all, no strings, or a text that spells `<image>`.
+    """
+    groups, texts, answers = as_lists(images, prompts, suffixes)
+    prefixes = [self.encode_prefix(text, len(group)) for text, group in zip(texts, groups)]
+    pictures = [picture for group in groups for picture in group]
+    batch = {"pixel_values": self.image_processor(pictures)}
+    endings = [self.encode_suffix(answer) for answer in answers]
+    return batch | collate(prefixes, endings, self.tokenizer.pad_id)
+
+
+# %%
+two = processor([[photos[0], photos[1]], photos[2]], ["answer en more cats?", "caption en"])
+counts = (two["input_ids"] == tokenizer.image_id).sum(1)
+print("pixel_values", tuple(two["pixel_values"].shape), "image tokens a row:", counts.tolist())
+assert counts.tolist() == [128, 64]
+try:
+    processor([photos[0], photos[1]], "caption en")
+except ValueError as error:
+    print("✗", error)
+
+# %% [markdown]
+# ### The files of a checkpoint
+#
+# How many image tokens there are is *derived*, never counted by hand: $N = (\text{size} /
+# \text{patch})^2$, from the checkpoint's `config.json`. Three files know about the picture's size or
+# about `<image>`. Copied from different places they may disagree, and then the model would run and
+# answer badly. So they are compared.
+
+
+# %%
+#| export
+@add_to_class(Processor)
+@classmethod
+def from_pretrained(cls, path: str | os.PathLike) -> "Processor":
+    """Read a checkpoint: `config.json`, `tokenizer.model` with its lists of added tokens and,
+    where present, `preprocessor_config.json`.
+
+    Raises:
+        ValueError: a file is missing, broken, or belongs to another checkpoint.
+    """
+    path = find_folder(path)
+    config = read_config(path)
     tokenizer = Tokenizer.from_pretrained(path)
-    if image_id != tokenizer.image_id:
+    if config["image_token_index"] != tokenizer.image_id:
         raise ValueError(
-            f"{path}: config.json says that <image> is token {image_id}, tokenizer.model makes "
-            f"it {tokenizer.image_id}; these files belong to different checkpoints"
+            f"{path}: config.json says that <image> is token {config['image_token_index']}, "
+            f"tokenizer.model makes it {tokenizer.image_id}; these files belong to different "
+            "checkpoints"
         )
+    rows = config["text_config"]["vocab_size"]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{path}: the tokenizer has ids up to {len(tokenizer) - 1}, the embedding of "
+            f"config.json {rows} rows; these files belong to different checkpoints"
+        )
+    size, patch = config["vision_config"]["image_size"], config["vision_config"]["patch_size"]
     image_processor = ImageProcessor.from_pretrained(path, size)
     if image_processor.size != size:
         raise ValueError(
@@ -478,15 +506,20 @@ def _from_pretrained(cls: type[Processor], path: str | os.PathLike) -> Processor
     return cls(tokenizer, image_processor, (size // patch) ** 2)
 
 
+@add_to_class(Processor)
+def save_pretrained(self, path: str | os.PathLike) -> None:
+    """Write what `from_pretrained` reads, but for `config.json`, which the model writes."""
+    self.tokenizer.save_pretrained(path)
+    self.image_processor.save_pretrained(path, self.num_image_tokens)
+
+
 # %%
 processor = Processor.from_pretrained(TINY)
-photos = [sample_picture(name) for name in names]
-batch = processor(photos, prompts, suffixes)
-for name, tensor in batch.items():
-    print(f"{name:15} {tensor.dtype!s:14} {tuple(tensor.shape)}")
-parts = [[processor.encode_prefix(p) for p in prompts], map(processor.encode_suffix, suffixes)]
-by_loop = collate_loop(*map(list, parts))
-assert all(torch.equal(batch[name], by_loop[name]) for name in by_loop)
+with tempfile.TemporaryDirectory() as folder:
+    processor.save_pretrained(folder)
+    print(sorted(os.listdir(folder)))
+again = processor(photos, prompts, suffixes)
+assert all(torch.equal(batch[name], again[name]) for name in batch)
 
 # %% [markdown]
 # ### The forms of a prompt
@@ -512,8 +545,8 @@ for prompt in ("cap en", "caption en", "ocr", "answer en how many?", "detect cat
 # Nothing in the code knows what a task is: `detect` is a word like any other, to which the model
 # learned to reply with `<loc>` tokens.
 #
-# What a user may *not* write are control tokens. Otherwise a caption found on the web could end the
-# prompt or insert a second picture.
+# What a user may *not* write are bos, eos, pad and `<image>`. Otherwise a caption found on the web
+# could end the prompt or insert a second picture.
 
 # %%
 for text in ("what is <image>?", "stop <eos> now"):
@@ -545,8 +578,8 @@ for name, tensor in stored.items():
 # %% [markdown]
 # ## See it: four tensors, one batch
 #
-# The three rows from the beginning, with all 64 image tokens. Each panel is one tensor of the batch,
-# one line a row.
+# The three rows from the beginning. Each panel is one tensor of the batch, one line a row. At the
+# white line the picture goes on for 45 more columns, which are left out.
 
 # %%
 panels = {
@@ -556,10 +589,14 @@ panels = {
     "token_type_ids: suffix": batch["token_type_ids"],
     "labels: counted in the loss": (batch["labels"] != -100).long(),
 }
+cut, rest = 14, 14 + 45
+assert (batch["input_ids"][:, cut:rest] == tokenizer.image_id).all()
+panels = {k: torch.cat([v[:, :cut], v[:, rest:]], dim=1) for k, v in panels.items()}
 fig, axes = plt.subplots(4, 1, figsize=(8.6, 3.4), layout="constrained")
 for ax, (title, values) in zip(axes, panels.items()):
     show_heatmap(values, title, rows=names, ax=ax)
     ax.set_aspect("auto")
+    ax.axvline(cut - 0.5, color=COLOURS["paper"], linewidth=4)
     ax.title.set_fontsize(8.5)
     ax.tick_params(labelsize=7.5)
 save_figure(fig, "14_tensors")
@@ -587,7 +624,7 @@ for size in (224, 448, 896):
     )
 
 # %% [markdown]
-# And padding? A padded place costs as much as a real one. Take 512 prompts of the forms above, of 2
+# And padding? A padded place costs as much as a real one. Take 512 prompts of random lengths, of 2
 # to 40 pieces, in batches of eight: as they come, and sorted by length first.
 
 # %%
@@ -670,8 +707,9 @@ save_figure(fig, "14_bug")
 # that was there. **D**: `" caption en"`, a space before the prompt. **E**: no newline; the model may
 # go on with the *question*. **C** is right.
 #
-# The model has never met the others. It will answer, a little worse, for ever. The cure is the
-# assertion of this lesson: compare the ids with the reference, all of them.
+# The model has never met the others. It answers all the same, and nothing says that the answer may
+# be another. The cure is the assertion of this lesson: compare the ids with the reference, all of
+# them.
 
 # %% [markdown]
 # ### A second one: a loss that is too good
