@@ -15,6 +15,7 @@ from PIL import Image
 import paligemma
 from paligemma.image_processor import ImageProcessor
 from paligemma.processor import Processor, collate
+from paligemma.support.pictures import open_picture
 from paligemma.tokenizer import Tokenizer
 
 TINY = Path(paligemma.__file__).parent / "assets" / "tiny"
@@ -521,3 +522,97 @@ def test_no_such_folder(tmp_path):
         Processor.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no config\.json in"):
         Processor.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------ nothing has been lost
+
+
+PIXEL = Image.new("RGB", (1, 1))
+
+
+def bomb(folder):
+    Image.new("1", (100, 100)).save(folder / "bomb.png")
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 5000
+    try:
+        open_picture(folder / "bomb.png")
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def half(folder, opened):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        folder / "x.png"
+    )
+    data = (folder / "x.png").read_bytes()
+    (folder / "x.png").write_bytes(data[: len(data) // 2])
+    with Image.open(folder / "x.png") as image:
+        open_picture(image if opened else folder / "x.png")
+
+
+def tokenizer_of(folder, data):
+    (folder / "tokenizer.model").write_bytes(data)
+    Tokenizer.from_pretrained(folder)
+
+
+def pictures_as(folder, **settings):
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    ImageProcessor.from_pretrained(folder)
+
+
+def config_as(folder, text):
+    (folder / "config.json").write_text(text)
+    Processor.from_pretrained(folder)
+
+
+def config_with(folder, **changes):
+    edit(folder, **changes)
+    Processor.from_pretrained(folder)
+
+
+# The refusals of the three modules before care moved to support (of a model file: test_tokenizer).
+FIRST_REFUSALS = {
+    "0 × 5 pixels: it is empty": lambda f: open_picture(Image.new("RGB", (0, 5))),
+    "nowhere does not exist; give the path of an image file": lambda f: open_picture(f / "nowhere"),
+    "is a directory; give the path of an image file": lambda f: open_picture(f),
+    "is not a regular file; give the path of an image file": lambda f: open_picture("/dev/null"),
+    "has more than 5,000 pixels; make it smaller .*if you trust it": bomb,
+    "not a picture that Pillow can read; convert it to PNG": lambda f: open_picture(__file__),
+    "cannot be decoded .*; is it complete": lambda f: half(f, opened=False),
+    "the given PIL.Image cannot be decoded": lambda f: half(f, opened=True),
+    r"array float64\[4, 4, 3\]; expected uint8\[H, W, 3\]": lambda f: open_picture(
+        np.ones((4, 4, 3))
+    ),
+    r"got int; expected a path, a PIL.Image or a uint8\[H, W, 3\]": lambda f: open_picture(7),
+    "the list of pictures is empty; give at least one": lambda f: ImageProcessor(8)([]),
+    "size is 0; expected a side in pixels such as 224": lambda f: ImageProcessor(0),
+    "resample is 9; expected one of Pillow's filters": lambda f: ImageProcessor(8, resample=9),
+    "image_mean is 1; expected three numbers": lambda f: ImageProcessor(8, mean=1),
+    "image_std is .* divides, so none may be 0": lambda f: ImageProcessor(8, std=(0, 1, 1)),
+    "preprocessor_config.json: do_resize is false": lambda f: pictures_as(f, do_resize=False),
+    "asks to crop or pad; PaliGemma squashes": lambda f: pictures_as(f, do_pad=True),
+    "rescale_factor is 1; expected 1/255": lambda f: pictures_as(f, rescale_factor=1),
+    "expected a square, height equal to width": lambda f: pictures_as(f, size={"height": 2}),
+    "preprocessor_config.json: size is '8'; expected": lambda f: pictures_as(f, size="8"),
+    "no tokenizer at .*needs its tokenizer.model": lambda f: Tokenizer(f / "other.model"),
+    "is not a SentencePiece model; expected the published": lambda f: tokenizer_of(f, b"no"),
+    "the text is int; expected a string": lambda f: Tokenizer.from_pretrained(f).encode(7),
+    "contains '<eos>', which only": lambda f: Tokenizer.from_pretrained(f).encode("<eos>"),
+    "half of a surrogate pair": lambda f: Tokenizer.from_pretrained(f).encode("\ud83d"),
+    "id -100 is negative; drop the -100": lambda f: Tokenizer.from_pretrained(f).decode([-100]),
+    "got 0 prefixes and 1 suffixes": lambda f: collate([], [[1]]),
+    "config.json is not JSON": lambda f: config_as(f, "{"),
+    r"config.json is \[\]; expected a JSON object": lambda f: config_as(f, "[]"),
+    "image_size is 0; .*positive whole number": lambda f: config_with(f, image_size=0),
+    "112 is not a multiple of patch_size 15": lambda f: config_with(f, patch_size=15),
+    "token 7, tokenizer.model makes it 2176": lambda f: config_with(f, image_token_index=7),
+    "resizes to 112 pixels, config.json expects 224": lambda f: config_with(f, image_size=224),
+    "prompts: got 7; expected a string or": lambda f: Processor.from_pretrained(f)(PIXEL, 7),
+    "got 1 pictures, 2 prompts": lambda f: Processor.from_pretrained(f)(PIXEL, ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("words", FIRST_REFUSALS)
+def test_each_refusal_of_the_first_version_is_still_there(folder, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        FIRST_REFUSALS[words](folder)
+    assert "\n" not in str(caught.value), "one line"
