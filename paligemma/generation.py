@@ -2,7 +2,7 @@
 """Prefill once, then one token at a time: batches, streaming, stopping."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
@@ -40,15 +40,6 @@ class GenerationConfig:
             raise ValueError(f"max_new_tokens is {steps!r}; expected a whole number of at least 1")
         if not isinstance(eos, Integral) or isinstance(eos, bool):
             raise ValueError(f"eos_token_id is {eos!r}; expected one token id, or -1 for none")
-
-    @classmethod
-    def from_options(cls, **options) -> "GenerationConfig":
-        """As the constructor, with a ValueError for an option that does not exist."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ValueError(f"{name} is no option of an answer; expected {', '.join(known)}")
-        return cls(**options)
 
 
 def generate_steps(

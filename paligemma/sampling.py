@@ -3,6 +3,7 @@
 
 import math
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 
@@ -49,7 +50,7 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
         before = probability.cumsum(-1) - probability  # mass of everything more likely
         if bool((before[..., -1] >= top_p).all()):
             break
-    keep = before < top_p
+    keep = before.lt(top_p)
     keep[..., 0] = True  # even for a top_p that is 0 in float32
     drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~keep)
     return logits.masked_fill(drop, -torch.inf)
@@ -74,7 +75,7 @@ def multinomial(
     return torch.searchsorted(end, dart * end[:, -1:], right=True).squeeze(-1)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, Python's or numpy's; True and False are none here."""
     return isinstance(value, Real) and not isinstance(value, bool)
 

@@ -176,12 +176,6 @@ def test_numpy_numbers_are_numbers(model, free):
     assert torch.equal(drawn(model, 5, **options), free[:, :12])
 
 
-def test_an_unknown_option_is_named_with_those_that_exist():
-    assert GenerationConfig.from_options(top_k=3) == GenerationConfig(top_k=3)
-    with pytest.raises(ValueError, match=r"max_tokens is no option.*expected max_new_tokens, temp"):
-        GenerationConfig.from_options(max_tokens=3)
-
-
 def test_options_cannot_be_changed_behind_the_check():
     with pytest.raises(AttributeError):
         GenerationConfig().top_p = 7

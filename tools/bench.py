@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "paligemma" / "assets" / "tiny"
@@ -114,7 +115,7 @@ def make_transformers(model_path: Path, dtype: str | None, cache: str):
     logging.set_verbosity_error()
 
     def load():
-        model = PaliGemmaForConditionalGeneration.from_pretrained(
+        model: Any = PaliGemmaForConditionalGeneration.from_pretrained(
             model_path, dtype=dtype or "auto", attn_implementation="sdpa"
         ).eval()
         model.generation_config.eos_token_id = None  # never stop early
@@ -256,7 +257,7 @@ def bench(args: argparse.Namespace) -> dict:
     note("warming up (not counted): ours, transformers with each of its caches")
     start("ours", "dynamic", args)
     caches = {name: start("transformers", name, args)["decode"] for name in ("dynamic", "static")}
-    cache = max(caches, key=caches.get)
+    cache = max(caches, key=lambda name: caches[name])
     contenders = ["ours", *args.quantized, "transformers"]
     rounds, bound = {name: [] for name in contenders}, []
     for i in range(args.rounds):

@@ -44,6 +44,7 @@ model_map("sampling")
 
 import math
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 
@@ -322,7 +323,7 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
         before = probability.cumsum(-1) - probability  # mass of everything more likely
         if bool((before[..., -1] >= top_p).all()):
             break
-    keep = before < top_p
+    keep = before.lt(top_p)
     keep[..., 0] = True  # even for a top_p that is 0 in float32
     drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~keep)
     return logits.masked_fill(drop, -torch.inf)
@@ -366,7 +367,7 @@ def multinomial(
 
 # %%
 #| export
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, Python's or numpy's; True and False are none here."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
