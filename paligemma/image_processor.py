@@ -18,8 +18,6 @@ from paligemma.support.pictures import (
     settings_dict,
 )
 
-open_image = open_picture  # TODO: until inference and command_line import open_picture
-
 
 @dataclass
 class ImageProcessor:

@@ -394,9 +394,6 @@ save_figure(figure, "02_modes.png")
 
 # %%
 #| export
-open_image = open_picture  # TODO: until inference and command_line import open_picture
-
-
 @dataclass
 class ImageProcessor:
     """Pictures to pixel values: squash to a square, scale to 0…1, normalise to -1…1.

@@ -379,10 +379,10 @@ def read_picture(name: str) -> "Image.Image":
     """
     from PIL import Image
 
-    from paligemma.image_processor import open_image
+    from paligemma.support.pictures import open_picture
 
     if name != "-":
-        return open_image(name)
+        return open_picture(name)
     if sys.stdin is None or sys.stdin.closed:
         raise ValueError("standard input is closed; give a file, or pipe a picture in")
     data = sys.stdin.buffer.read(STANDARD_INPUT + 1)
@@ -392,7 +392,7 @@ def read_picture(name: str) -> "Image.Image":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return open_image(Image.open(io.BytesIO(data)))
+            return open_picture(Image.open(io.BytesIO(data)))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(
             f"the picture on standard input has more than {Image.MAX_IMAGE_PIXELS:,} pixels; "
