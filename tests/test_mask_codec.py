@@ -1,4 +1,4 @@
-"""Lesson 20: masks as sixteen codes. The published file and its encoder, and the codec that ships."""
+"""Lesson 20: masks as sixteen codes. The published file, its encoder, and the codec that ships."""
 
 import math
 from pathlib import Path

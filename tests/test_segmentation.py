@@ -116,6 +116,13 @@ def test_masks_that_lie_on_their_side_are_refused(shipped):
     assert encode_segments([], [], shipped, 160, 90) == []
 
 
+def test_a_crop_never_leaves_0_to_1(shipped):
+    full = np.ones((1, 140, 140), bool)
+    squares = torch.cat([crop_masks([(0, 0, side, 140)], full) for side in range(65, 140)])
+    assert 0 <= squares.min() and squares.max() <= 1
+    shipped.encode(squares)
+
+
 def test_crops_that_cannot_be():
     with pytest.raises(ValueError, match="2 boxes"):
         crop_masks([(0, 0, 1, 1)] * 2, np.ones((1, 4, 4), bool))

@@ -1,10 +1,10 @@
 """Train the mask codec that ships with the tiny model, on the alpha of real emoji.
 
-Masks come from two places, half and half: what is visible of objects in training scenes (lesson
-23), and every shape of Noto emoji (npm package `emoji-datasource-google`) turned, stretched and
+Masks come from two places, half and half: what is visible of objects in training scenes (module
+scenes), and every shape of Noto emoji (npm package `emoji-datasource-google`) turned, stretched and
 partly covered. Of the emoji that are no kind of the scenes, every eighth is never trained on: they
-measure the codec (arrows, letters and other signs left out), and lesson 21 shows 48 of them, from
-`paligemma/assets/mask_codec/held_out.png`.
+measure the codec (arrows, letters and other signs left out), and the lesson mask_codec shows 48 of
+them, from `paligemma/assets/mask_codec/held_out.png`.
 
     python tools/train_codec.py --work build/codec          # npm pack, then about ten minutes
     python tools/train_codec.py --work build/codec --package DIR      # an unpacked package
@@ -27,16 +27,10 @@ from make_assets import NPM_PACKAGE, unpack
 from PIL import Image
 from torch.nn import functional as F
 
-from paligemma.checkpoint import replacing
+from paligemma.mask_codec import MaskCodec, mask_iou, restart_dead_codes
 from paligemma.scenes import ASSETS, KINDS, NAMES, SIZE, make_scene
-from paligemma.segmentation import (
-    MaskCodec,
-    crop_masks,
-    encode_segments,
-    parse_segments,
-    restart_dead_codes,
-    search_codes,
-)
+from paligemma.segmentation import crop_masks, encode_segments, parse_segments
+from paligemma.support.files import replacing
 
 SHIPPED = ASSETS / "tiny"
 HELD_OUT = ASSETS / "mask_codec" / "held_out.png"
@@ -136,42 +130,33 @@ def pool_of_scenes(scenes):
     return torch.cat(parts)
 
 
-def iou(a, b):
-    """Of each pair of masks, float64[n]."""
-    a, b = np.asarray(a), np.asarray(b)
-    return (a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)
-
-
 def scene_overlap(codec, scenes=400):
     """IoU of test scenes' masks, written as text and read again: float64[objects]."""
     boxes, masks = scene_masks("test", range(scenes))
     text = encode_segments(boxes, masks, codec, SIZE, SIZE)
-    return iou([parse_segments(words + " x", SIZE, SIZE, codec)[0].mask for words in text], masks)
+    drawn = [parse_segments(words, SIZE, SIZE, codec)[0].mask for words in text]
+    return mask_iou(drawn, masks)
 
 
-def measure(codec, held, search=False):
+def measure(codec, held):
     """Mean IoU through the sixteen codes, on what training never saw.
 
     Returns:
         dict: "scenes" (`scene_overlap`); "shapes" (held-out emoji, 64 × 64); "one wrong" (of the
         sixteen codes of a shape a random one is replaced by its nearest neighbour in the
-        codebook); "perplexity" (how many of the codes these shapes really use); with `search`
-        "searched", the shapes after `search_codes` from the encoder's codes.
+        codebook); "perplexity" (how many of the codes these shapes really use).
     """
     target = held.float() / 255
     codes, e = codec.encode(target), codec._vq_vae._embedding.detach()
     drawn = codec.decode(codes) > 0
-    result = {"scenes": scene_overlap(codec), "shapes": iou(drawn, target > 0.5)}
+    result = {"scenes": scene_overlap(codec), "shapes": mask_iou(drawn, target > 0.5)}
     counts = torch.bincount(codes.flatten(), minlength=codec.codes) / codes.numel()
     perplexity = torch.exp(-torch.special.xlogy(counts, counts).sum())
     near = torch.cdist(e, e).fill_diagonal_(torch.inf).argmin(1)
     rows = torch.arange(len(codes))
     columns = torch.randint(16, (len(codes),), generator=torch.Generator().manual_seed(0))
     codes[rows, columns] = near[codes[rows, columns]]
-    result["one wrong"] = iou(codec.decode(codes) > 0, target > 0.5)
-    if search:
-        parts = [search_codes(codec, m, start=codec.encode(m)) for m in target.split(8)]
-        result["searched"] = iou(codec.decode(torch.cat(parts)) > 0, target > 0.5)
+    result["one wrong"] = mask_iou(codec.decode(codes) > 0, target > 0.5)
     result = {name: round(float(ious.mean()), 4) for name, ious in result.items()}
     return result | {"perplexity": round(float(perplexity), 1)}
 
@@ -207,7 +192,7 @@ def train(codec, pools, held, work, steps, batch=128, peak=2e-3):
         codec.load_state_dict(state["codec"])
         optimizer.load_state_dict(state["optimizer"])
         first, counts = state["step"], state["counts"]
-    start = time.time()
+    start, dead = time.time(), 0
     for step in range(first, steps):
         torch.manual_seed(step)
         for group in optimizer.param_groups:
@@ -261,7 +246,7 @@ def polish(codec, pools, held, steps, batch=128, peak=1e-3):
         wave = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = peak * wave
         masks = some_masks(pools, batch)
-        drawn = codec.draw(codec._vq_vae(codec.encode(masks)).detach())
+        drawn = codec.decode_vectors(codec._vq_vae(codec.encode(masks)).detach())
         optimizer.zero_grad()
         error(drawn, masks).backward()
         torch.nn.utils.clip_grad_norm_(codec.decoder.parameters(), 1.0)
@@ -271,7 +256,7 @@ def polish(codec, pools, held, steps, batch=128, peak=1e-3):
 
 
 def show_held_out(held):
-    """Write the picture of held-out shapes that lesson 21 reads."""
+    """Write the picture of held-out shapes that lesson mask_codec reads."""
     HELD_OUT.parent.mkdir(parents=True, exist_ok=True)
     chosen = held[torch.linspace(0, len(held) - 1, SHOWN).round().long()]
     sheet = chosen.unflatten(0, (-1, 8)).permute(0, 2, 1, 3).flatten(0, 1).flatten(1)
@@ -310,7 +295,7 @@ def main():
         polish(codec, parts, held, args.polish)
         codec.save_pretrained(SHIPPED)
         show_held_out(held)
-    print(measure(MaskCodec.from_pretrained(SHIPPED), held, search=True))
+    print(measure(MaskCodec.from_pretrained(SHIPPED), held))
 
 
 if __name__ == "__main__":
