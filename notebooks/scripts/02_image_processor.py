@@ -382,9 +382,11 @@ save_figure(figure, "02_modes.png")
 # What `open_picture` does is care and no idea, so it stands in [support/pictures.py](../paligemma/support/pictures.py), in plain Python:
 #
 # - it turns the picture as its EXIF note says, and lays transparency over **white**, as transformers does;
-# - a deep grey is scaled by the range of its *kind*: 16 bits hold 0…65535, floats 0…1. Never by its largest value: one bright pixel more would make the rest darker;
-# - of arrays it takes `uint8[H, W, 3]` alone, since an array does not say what it holds;
-# - files come from strangers: cut off, no picture, or a *decompression bomb*, a few kilobytes that unpack to billions of pixels. Each becomes one `ValueError` with a sentence in it.
+# - a deep grey is scaled by the range of its *kind*, 0…65535 or 0…1, never by its largest value: one bright pixel would darken the rest;
+# - of arrays it takes `uint8[H, W, 3]` alone, since an array does not say what it holds.
+
+# %% [markdown]
+# And files come from strangers: cut off, no picture at all, or a *decompression bomb*, a few kilobytes that unpack to billions of pixels. Decoders fail in many ways. The caller meets **one** kind of error, with a sentence in it.
 
 # %% [markdown]
 # ### The class
