@@ -12,7 +12,7 @@ NBVAL := --nbval --nbval-sanitize-with tools/nbval.cfg --nbval-cell-timeout 60 -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check sync lab bench train clean
+.PHONY: help demo test check sync lab bench train student clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,7 @@ test: $(DEV) ## everything that CI checks: style, freshness, tests, every notebo
 	step() { echo "== $$1"; shift; "$$@" || failed="$$failed '$$*'"; }; \
 	step "style" $(BIN)/ruff check --quiet .; \
 	step "format" $(BIN)/ruff format --quiet --check .; \
+	step "types" $(BIN)/pyright --pythonpath $(BIN)/python; \
 	step "freshness" $(BIN)/python tools/sync.py --check; \
 	step "tests" $(BIN)/python -m pytest -q -n $(WORKERS) tests; \
 	step "notebooks" $(BIN)/python -m pytest -q -n $(WORKERS) $(NBVAL) notebooks; \
@@ -33,9 +34,10 @@ test: $(DEV) ## everything that CI checks: style, freshness, tests, every notebo
 	if [ -n "$$failed" ]; then echo "FAILED after $$seconds s:$$failed"; exit 1; fi; \
 	echo "All passed in $$seconds s."
 
-check: $(DEV) ## fast: style, and notebooks = pairs = modules
+check: $(DEV) ## fast: style, types, and notebooks = pairs = modules
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/python tools/sync.py --check
 
 sync: $(DEV) ## bring notebooks, pairs, modules and the README's table into step
@@ -52,7 +54,7 @@ train: $(DEV) ## train the shipped model again; Ctrl-C and the same command go o
 		--config paligemma/assets/tiny/recipe.json --work runs/tiny
 
 clean: ## remove what these commands wrote, but not .venv
-	@rm -rf demo.png build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf demo.png student build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find paligemma tests tools notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 $(BIN)/python:
