@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from paligemma.checkpoint import load_model
-from paligemma.inference import make_parser
+from paligemma.support.command_line import make_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

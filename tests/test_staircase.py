@@ -14,7 +14,9 @@ MODULES = [
     path for path in sorted((ROOT / "paligemma").glob("*.py")) if not path.name.startswith("__")
 ]
 SUPPORT = ROOT / "paligemma" / "support"
-OPEN = {"command_line"}  # called by its own lesson, which it stands on: the door to the package
+# Exceptions: `command_line`, the door to the package, is called by the lesson that it stands on;
+# `adapters` lets lesson 24's `load` apply what lesson 29 explains, imported when there is one.
+OPEN = {"command_line", "adapters"}
 # Tests of the project as a whole; every other test file belongs to one lesson.
 PROJECT = {"toolchain", "notebooks", "staircase", "references", "parity", "readme", "tiny", "bench"}
 
