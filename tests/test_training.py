@@ -1,438 +1,356 @@
-"""Training: batches, the loss, the schedule, runs that go on bit for bit, evaluation."""
+"""Training on any data: the loss is transformers', runs go on bit for bit, bad input is named."""
 
-import importlib.util
 import json
+import math
 import os
 import signal
-import sys
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
 
 from paligemma import scenes, training
-from paligemma.image_processor import ImageProcessor
+from paligemma.checkpoint import load_model
+from paligemma.inference import load
 from paligemma.processor import Processor
-from paligemma.segmentation import parse_segments
-from paligemma.tokenizer import Tokenizer
 from paligemma.training import (
-    Batches,
-    Trainer,
+    JsonlDataset,
     TrainingConfig,
-    answer_loss,
-    box_figures,
-    evaluate,
-    learning_rate,
-    main,
-    make_optimizers,
-    objects_at,
-    orthogonal,
-    patch_boxes,
-    soft_locations,
+    examples_of,
+    learning_rate_at,
+    make_batch,
+    make_optimizer,
     train,
-    training_loss,
+    train_step,
 )
 
 TINY = scenes.ASSETS / "tiny"
+DATA = scenes.SceneDataset(40, tasks=("caption", "detect", "is there"), objects=(1, 2))
 
 
 def small(**changes) -> TrainingConfig:
-    """A config whose steps take a few hundredths of a second."""
-    sizes = {"vision_width": 16, "vision_layers": 1, "text_width": 16, "text_layers": 1}
-    run = {"text_mlp": 16, "batch": 4, "questions": 1, "processes": 1, "meet_every": 2}
-    stages = {"look_steps": 2, "total_steps": 6, "warm_steps": 2, "cool_steps": 2}
-    return TrainingConfig(**(sizes | run | stages | {"curriculum": ((0, (1, 2)),)} | changes))
+    """Six steps of four examples."""
+    base = {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 6, "save": False}
+    return TrainingConfig(**(base | changes))
 
 
 @pytest.fixture(scope="module")
-def batches():
-    tokenizer = Tokenizer.from_pretrained(TINY)
-    return Batches(Processor(tokenizer, ImageProcessor(scenes.SIZE), 64), small())
+def processor():
+    return Processor.from_pretrained(TINY)
 
 
-def weights(run):
-    return {k: v.clone() for k, v in run.model.state_dict().items()}
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_batch_depends_on_its_number_only(batches):
-    first = batches.train(3, (1, 2), False)
-    batches.train(8, (1,), False)
-    again = batches.train(3, (1, 2), False)
-    other = batches.train(4, (1, 2), False)
-    assert torch.equal(first["pixels"], again["pixels"])
-    assert not torch.equal(first["pixels"], other["pixels"])
-    for a, b in zip(first["groups"], again["groups"], strict=True):
-        assert (a["keep"], a["name"]) == (b["keep"], b["name"])
-        assert all(torch.equal(a[k], b[k]) for k in a if k not in ("keep", "name"))
+# ---------------------------------------------------------------- loss and step
 
 
-def test_parts_cover_a_batch(batches):
-    whole = batches.train(5, (1, 2), False)
-    parts = [batches.train(5, (1, 2), False, (i, 2)) for i in range(2)]
-    for key in ("pixels", "targets", "boxes"):
-        assert torch.equal(torch.stack([p[key] for p in parts], 1).flatten(0, 1), whole[key])
-    for group in range(2):
-        rows = [p["groups"][group]["picture"] * 2 + i for i, p in enumerate(parts)]
-        assert sorted(torch.cat(rows).tolist()) == whole["groups"][group]["picture"].tolist()
+def test_the_loss_and_its_gradient_are_those_of_transformers(processor):
+    from transformers import PaliGemmaForConditionalGeneration
+
+    ours = load_model(TINY)
+    theirs = PaliGemmaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
+    (batch,) = make_batch([DATA[i] for i in range(4)], processor)
+    a, b = ours(**batch).loss, theirs(**batch).loss
+    assert a.item() == pytest.approx(b.item(), abs=1e-5)
+    a.backward(), b.backward()
+    mine = ours.language_model.embed_tokens.weight.grad
+    other = theirs.get_input_embeddings().weight.grad
+    assert (mine - other).abs().max() <= 1e-4 * other.abs().max()
 
 
-@pytest.fixture(scope="module")
-def masked(tmp_path_factory):
-    """Batches in which half of the pictures are asked for masks."""
-    config = TrainingConfig(batch=16, segments=0.5)
-    return Batches(Processor.from_pretrained(TINY), config)
+@pytest.mark.parametrize("accumulate", [2, 3, 4])
+def test_a_batch_in_parts_is_the_whole_batch(processor, accumulate):
+    items = [DATA[i] for i in range(8)]
+    found = {}
+    for parts in (1, accumulate):
+        model = load_model(TINY).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loss = train_step(model, optimizer, make_batch(items, processor, parts), 1e9)
+        found[parts] = loss, weights(model)
+    assert len(make_batch(items, processor, accumulate)) == accumulate
+    assert found[1][0] == pytest.approx(found[accumulate][0], abs=1e-5)
+    start = load_model(TINY).state_dict()
+    steps = [torch.cat([(w[k] - start[k]).flatten() for k in start]) for _, w in found.values()]
+    assert (steps[0] - steps[1]).norm() <= 1e-4 * steps[0].norm()
 
 
-def test_a_share_of_the_pictures_is_asked_for_masks(masked):
-    groups = {g["name"]: g for g in masked.train(2, (1, 2), False)["groups"]}
-    pictures = [groups[name]["picture"].tolist() for name in ("detect", "segment")]
-    assert sorted(pictures[0] + pictures[1]) == list(range(16)) and min(map(len, pictures)) >= 3
-    labels, first = groups["segment"]["labels"], masked.first_location
-    codes = ((labels >= first + 1024) & (labels < first + 1152)).sum(1)
-    boxes = ((labels >= first) & (labels < first + 1024)).sum(1)
-    assert (codes == 4 * boxes).all() and (boxes >= 4).all()
+def test_a_long_gradient_is_shortened(processor):
+    model = load_model(TINY).train()
+    before = weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    train_step(model, optimizer, make_batch([DATA[0]], processor), max_grad_norm=0.01)
+    moved = torch.cat([(v - before[k]).flatten() for k, v in model.state_dict().items()])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-2)
 
 
-def test_mask_words_say_what_is_seen(masked):
-    made = [scenes.make_scene(i, "test") for i in range(12)]
-    overlaps = []
-    for scene, words in zip(made, training.mask_words(made, masked.codec), strict=True):
-        text = " ; ".join(f"{w} {scenes.NAMES[k]}" for w, k in zip(words, scene.kinds))
-        found = parse_segments(text, scenes.SIZE, scenes.SIZE, masked.codec)
-        assert [f.label for f in found] == [scenes.NAMES[k] for k in scene.kinds]
-        overlaps += [(f.mask & m).sum() / (f.mask | m).sum() for f, m in zip(found, scene.masks)]
-    assert np.mean(overlaps) > 0.85
+def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_weights(processor):
+    model = load_model(TINY).train()
+    with torch.no_grad():
+        model.multi_modal_projector.linear.weight[0, 0] = math.nan
+    before = weights(model)
+    optimizer = make_optimizer(model, small())
+    with pytest.raises(ValueError, match=r"the loss is nan.*lower learning_rate"):
+        train_step(model, optimizer, make_batch([DATA[0]], processor), 1.0)
+    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num())
+               for k, v in model.state_dict().items())  # fmt: skip
 
 
-def test_mask_figures_count_what_was_not_found(masked):
-    made = [scenes.make_scene(i, "test", objects=(2, 3)) for i in range(6)]
-    prompts, right, nothing, other = [], [], [], []
-    for scene, words in zip(made, training.mask_words(made, masked.codec)):
-        asked = list(dict.fromkeys(scene.kinds))
-        prompts.append("segment " + " ; ".join(scenes.NAMES[k] for k in asked))
-        right.append(" ; ".join(f"{w} {scenes.NAMES[k]}" for w, k in zip(words, scene.kinds)))
-        nothing.append("")
-        other.append(right[-1].replace(scenes.NAMES[asked[0]], "nobody"))
-    figures = [
-        training.mask_figures(said, prompts, made, masked.codec)["iou"]
-        for said in (right, other, nothing)
-    ]
-    assert figures[0] > 85 and 0 < figures[1] < figures[0] and figures[2] == 0
-
-
-def test_looking_needs_no_texts(batches):
-    assert batches.train(0, (1,), look=True)["groups"] == []
-
-
-def test_only_the_answer_is_learnt(batches):
-    group = batches.train(0, (1, 2), False)["groups"][0]
-    assert torch.equal(group["labels"] != -100, group["token_type_ids"] == 1)
-    assert int((group["labels"] != -100).sum(1).max()) + 1 == group["keep"]
-
-
-def test_patch_boxes_point_to_the_edges():
-    for index in range(20):
-        scene = scenes.make_scene(index, "train", objects=(1,))
-        found, covered = patch_boxes(scene), scenes.patch_targets(scene)[0] < len(scenes.NAMES)
-        assert (found[~covered] == 0).all()
-        centre = np.stack(np.meshgrid(np.arange(8), np.arange(8)), -1).reshape(-1, 2) * 14 + 7
-        edges = found * 14 + np.tile(centre, 2)
-        assert np.allclose(edges[covered], scene.boxes[0], atol=1e-4)
-
-
-def test_soft_locations():
-    soft = soft_locations(6.0)
-    assert soft.shape == (1024, 1024)
-    assert torch.allclose(soft.sum(1), torch.ones(1024))
-    assert torch.equal(soft.argmax(1), torch.arange(1024))
-    assert soft[500, 506] / soft[500, 500] == pytest.approx(np.exp(-0.5), rel=1e-4)
-    assert soft[500, 507] < soft[500, 506] == soft[500, 494]
-
-
-def test_answer_loss_without_locations_is_cross_entropy():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(3, 7, 1064), torch.randint(0, 40, (3, 7))
-    labels[:, :3] = -100
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    got = answer_loss(logits, labels, first_location=40, soft=soft_locations(6.0))
-    assert got.item() == pytest.approx(expected.item(), abs=1e-6)
-    nothing = answer_loss(logits, torch.full_like(labels, -100), 40, soft_locations(6.0))
-    assert nothing.item() == 0
-
-
-def test_a_near_miss_costs_less_than_a_far_one():
-    labels = torch.tensor([[-100, 10 + 500]])
-    soft = soft_locations(6.0)
-
-    def cost(place):
-        logits = torch.zeros(1, 2, 10 + 1024)
-        logits[0, 0, 10 + place] = 8.0
-        return answer_loss(logits, labels, 10, soft).item()
-
-    assert cost(500) < cost(503) < cost(510) < cost(600) == pytest.approx(cost(900), abs=1e-4)
-
-
-def test_products_in_bfloat16_are_near():
-    """Output and gradients of a layer with rounded factors: other numbers, but close ones."""
-    torch.manual_seed(0)
-    x = torch.randn(50, 64, requires_grad=True)
-    layer, rounded = torch.nn.Linear(64, 32), torch.nn.Linear(64, 32)
-    rounded.load_state_dict(layer.state_dict())
-    training.use_bfloat16_products(rounded)
-    results = []
-    for it in (layer, rounded):
-        y = it(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), [x, it.weight, it.bias])))
-    for exact, near in zip(*results):
-        assert near.dtype == torch.float32 and not torch.equal(exact, near)
-        assert (near - exact).norm() < 0.01 * exact.norm()
-
-
-def test_read_locations_are_moved_and_labels_are_true(batches):
-    """What the model reads is near the label; nothing but locations moves."""
-    group = next(g for g in batches.train(4, (2, 3), False)["groups"] if g["name"] == "detect")
-    learnt = group["labels"] != -100
-    read, true = group["input_ids"][learnt], group["labels"][learnt]
-    first = batches.first_location
-    located = (true >= first) & (true < first + 1024)
-    assert torch.equal(read[~located], true[~located])
-    off = (read - true)[located].float()
-    assert 2 < off.std() < 10 and off.abs().max() < 60 and (off != 0).float().mean() > 0.7
-
-
-def test_schedule():
-    config = TrainingConfig(
-        lr=1.0,
-        look_steps=100,
-        warm_steps=10,
-        cool_steps=50,
-        total_steps=300,
-        curriculum=((0, (1,)),),
-    )
-    rates = [learning_rate(step, config) for step in range(300)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[99] == 1.0
-    assert rates[100] == pytest.approx(0.1) and rates[109] == 1.0  # speaking warms up again
-    assert rates[250] == 1.0 and rates[275] == pytest.approx(0.5)
-    assert 0 < rates[299] < 0.01
-    assert rates[250:] == sorted(rates[250:], reverse=True)
-
-
-def test_curriculum():
-    config = TrainingConfig(look_steps=10, curriculum=((0, (1,)), (5, (1, 2)), (9, (3, 4))))
-    seen = [objects_at(step, config) for step in (0, 9, 10, 14, 15, 18, 19, 500)]
-    assert seen == [(3, 4), (3, 4), (1,), (1,), (1, 2), (1, 2), (3, 4), (3, 4)]
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 24), (2, 24, 8), (1, 16, 16)])
-def test_orthogonal(shape):
-    torch.manual_seed(1)
-    g = torch.randn(shape)
-    u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    values = torch.linalg.svdvals(orthogonal(g))
-    assert values.max() < 1.3 and values.median() > 0.6
-    cosine = F.cosine_similarity(orthogonal(g).flatten(1), (u @ vh).flatten(1))
-    assert cosine.min() > 0.9
-    assert torch.allclose(orthogonal(g.mT), orthogonal(g).mT, atol=1e-4)
-
-
-def test_every_weight_has_one_optimizer_and_vectors_no_decay():
-    config = small()
-    model = training.make_model(config, image_id=2000)
-    head = training.PatchHead(config.vision_width)
-    groups = [g for o in make_optimizers(model, head, 0.1) for g in o.param_groups]
+def test_every_weight_is_trained_once_and_vectors_do_not_shrink():
+    model = load_model(TINY)
+    groups = make_optimizer(model, small(weight_decay=0.3)).param_groups
     found = [id(p) for g in groups for p in g["params"]]
-    assert sorted(found) == sorted(id(p) for p in [*model.parameters(), *head.parameters()])
+    assert sorted(found) == sorted(map(id, model.parameters()))
     assert all((p.ndim > 1) == (g["weight_decay"] > 0) for g in groups for p in g["params"])
 
 
-def test_resume_is_bit_for_bit(tmp_path):
-    config = small()
-    whole = Trainer(config, tmp_path / "whole")
-    at_once = [whole.take_step() for _ in range(6)]
-    (tmp_path / "half").mkdir()
-    first = Trainer(config, tmp_path / "half")
-    losses = [first.take_step() for _ in range(3)]
-    first.save()
-    second = Trainer(config, tmp_path / "half")
-    assert second.step == 3
-    losses += [second.take_step() for _ in range(3)]
-    assert losses == at_once
-    assert same(weights(whole), weights(second))
+def test_what_is_frozen_stays(processor):
+    model = load_model(TINY)
+    model.vision_tower.requires_grad_(False)
+    before = weights(model)
+    train(model, DATA, small(steps=2), processor)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and not any(name.startswith("vision_tower") for name in changed)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train: requires_grad is False"):
+        train(model, DATA, small(steps=2), processor)
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on(tmp_path, monkeypatch):
-    config = small()
-    whole = train(config, tmp_path / "whole", quiet=True)
-    step = Trainer.take_step
+# ---------------------------------------------------------------- schedule and order
 
-    def interrupted(self):
-        if self.step == 2:
+
+def test_schedule():
+    config = TrainingConfig(steps=110, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate_at(step, config) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5) and 0 < rates[109] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    flat = TrainingConfig(steps=4, warmup_steps=0, learning_rate=1.0)
+    assert learning_rate_at(0, flat) == 1.0
+
+
+def test_every_example_once_an_epoch_in_new_orders():
+    config = small(batch_size=3)
+    seen = [i for step in range(20) for i in examples_of(step, 10, config)]
+    epochs = [seen[i : i + 10] for i in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert examples_of(7, 10, config) == seen[21:24]
+    assert examples_of(0, 10, small(batch_size=3, seed=1)) != seen[:3]
+    assert sorted(set(examples_of(0, 2, config))) == [0, 1], "a batch may be longer than an epoch"
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_in_two_halves_equals_a_whole_one_bit_for_bit(tmp_path, monkeypatch, processor):
+    """Ctrl-C in the third step: it is finished and saved; the same call goes on."""
+    whole = load_model(TINY)
+    losses = train(whole, DATA, small(ema_decay=0.5), processor)
+    config, step, asked = small(ema_decay=0.5, folder=tmp_path / "run"), train_step, []
+
+    def interrupted(*arguments):
+        asked.append(True)
+        if len(asked) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
+        return step(*arguments)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(Trainer, "take_step", interrupted)
-    stopped = train(config, tmp_path / "run", quiet=True)
-    monkeypatch.setattr(Trainer, "take_step", step)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert stopped.step == 4, "it stops where processes meet"
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
-    gone_on = train(config, tmp_path / "run", quiet=True)
-    assert gone_on.step == whole.step == 6
-    assert same(weights(gone_on), weights(whole)) and same(gone_on.mean, whole.mean)
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    monkeypatch.setattr(training, "train_step", interrupted)
+    first = train(load_model(TINY), DATA, config, processor)
+    assert first == losses[:3] and signal.getsignal(signal.SIGINT) is before
+    model = load_model(TINY)
+    assert train(model, DATA, config, processor) == losses
+    assert same(weights(model), weights(whole)) and not model.training
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["checkpoint.pt"]
+    finished = load_model(TINY)
+    assert train(finished, DATA, config, processor) == losses, "nothing is left to do"
+    assert same(weights(finished), weights(whole))
 
 
-def test_curves_have_losses_and_time(tmp_path):
-    run = train(small(), tmp_path, quiet=True)
-    points = json.loads((tmp_path / "curves.json").read_text())
-    assert points == run.curves and points[-1]["step"] == 6
-    assert {"patch loss", "patch right", "short loss", "detect loss", "seconds"} <= set(points[-1])
+def test_dropout_follows_from_the_step(tmp_path, processor):
+    def noisy():
+        model = load_model(TINY)
+        model.multi_modal_projector.linear = torch.nn.Sequential(
+            model.multi_modal_projector.linear, torch.nn.Dropout(0.5)
+        )
+        return model
+
+    whole = train(noisy(), DATA, small(), processor)
+    torch.manual_seed(99)
+    train(noisy(), DATA, small(steps=3, folder=tmp_path), processor)
+    torch.manual_seed(7)
+    assert train(noisy(), DATA, small(folder=tmp_path), processor) == whole
 
 
-def test_accumulating_is_like_the_larger_batch(tmp_path):
-    """Exactly so for the pictures' order and number; nearly so for the gradient (see lesson)."""
-    gradients = {}
-    for parts in (1, 2):
-        run = Trainer(small(batch=16, accumulate=parts, look_steps=0), tmp_path)
-        for i in range(parts):
-            batch = run.batches.train(0, (1,), False, (i, parts))
-            loss, _ = training_loss(run.model, run.head, batch, run.soft)
-            (loss / parts).backward()
-        gradients[parts] = torch.cat([p.grad.flatten() for p in run.parameters])
-    assert F.cosine_similarity(gradients[1], gradients[2], dim=0) > 0.97
-    assert gradients[2].norm() / gradients[1].norm() == pytest.approx(1, abs=0.1)
+def test_workers_change_nothing(processor):
+    found = [train(load_model(TINY), DATA, small(steps=3, workers=n), processor) for n in (0, 2)]
+    assert found[0] == found[1]
 
 
-def test_accumulate_takes_every_part_once(tmp_path):
-    run = Trainer(small(accumulate=2), tmp_path)
-    asked, make = [], run.batches.train
-    run.batches.train = lambda *given: asked.append(given) or make(*given)
-    run.take_step()
-    assert [(step, part) for step, _, _, part in asked] == [(0, (0, 2)), (0, (1, 2))]
-    assert run.step == 1
+def test_the_model_ends_with_the_mean_of_its_weights(processor):
+    paths = []
+    for steps in (1, 2, 3):  # warm-up throughout: the same rates
+        model = load_model(TINY)
+        train(model, DATA, small(steps=steps), processor)
+        paths.append(weights(model)["multi_modal_projector.linear.weight"])
+    model = load_model(TINY)
+    train(model, DATA, small(steps=3, ema_decay=0.9), processor)
+    expected = paths[0].lerp(paths[1], 0.1).lerp(paths[2], 0.1)
+    found = model.multi_modal_projector.linear.weight
+    assert torch.allclose(found, expected, atol=1e-7) and not torch.equal(found, paths[2])
 
 
-def test_exported_run_loads(tmp_path):
-    config = small()
-    run = train(config, tmp_path / "run", quiet=True)
-    from dataclasses import asdict
+def test_a_trained_model_loads_and_answers_better(tmp_path):
+    """Two examples by heart; the processor is the one beside the weights."""
 
-    (tmp_path / "run" / "config.json").write_text(json.dumps(asdict(config)))
-    assert main(["--work", str(tmp_path / "run"), "--export", str(tmp_path / "out")]) == 0
-    model = training.load_model(tmp_path / "out")
-    name = "vision_tower.embeddings.patch_embedding.weight"
-    expected = run.mean[name].to(torch.bfloat16).float()
-    assert torch.equal(model.state_dict()[name].float(), expected)
-    assert "tokenizer" not in json.loads((tmp_path / "out" / "curves.json").read_text())["recipe"]
-    assert Processor.from_pretrained(tmp_path / "out").num_image_tokens == 64
+    class Two(Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            image = np.full((112, 112, 3), 255 * i, np.uint8)
+            return {"image": image, "prefix": "what is this?", "suffix": ("a car", "a cat")[i]}
+
+    config = TrainingConfig(steps=40, batch_size=2, learning_rate=2e-3, folder=tmp_path / "run")
+    losses = train(load_model(TINY), Two(), config)
+    assert losses[-1] < 0.1 < losses[0] and len(losses) == 40
+    pg = load(tmp_path / "run")
+    pictures = [Two()[i]["image"] for i in range(2)]
+    assert pg.batch(pictures, ["what is this?"] * 2) == ["a car", "a cat"]
+
+
+def test_several_pictures_an_example(processor):
+    class Pairs(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            images = [scenes.make_scene(i + n).image for n in range(2)]
+            return {"image": images, "prefix": "answer en the same?", "suffix": "no"}
+
+    assert len(train(load_model(TINY), Pairs(), small(steps=2, accumulate=2), processor)) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(processor):
+    here = train(load_model(TINY), DATA, small(steps=3), processor)
+    there = train(load_model(TINY, device="cuda"), DATA, small(steps=3), processor)
+    assert there == pytest.approx(here, abs=1e-3)
+
+
+# ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("changes", "message"),
     [
-        ('{"totl_steps": 3}', "totl_steps"),
-        ('{"batch": "big"}', "batch"),
-        ('{"batch": 2.5}', "batch"),
-        ("[1]", "list"),
-        ("{", "Expecting"),
+        ({"steps": 0}, "steps is 0; expected a finite number of 1 or more"),
+        ({"steps": 2.5}, "steps is 2.5; expected a whole number"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"batch_size": "8"}, "batch_size is '8'"),
+        ({"learning_rate": 0}, "learning_rate is 0; expected a finite number above 0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
+        ({"learning_rate": None}, "learning_rate is None; expected a number"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; expected a finite number of 0 or more"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0; expected a number below 1"),
+        ({"ema_decay": math.inf}, "ema_decay is inf"),
+        ({"accumulate": 9, "batch_size": 8}, "accumulate is 9, more parts than the 8"),
     ],
 )
-def test_bad_config_is_one_line_and_exit_2(tmp_path, capsys, text, named):
-    file = tmp_path / "config.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=named):
-        TrainingConfig.read(file)
-    assert main(["--work", str(tmp_path / "run"), "--config", str(file)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+def test_settings_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**changes)
+    TrainingConfig(steps=np.int64(3), learning_rate=np.float32(0.1))  # NumPy's numbers are numbers
 
 
-def test_config_reads_what_a_run_writes(tmp_path):
-    from dataclasses import asdict
-
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(asdict(small(lr=1))))
-    config = TrainingConfig.read(file)
-    assert asdict(config) == json.loads(file.read_text()) and objects_at(3, config) == (1, 2)
-
-
-def test_box_figures():
-    true = "<loc0100><loc0100><loc0500><loc0500> cat ; <loc0600><loc0600><loc0900><loc0900> cat"
-    near = "<loc0110><loc0100><loc0510><loc0500> cat"
-    assert box_figures([true], [true])["f1"] == pytest.approx(100)
-    assert box_figures([true], [true])["iou"] == pytest.approx(100)
-    assert box_figures([near], [true])["f1"] == pytest.approx(200 / 3)
-    assert box_figures([near], [true])["iou"] == pytest.approx(100 * 390 / 410, abs=0.1)
-    assert box_figures([near + " ; " + near], [near]) == pytest.approx({"f1": 200 / 3, "iou": 100})
-    assert box_figures([near.replace("cat", "dog")], [true]) == {"f1": 0.0, "iou": 0.0}
-    assert box_figures(["", "nonsense <loc0001>"], [true, true]) == {"f1": 0.0, "iou": 0.0}
+def test_data_without_examples_or_keys(processor):
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        train(load_model(TINY), [], small(), processor)
+    item = {"image": np.zeros((4, 4, 3), np.uint8), "prompt": "caption", "suffix": "a cat"}
+    with pytest.raises(ValueError, match="the dataset lacks prefix; items need image, prefix"):
+        train(load_model(TINY), [item], small(), processor)
 
 
-def test_evaluate_runs_with_its_control():
-    seen = []
-    rows = ("caption en", "where", "detect")
-    torch.manual_seed(0)
-    result = evaluate(TINY, 6, rows, progress=lambda row, figures: seen.append(row))
-    assert tuple(result) == tuple(seen) == rows
-    assert set(result["caption en"]) == {"scenes", "exact", "shuffled"}
-    assert set(result["detect"]) == {"scenes", "f1", "iou", "shuffled"}
-    assert all(0 <= v <= 100 for f in result.values() for v in f.values())
+def test_a_checkpoint_that_does_not_fit(tmp_path, processor):
+    config = small(steps=2, folder=tmp_path)
+    train(load_model(TINY), DATA, config, processor)
+    file = tmp_path / "checkpoint.pt"
+    good = file.read_bytes()
+    with pytest.raises(ValueError, match="was made with batch_size 4, now it is 5"):
+        train(load_model(TINY), DATA, small(batch_size=5, folder=tmp_path), processor)
+    frozen = load_model(TINY)
+    frozen.vision_tower.requires_grad_(False)
+    with pytest.raises(ValueError, match="trains other parameters than this model's"):
+        train(frozen, DATA, config, processor)
+    for broken in (good[: len(good) // 2], b"", b"not a checkpoint", good[:200] + good[300:]):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"checkpoint.pt is broken .*remove it") as caught:
+            train(load_model(TINY), DATA, config, processor)
+        assert "\n" not in str(caught.value)
+    torch.save([1, 2], file)
+    with pytest.raises(ValueError, match="is no training checkpoint"):
+        train(load_model(TINY), DATA, config, processor)
 
 
-def test_shuffled_control_asks_about_the_next_picture(monkeypatch):
-    """A model that reads the truth off the picture is right, and wrong on others' pictures."""
-    made, _, truths = training.row_questions("caption en", 8)
-    by_picture = {scene.image.tobytes(): truth for scene, truth in zip(made, truths)}
-    monkeypatch.setattr(
-        training, "answers", lambda m, p, shown, prompts: [by_picture[i.tobytes()] for i in shown]
-    )
-    figures = evaluate(TINY, 8, ("caption en",))["caption en"]
-    chance = np.mean([a == b for a, b in zip(truths, truths[1:] + truths[:1])])
-    assert figures["exact"] == 100 and figures["shuffled"] == pytest.approx(100 * chance)
+# ---------------------------------------------------------------- one's own data
 
 
-# ---------------------------------------------------------------- tools/compare_training.py
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    return tmp_path
 
 
-def test_arms_of_equal_processor_time(tmp_path, monkeypatch):
-    file = Path(__file__).parent.parent / "tools" / "compare_training.py"
-    spec = importlib.util.spec_from_file_location("compare", file)
-    compare = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare", compare)  # its dataclass looks itself up
-    spec.loader.exec_module(compare)
-    widths = {"vision_width": 16, "text_width": 16, "vision_layers": 1, "text_layers": 1}
-    monkeypatch.setattr(compare, "BASE", replace(compare.BASE, batch=2, text_mlp=16, **widths))
-    monkeypatch.setattr(compare, "PAIRS", 8)
-    monkeypatch.setattr(compare, "validate", lambda *_: {"caption": 0.0})
-    monkeypatch.setattr(compare, "RESULT", tmp_path / "comparison.json")
-    names = ("looks first", "contrastive first", "speaks at once")
-    monkeypatch.setattr(compare, "ARMS", {name: compare.ARMS[name] for name in names})
-    runs, threads = {}, torch.get_num_threads()
-    scenes.make_scene(0)  # the sprites, made once, are not what is measured
-    try:
-        for name in names:
-            compare.train_arm(name, tmp_path, minutes=0.02, looks=5)
-            runs[name] = Trainer(compare.BASE, tmp_path / name.replace(" ", "_"))
-            compare.train_arm(name, tmp_path, minutes=0.02, looks=5)  # its time is used up
-    finally:
-        torch.set_num_threads(threads)
-    compare.write(tmp_path)
-    found = json.loads((tmp_path / "comparison.json").read_text())
-    fresh = Trainer(compare.BASE, tmp_path / "fresh")
-    for name, run in runs.items():
-        assert found[name]["points"][-1]["step"] == run.step > 2
-        assert 0.02 <= run.seconds / 60 < 0.04
-        learnt = not torch.equal(run.head.linear.bias, fresh.head.linear.bias)
-        assert learnt == (name == "looks first")  # nobody else has lessons for patches
-    looked = TrainingConfig.read(tmp_path / "looks_first" / "config.json").look_steps
-    assert 0 < looked < runs["looks first"].step
-    # A start takes a fifth of the time; before it nothing is shown.
-    assert min(p["minutes"] for p in found["contrastive first"]["points"]) > 0.006
+GOOD = '{"image": "a.png", "prefix": "caption en", "suffix": "rot, süß"}'
+
+
+def test_jsonl(folder, processor):
+    file = folder / "mine.jsonl"
+    file.write_text("\ufeff" + GOOD + "\r\n\n" + GOOD.replace("}", ', "more": [1]}'), "utf-8")
+    for path in (folder, file, str(file)):
+        data = JsonlDataset(path)
+        expected = {"image": str(folder / "a.png"), "prefix": "caption en", "suffix": "rot, süß"}
+        assert len(data) == 2 and data[0] == data[1] == expected
+    losses = train(load_model(TINY), data, small(steps=2), processor)
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: Expecting"),
+        ("[1, 2]", r"line 2: it is \[1, 2\]; expected an object"),
+        (json.dumps({"image": "a.png", "prefix": "x"}), "line 2: suffix is None; expected"),
+        (GOOD.replace('"caption en"', "7"), "line 2: prefix is 7; expected a string"),
+        (GOOD.replace("a.png", "b.png"), r"line 2: there is no picture .*b.png"),
+        ("[" * 100_000, "line 2"),
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(folder, line, message):
+    (folder / "mine.jsonl").write_text(f"{GOOD}\n{line}\n", "utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        JsonlDataset(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_folders_and_files_that_hold_no_examples(folder):
+    with pytest.raises(ValueError, match=r"holds 0 files \*.jsonl"):
+        JsonlDataset(folder)
+    with pytest.raises(ValueError, match="cannot be read"):
+        JsonlDataset(folder / "none.jsonl")
+    (folder / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no line"):
+        JsonlDataset(folder)
+    (folder / "a.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        JsonlDataset(folder)
