@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,17 @@ from paligemma.lora import (
     LoRALinear,
     adapters,
     add_lora,
-    load_lora,
+    load_adapter,
     merge_lora,
     remove_lora,
-    save_lora,
+    save_adapter,
     trainable_parameters,
 )
 from paligemma.model import PaliGemma, PaliGemmaConfig
+from paligemma.quantization import quantize_model
 from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EVERYWHERE = ("vision_tower.*", "linear", "language_model.*")
 SMALL_VISION = SiglipVisionConfig(16, 32, 2, 2, image_size=28)
 SMALL_TEXT = {
@@ -103,13 +106,15 @@ def both_logits(ours, theirs):
     rank=st.integers(1, 12),
     alpha=st.floats(0.1, 64),
     bias=st.booleans(),
+    root=st.booleans(),
 )
-def test_the_layer_is_its_formula(inputs, outputs, rank, alpha, bias):
-    layer = LoRALinear(nn.Linear(inputs, outputs, bias=bias), rank, alpha)
+def test_the_layer_is_its_formula(inputs, outputs, rank, alpha, bias, root):
+    layer = LoRALinear(nn.Linear(inputs, outputs, bias=bias), rank, alpha, use_rslora=root)
     x = torch.randn(3, 5, inputs)
     assert torch.equal(layer(x), layer.base_layer(x)), "B = 0: nothing changed yet"
     nn.init.normal_(layer.lora_B.weight)
-    weight = layer.base_layer.weight + alpha / rank * layer.lora_B.weight @ layer.lora_A.weight
+    scale = alpha / (rank**0.5 if root else rank)
+    weight = layer.base_layer.weight + scale * layer.lora_B.weight @ layer.lora_A.weight
     expected = nn.functional.linear(x, weight, layer.base_layer.bias)
     assert torch.allclose(layer(x), expected, atol=1e-4 * alpha, rtol=1e-4)
 
@@ -154,7 +159,15 @@ def test_types(dtype):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rank": 0}, {"rank": 2.0}, {"rank": True}, {"alpha": 0}, {"dropout": 1.0}]
+    "bad",
+    [
+        {"rank": 0},
+        {"rank": 2.0},
+        {"rank": True},
+        {"alpha": 0},
+        {"alpha": float("nan")},
+        {"dropout": 1.0},
+    ],
 )
 def test_numbers_that_cannot_be(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -232,7 +245,7 @@ def test_a_refusal_leaves_the_model_alone(arguments, message):
 def test_adapters_twice():
     model = small()
     add_lora(model, 2)
-    for again in (lambda: add_lora(model, 2), lambda: load_lora(model, "nowhere")):
+    for again in (lambda: add_lora(model, 2), lambda: load_adapter(model, ".")):
         with pytest.raises(ValueError, match="7 more layers have adapters already"):
             again()
 
@@ -245,8 +258,9 @@ def test_training_moves_the_adapters_only():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     labels, losses = ids.clone(), []
     labels[:, :6] = -100
+    kinds = (labels != -100).long()  # 1 where the answer stands
     for _ in range(20):
-        loss = model(ids, pixels, labels=labels).loss
+        loss = model(ids, pixels, token_type_ids=kinds, labels=labels).loss
         losses.append(loss.item())
         loss.backward(), optimizer.step(), optimizer.zero_grad()
     assert losses[-1] < 0.7 * losses[0]
@@ -298,13 +312,14 @@ PEFT_ON_TRANSFORMERS_5 = pytest.mark.filterwarnings(
 
 
 @PEFT_ON_TRANSFORMERS_5
-def test_peft_reads_what_we_write(published, tmp_path):
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_peft_reads_what_we_write(published, tmp_path, use_rslora):
     from peft import PeftModel
 
     make_ours, make_theirs = published
     ours = make_ours()
-    names = add_lora(ours, 4, alpha=6, targets=EVERYWHERE)
-    save_lora(stir(ours), tmp_path)
+    names = add_lora(ours, 4, alpha=6, targets=EVERYWHERE, use_rslora=use_rslora)
+    save_adapter(stir(ours), tmp_path)
     theirs = PeftModel.from_pretrained(make_theirs(), tmp_path).eval()
     adapted = [
         n for n, m in theirs.named_modules() if hasattr(m, "lora_A") and "default" in m.lora_A
@@ -329,7 +344,7 @@ def test_we_read_what_peft_writes(published, tmp_path, targets):
             nn.init.normal_(weight, std=0.3)
     theirs.save_pretrained(tmp_path)
     ours = make_ours()
-    names = load_lora(ours, tmp_path)
+    names = load_adapter(ours, tmp_path)
     assert names and all(not p.requires_grad for p in ours.parameters())
     assert {(m.rank, m.alpha, m.dropout.p) for m in adapters(ours).values()} == {(4, 6, 0.1)}
     a, b = both_logits(ours, theirs)
@@ -337,13 +352,124 @@ def test_we_read_what_peft_writes(published, tmp_path, targets):
     assert (a - b).abs().max() <= 1e-5 < 0.05 < (a - plain).abs().max()
 
 
+RELEASES = ("0.7.1", "0.11.1", "0.21.2")
+LAYOUTS = {  # transformers' names for the same layers in its releases
+    "5": lambda name: name,
+    "4.52": lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
+    "4.45": lambda name: re.sub(
+        "^language_model", "language_model.model", LAYOUTS["4.52"](name.removeprefix("model."))
+    ),
+}
+
+
+def peft_files(folder, release, spell=lambda key: key):
+    """An adapter that a release of peft wrote (adapters/write.py), its keys spelled anew."""
+    source = Path(__file__).parent / "adapters" / release
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text((source / CONFIG).read_text())
+    tensors = load_file(source / WEIGHTS)
+    save_file({spell(key): tensor for key, tensor in tensors.items()}, folder / WEIGHTS)
+    return folder
+
+
+@PEFT_ON_TRANSFORMERS_5
+@pytest.mark.parametrize("release", RELEASES)
+def test_files_that_releases_of_peft_wrote(published, tmp_path, release):
+    from peft import PeftModel
+
+    make_ours, make_theirs = published
+    folder = peft_files(tmp_path, release)
+    config = json.loads((folder / CONFIG).read_text())
+    assert config.get("peft_version", release).startswith(release)
+    ours, theirs = make_ours(), PeftModel.from_pretrained(make_theirs(), folder).eval()
+    names = load_adapter(ours, folder)
+    scale = 6 / (4**0.5 if config.get("use_rslora") else 4)
+    assert {m.scale for m in adapters(ours).values()} == {scale}
+    a, b = both_logits(ours, theirs)
+    plain, _ = both_logits(make_ours(), theirs)
+    assert (a - b).abs().max() <= 1e-5 < 0.05 < (a - plain).abs().max()
+    assert merge_lora(ours) == names
+    merged, _ = both_logits(ours, theirs)
+    assert (merged - b).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("middle", ["", ".default", ".my_adapter"])
+@pytest.mark.parametrize("start", ["base_model.model.", ""])
+def test_spellings_of_the_keys(published, tmp_path, layout, middle, start):
+    """Layouts of transformers' releases, with and without the adapter's own name and the prefix."""
+    make_ours, _ = published
+
+    def spell(key):
+        name, matrix = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
+        return f"{start}{LAYOUTS[layout](name)}.lora_{matrix[0]}{middle}.weight"
+
+    expected, ours = make_ours(), make_ours()
+    names = load_adapter(expected, peft_files(tmp_path / "as_written", "0.21.2"))
+    folder = peft_files(tmp_path / "spelled", "0.21.2", spell)
+    assert layout == "5" or set(load_file(folder / WEIGHTS)) != set(
+        load_file(tmp_path / "as_written" / WEIGHTS)
+    )
+    assert load_adapter(ours, folder) == names
+    batch = random_batch()
+    assert torch.equal(ours(**batch).logits, expected(**batch).logits)
+
+
+@pytest.mark.parametrize("mark", [".default", ".second"])
+def test_several_adapters_or_a_layer_twice(published, tmp_path, mark):
+    make_ours, _ = published
+    folder = peft_files(tmp_path, "0.21.2")
+    tensors = load_file(folder / WEIGHTS)
+    first = next(key for key in tensors if "lora_A" in key)
+    save_file(
+        tensors | {first.replace(".weight", f"{mark}.weight"): tensors[first].clone()},
+        folder / WEIGHTS,
+    )
+    with pytest.raises(ValueError, match=f"several adapters, {mark[1:]} and unnamed"):
+        load_adapter(make_ours(), folder)
+    save_file(
+        tensors | {first.removeprefix("base_model.model."): tensors[first].clone()},
+        folder / WEIGHTS,
+    )
+    with pytest.raises(ValueError, match="twice, under different names"):
+        load_adapter(make_ours(), folder)
+
+
+def test_rank_stabilised_is_saved_and_loaded(tmp_path):
+    model, ids_and_pixels = small(), small_inputs()
+    add_lora(model, 4, alpha=3, use_rslora=True)
+    save_adapter(stir(model), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["use_rslora"] is True
+    fresh = small()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(*ids_and_pixels).logits, model(*ids_and_pixels).logits)
+    assert {m.scale for m in adapters(fresh).values()} == {1.5}
+
+
+def test_the_base_is_named(published, tmp_path):
+    make_ours, _ = published
+    model = make_ours()
+    add_lora(model, 2)
+    save_adapter(model, tmp_path)
+    base = json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"]
+    assert base == model.config.name_or_path and Path(base).is_dir()
+
+
+def test_a_quantised_model_takes_no_adapter(published):
+    make_ours, _ = published
+    model = quantize_model(make_ours(), "int8")
+    for put_on in (add_lora, lambda m: load_adapter(m, ".")):
+        with pytest.raises(ValueError, match="quantised; put adapters on the original weights"):
+            put_on(model)
+
+
 def test_save_and_load(tmp_path):
     ids, pixels = small_inputs()
     model = small()
     add_lora(model, 2, alpha=3, targets=EVERYWHERE, dropout=0.2)
-    save_lora(stir(model), tmp_path / "new" / "folder")
+    save_adapter(stir(model), tmp_path / "new" / "folder")
     fresh = small()
-    names = load_lora(fresh, tmp_path / "new" / "folder", trainable=True)
+    names = load_adapter(fresh, tmp_path / "new" / "folder", trainable=True)
     assert names == list(adapters(model)) and not fresh.training
     assert torch.equal(fresh(ids, pixels).logits, model(ids, pixels).logits)
     assert trainable_parameters(fresh) == trainable_parameters(model)
@@ -353,18 +479,18 @@ def test_save_and_load(tmp_path):
 def test_a_part_has_the_names_of_its_own_model(tmp_path, name):
     part = getattr(small(), name)
     add_lora(part, 2)
-    save_lora(stir(part), tmp_path)
+    save_adapter(stir(part), tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors")
     start = "encoder.layers" if name == "vision_tower" else "layers"
     assert all(key.startswith(f"base_model.model.{start}.") for key in keys)
     fresh = getattr(small(), name)
-    assert load_lora(fresh, tmp_path) == list(adapters(part))
+    assert load_adapter(fresh, tmp_path) == list(adapters(part))
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
     model = small()
     add_lora(model, 2)
-    save_lora(model, tmp_path)
+    save_adapter(model, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     write = Path.write_text
 
@@ -375,32 +501,32 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
-        save_lora(stir(model), tmp_path)
+        save_adapter(stir(model), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_what_cannot_be_saved(tmp_path):
     model = small()
     with pytest.raises(ValueError, match="adapters of 0 kinds"):
-        save_lora(model, tmp_path)
+        save_adapter(model, tmp_path)
     add_lora(model, 2)
     next(iter(adapters(model).values())).alpha = 1
     with pytest.raises(ValueError, match="adapters of 2 kinds"):
-        save_lora(model, tmp_path)
+        save_adapter(model, tmp_path)
 
 
 @pytest.fixture
 def saved(tmp_path):
     model = small()
     add_lora(model, 2)
-    save_lora(stir(model), tmp_path)
+    save_adapter(stir(model), tmp_path)
     return tmp_path
 
 
 def refused(path, message):
     model = small()
     with pytest.raises(ValueError, match=message) as error:
-        load_lora(model, path)
+        load_adapter(model, path)
     assert "\n" not in str(error.value)
     assert not adapters(model) and all(p.requires_grad for p in model.parameters())
 
@@ -413,13 +539,19 @@ def refused(path, message):
         ({"r": True}, "expected numbers"),
         ({"lora_alpha": None}, "expected numbers"),
         ({"lora_alpha": -1}, "alpha -1"),
-        ({"peft_type": "IA3"}, "not of a LoRA adapter"),
-        ({"use_dora": True}, "use_dora is True"),
-        ({"use_rslora": True}, "use_rslora"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"modules_to_save": ["linear"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"r": 10**400}, "r, lora_alpha, lora_dropout are"),
+        ({"lora_dropout": 2}, "dropout 2"),
+        ({"peft_type": "IA3"}, r"peft_type is 'IA3'; expected 'LORA': .*merge_and_unload"),
+        ({"peft_type": None}, "peft_type is None.*merge_and_unload"),
+        ({"use_dora": True}, "use_dora is True.*merge_and_unload"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'; expected true or false"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern.*merge_and_unload"),
+        ({"modules_to_save": ["linear"]}, "modules_to_save.*merge_and_unload"),
+        ({"target_parameters": ["x"]}, "target_parameters.*merge_and_unload"),
+        ({"bias": "all"}, "bias is 'all'.*merge_and_unload"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'.*merge_and_unload"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'.*merge_and_unload"),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights is"),
     ],
 )
 def test_configs_that_are_refused(saved, change, message):
@@ -455,15 +587,36 @@ def magnitude(tensors):
     tensors[f"{FIRST}magnitude_vector"] = torch.zeros(16)
 
 
+def of_the_embedding(tensors):
+    name = FIRST.replace("layers.0.self_attn.q_proj", "embed_tokens")
+    tensors[name.replace("lora_", "lora_embedding_A")] = torch.zeros(2, 16)
+
+
+def whole_numbers(tensors):
+    tensors[f"{FIRST}A.weight"] = torch.zeros(2, 16, dtype=torch.int8)
+
+
+def not_a_number(tensors):
+    tensors[f"{FIRST}B.weight"][3, 1] = float("nan")
+
+
+def infinite(tensors):
+    tensors[f"{FIRST}A.weight"] = torch.full((2, 16), 65504.0).half() * 2
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (half, r"expected \{'A': \[2, 16\], 'B': \[16, 2\]\}"),
-        (other_shape, r"'A': \[2, 17\].*expected"),
+        (other_shape, r"'A': \[2, 17\].*expected.*of another base model\?"),
         (unknown_layer, "layers.7.* belongs to no linear layer"),
         (no_linear, "norm.* belongs to no linear layer"),
         (of_the_head, "lm_head.* belongs to no linear layer"),
-        (magnitude, "magnitude_vector belongs to no linear layer"),
+        (magnitude, "magnitude_vector belongs to no linear layer.*merge_and_unload"),
+        (of_the_embedding, "lora_embedding_A belongs to no linear layer.*merge_and_unload"),
+        (whole_numbers, "is torch.int8; expected a float type"),
+        (not_a_number, "lora_B.weight holds NaN or infinity"),
+        (infinite, "lora_A.weight holds NaN or infinity"),
         (dict.clear, "holds no tensors"),
     ],
 )
@@ -482,7 +635,12 @@ def test_files_that_are_refused(saved):
     refused(saved, "truncated")
     weights.unlink()
     refused(saved, "no adapter_model.safetensors")
+    (saved / "adapter_model.bin").write_bytes(b"")  # as peft wrote it before 0.6
+    refused(saved, "no adapter_model.safetensors.*holds adapter_model.bin, a pickle.*newer peft")
     config.write_text("{")
     refused(saved, "is not JSON")
     config.unlink()
     refused(saved, "no adapter_config.json")
+    refused(saved / "nothing", "nothing")
+    (saved / "file").write_text("")
+    refused(saved / "file", "is a file; expected a directory")
