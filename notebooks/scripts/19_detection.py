@@ -251,9 +251,6 @@ for what, text in BROKEN.items():
 # [lesson 21](21_segmentation.ipynb)), and a name up to the next separator. Whatever lies between
 # objects is ignored. Of too many `<loc>` words the last four count, and the surplus is reported:
 # what stands in front of an object must not spoil it.
-#
-# A **name may be missing**. Some published models are asked with a sentence ("the cat on the
-# left") and answer with the box alone. Such an object is kept, with the label "".
 
 
 # %%
@@ -370,7 +367,9 @@ for what, text in BROKEN.items():
     print(f"{what:17} {kept!s:8} dropped: {', '.join(problem for _, problem in dropped) or '-'}")
 
 # %% [markdown]
-# Every good cat is kept, and nothing false is. And the nameless:
+# Every good cat is kept, and nothing false is. A **name may be missing**: some published models are
+# asked with a sentence ("the cat on the left") and answer without one. Such an object is kept, with the
+# label "":
 
 # %%
 print(parse_detections(GOOD.removesuffix(" cat"), 448, 448))
