@@ -159,6 +159,31 @@ def clouds(rng: np.random.Generator) -> np.ndarray:
     return _mixed(rng, field)
 
 
+def _tints(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Colours that differ faintly or strongly from the first, uint8[count, 3]."""
+    wild = np.stack([_colour(rng) for _ in range(count)])
+    return (wild[0] + (wild - wild[0]) * (0.1 + 0.9 * rng.random())).astype(np.uint8)
+
+
+def waves(rng: np.random.Generator) -> np.ndarray:
+    """Winding bands of a few colours."""
+    u, v = _turned(rng)
+    width, length = 5 + 25 * rng.random(), 15 + 60 * rng.random()
+    bent = u + length * (0.05 + 0.3 * rng.random()) * np.sin(2 * np.pi * v / length)
+    tints = _tints(rng, int(rng.integers(2, 6)))
+    return tints[np.floor(bent / width).astype(int) % len(tints)]
+
+
+def mosaic(rng: np.random.Generator) -> np.ndarray:
+    """Rectangles of many sizes and colours that fill the picture, turned by a random angle."""
+    places = []
+    for axis in _turned(rng):
+        lines = np.sort(rng.random(rng.integers(4, 24)) * 3 * SIZE - 1.5 * SIZE)
+        places.append(np.searchsorted(lines, axis.ravel()).reshape(SIZE, SIZE))
+    tints = _tints(rng, 25 * 25).reshape(25, 25, 3)
+    return tints[places[0], places[1]]
+
+
 def shapes(rng: np.random.Generator) -> np.ndarray:
     """Rectangles, ellipses, triangles and lines of any size and colour."""
     picture = Image.fromarray(smooth(rng))
@@ -200,14 +225,14 @@ def letters(rng: np.random.Generator) -> np.ndarray:
     return np.asarray(picture).copy()
 
 
-PATTERNS = (stripes, grid, dots, clouds, shapes, letters)
+PATTERNS = (stripes, waves, grid, dots, clouds, mosaic, shapes, letters)
 
 
 def background(rng: np.random.Generator) -> np.ndarray:
-    """A photograph (15 %), one of SMOOTH (35 %) or one of PATTERNS (50 %)."""
+    """A photograph (15 %), one of SMOOTH (25 %) or one of PATTERNS (60 %)."""
     style = rng.random()
     if style < 0.15:
         return photograph(rng)
-    if style < 0.5:
+    if style < 0.4:
         return smooth(rng)
     return PATTERNS[rng.integers(len(PATTERNS))](rng)
