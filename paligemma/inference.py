@@ -27,6 +27,7 @@ from paligemma.support.files import find_folder, shorten
 from paligemma.support.pictures import open_picture
 from paligemma.support.quantized import load_quantized, read_quantization, save_quantized
 from paligemma.support.tensors import weight_files
+from paligemma.tokenizer import Tokenizer
 
 TINY = Path(str(resources.files("paligemma") / "assets" / "tiny"))  # the checkpoint that ships
 SMALL = 1_000_000_000  # bytes of weights up to which load() computes in float32
@@ -132,7 +133,7 @@ class Pipeline:
                 "pictures or one each, and at least one picture"
             )
         ids = torch.stack(list(self._steps(images, prompts, options)), dim=1)
-        return [self.processor.decode(row) for row in ids]
+        return [self.processor.decode(row.tolist()) for row in ids]
 
     def detect(self, image, what: str | Sequence[str], **options) -> list[Detection]:
         """Find the things named, "cat", "cat ; dog" or ["cat", "dog"]; boxes in pixels of `image`.
@@ -151,14 +152,12 @@ class Pipeline:
             ValueError: as in `detect`, or the model came without a mask codec.
         """
         if self.codec is None:
-            files = "vae-oid.npz or mask_codec.safetensors"
-            raise ValueError(
-                f"this model has no mask codec; put {files} into its directory, or set pipeline.codec"
-            )
+            files = "vae-oid.npz or mask_codec.safetensors into its directory"
+            raise ValueError(f"this model has no mask codec; put {files}, or set pipeline.codec")
         prompt = task_prompt("segment", what) if prefix else what
         return score_segments(*self._scored(image, prompt, options), self.codec)
 
-    def _scored(self, image, prompt: str, options: dict) -> tuple:
+    def _scored(self, image, prompt, options) -> tuple[list[int], list[float], Tokenizer, int, int]:
         """An answer's tokens, the logarithms of their probabilities, who spells them, the size."""
         once, log_probs = self.encode(image), []
         if len(once.features) != 1:
@@ -167,13 +166,12 @@ class Pipeline:
         return ids, [float(value) for value in log_probs], self.processor.tokenizer, *once.size
 
     def to(self, where: torch.device | torch.dtype | str | int) -> "Pipeline":
-        """Move the model, "cuda", or change the type that it computes in, `torch.bfloat16`; itself.
-
-        Raises:
-            ValueError: no device and no type.
-        """
-        named = getattr(torch, str(where).removeprefix("torch."), None)
-        self.model.to(parse_dtype(where) if isinstance(named, torch.dtype) else parse_device(where))
+        """Move the model to "cuda", or let it compute in `torch.bfloat16`; else a ValueError."""
+        named = getattr(torch, where, None) if isinstance(where, str) else where
+        if isinstance(named, torch.dtype):
+            self.model.to(parse_dtype(named))
+        elif not isinstance(where, torch.dtype):
+            self.model.to(parse_device(where))
         return self
 
     def save(self, path: str | os.PathLike) -> None:

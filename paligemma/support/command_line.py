@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([underscore(a) for a in args], namespace)
 
     def _print_message(self, message, file=None):  # argparse's own is silent where it fails
-        if file is sys.stdout:
+        if file is not None and file is sys.stdout:
             file.write(message)
         else:
             say(message)
@@ -282,13 +282,14 @@ def answer(
     from tqdm import tqdm
 
     streams = task == "answer" and not as_json and not several
+    found: list[Any] = []
+    text = ""
     if task == "answer":
-        text = ""
         for piece in pipeline.stream(picture, prompt, **options):
             text += piece
             if streams:
                 print(piece, end="", flush=True)
-        found, record, lines = [], {"answer": text}, ["" if streams else " ".join(text.split("\n"))]
+        record, lines = {"answer": text}, ["" if streams else " ".join(text.split("\n"))]
     else:
         found = (pipeline.detect if task == "detect" else pipeline.segment)(
             picture, prompt, **options
@@ -312,7 +313,7 @@ def answer(
         from paligemma.support.drawing import draw_boxes, draw_caption, draw_masks
 
         if task == "answer":
-            return draw_caption(picture, record["answer"])
+            return draw_caption(picture, text)
         labels = [one.label for one in found]
         masks = [one.mask for one in found] if task == "segment" else []
         drawn = draw_masks(picture, masks, labels) if masks else picture
