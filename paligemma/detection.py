@@ -210,7 +210,7 @@ def score_detections(
     return [Detection(d.label, d.box, score) for d, score in zip(detections, scores)]
 
 
-def box_iou(a: Sequence, b: Sequence) -> torch.Tensor:
+def box_iou(a: Sequence | torch.Tensor, b: Sequence | torch.Tensor) -> torch.Tensor:
     """Intersection over union of every box in `a` with every box in `b`.
 
     Args:

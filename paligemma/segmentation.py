@@ -14,7 +14,7 @@ from paligemma.mask_codec import mask_iou as mask_iou  # for all who compare seg
 from paligemma.tokenizer import Tokenizer
 
 
-def crop_masks(boxes: Sequence, masks: Sequence) -> torch.Tensor:
+def crop_masks(boxes: Sequence | np.ndarray, masks: Sequence | np.ndarray) -> torch.Tensor:
     """Cut each mask out along its box and resize it to the square that codes draw.
 
     Args:
@@ -76,7 +76,11 @@ def paste_mask(drawn: torch.Tensor, box: Sequence[float], width: int, height: in
 
 
 def encode_segments(
-    boxes: Sequence, masks: Sequence, codec: MaskCodec, width: int, height: int
+    boxes: Sequence | np.ndarray,
+    masks: Sequence | np.ndarray,
+    codec: MaskCodec,
+    width: int,
+    height: int,
 ) -> list[str]:
     """Write each object's box and mask as twenty words.
 

@@ -34,7 +34,6 @@ from paligemma.support.files import replacing
 
 SHIPPED = ASSETS / "tiny"
 HELD_OUT = ASSETS / "mask_codec" / "held_out.png"
-WIDTHS = {"codes": 128, "code_width": 32, "width": 48}
 SHOWN = 48  # held-out shapes in the picture, eight in a row
 
 
@@ -46,7 +45,7 @@ def read_shapes(package):
         whether it is an arrow, a letter or another sign and no picture of a thing.
     """
     kinds = {kind["codepoint"]: i for i, kind in enumerate(KINDS)}
-    ours, others, signs, seen = [None] * len(kinds), [], [], np.zeros((0, 1024), np.float32)
+    ours, others, signs, seen = {}, [], [], np.zeros((0, 1024), np.float32)
     entries = json.loads((package / "emoji.json").read_text(encoding="utf-8"))
     for entry in sorted(entries, key=lambda e: (e["unified"] not in kinds, e["sort_order"])):
         file = package / "img" / "google" / "64" / entry["image"]
@@ -66,8 +65,7 @@ def read_shapes(package):
             signs.append(entry["category"] == "Symbols")
         if new:
             seen = np.concatenate([seen, shape[None]])
-    assert all(alpha is not None for alpha in ours)
-    return np.stack(ours), np.stack(others), np.array(signs)
+    return np.stack([ours[kind] for kind in range(len(kinds))]), np.stack(others), np.array(signs)
 
 
 def tight(mask):
@@ -289,7 +287,8 @@ def main():
     parts, held = loaded["parts"], loaded["held"]
     if not args.report:
         torch.manual_seed(0)
-        codec = MaskCodec(**WIDTHS).to(memory_format=torch.channels_last)  # twice as fast
+        codec = MaskCodec(codes=128, code_width=32, width=48)
+        codec.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  twice as fast
         train(codec, parts, held, args.work, args.steps)
         sort_codes(codec)
         polish(codec, parts, held, args.polish)

@@ -577,7 +577,7 @@ print(f"{iou_loop((0, 0, 4, 4), (2, 1, 6, 5)):.3f}, apart: {iou_loop((0, 0, 4, 4
 
 # %%
 #| export
-def box_iou(a: Sequence, b: Sequence) -> torch.Tensor:
+def box_iou(a: Sequence | torch.Tensor, b: Sequence | torch.Tensor) -> torch.Tensor:
     """Intersection over union of every box in `a` with every box in `b`.
 
     Args:

@@ -149,7 +149,7 @@ for size in (4, 12):
 
 # %%
 #| export
-def crop_masks(boxes: Sequence, masks: Sequence) -> torch.Tensor:
+def crop_masks(boxes: Sequence | np.ndarray, masks: Sequence | np.ndarray) -> torch.Tensor:
     """Cut each mask out along its box and resize it to the square that codes draw.
 
     Args:
@@ -232,7 +232,11 @@ assert mask_iou(back, masks).min() > 0.98
 # %%
 #| export
 def encode_segments(
-    boxes: Sequence, masks: Sequence, codec: MaskCodec, width: int, height: int
+    boxes: Sequence | np.ndarray,
+    masks: Sequence | np.ndarray,
+    codec: MaskCodec,
+    width: int,
+    height: int,
 ) -> list[str]:
     """Write each object's box and mask as twenty words.
 
