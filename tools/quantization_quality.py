@@ -1,4 +1,4 @@
-"""What few bits cost: answers of the tiny model at each precision, on the same test scenes.
+"""What few bits cost: answers of a model at each precision, on the same test scenes.
 
 For each task: how many answers are right, and how many are word for word those of bfloat16. (What
 few bits gain in time and memory: tools/bench.py.)
@@ -12,31 +12,38 @@ from pathlib import Path
 
 import torch
 
-from paligemma.checkpoint import load_model
-from paligemma.processor import Processor
-from paligemma.quantization import load_quantized
+from paligemma.evaluation import (
+    ROWS,
+    box_metrics,
+    exact_match,
+    mask_metrics,
+    predict,
+    row_questions,
+)
+from paligemma.inference import Pipeline, load
+from paligemma.quantization import GROUP_SIZES, quantize_model
 from paligemma.scenes import ASSETS
-from paligemma.segmentation import MaskCodec
-from paligemma.training import ROWS, answers, box_figures, mask_figures, row_questions
 
 PRECISIONS = ("bfloat16", "float32", "int8", "int4", "int8 in float32", "int4 in float32")
 
 
-def load(path: Path, precision: str, group_size: int | None):
+def open_at(path: Path, precision: str, group_size: int) -> Pipeline:
     """A model at one of PRECISIONS."""
     mode, _, dtype = precision.partition(" in ")
-    if not mode.startswith("int"):
-        return load_model(path, dtype=getattr(torch, mode))
-    return load_quantized(path, mode, group_size, dtype=getattr(torch, dtype or "bfloat16"))
+    bits = mode.startswith("int")
+    pipeline = load(path, dtype=dtype or ("bfloat16" if bits else mode))
+    if bits:
+        quantize_model(pipeline.model, mode, group_size)
+    return pipeline
 
 
-def right(row: str, said: list, prompts: list, truths: list, made: list, path: Path) -> float:
+def score(row: str, said: list, prompts: list, truths: list, asked: list, codec) -> float:
     """The figure that a row is judged by, percent."""
     if row == "detect":
-        return box_figures(said, truths)["f1"]
+        return box_metrics(said, truths)["f1"]
     if row == "segment":
-        return mask_figures(said, prompts, made, MaskCodec.from_pretrained(path))["iou"]
-    return 100 * sum(a == b for a, b in zip(said, truths)) / len(said)
+        return mask_metrics(said, prompts, asked, codec)["iou"]
+    return exact_match(said, truths)
 
 
 def main() -> None:
@@ -45,21 +52,20 @@ def main() -> None:
     )
     parser.add_argument("path", type=Path, nargs="?", default=ASSETS / "tiny", help="checkpoint")
     parser.add_argument("--scenes", type=int, default=200, help="test scenes a task")
-    parser.add_argument("--group_size", type=int, help="of int4")
+    parser.add_argument("--group_size", type=int, default=64, choices=GROUP_SIZES, help="of int4")
     args = parser.parse_args()
-    processor = Processor.from_pretrained(args.path)
-    models = {name: load(args.path, name, args.group_size) for name in PRECISIONS}
+    pipelines = {name: open_at(args.path, name, args.group_size) for name in PRECISIONS}
     print("| task | " + " | ".join(PRECISIONS) + " |\n|---" + "|---:" * len(PRECISIONS) + "|")
-    for row in ROWS:
-        made, prompts, truths = row_questions(row, args.scenes)
-        images, cells, base = [scene.image for scene in made], [], None
-        for model in models.values():
-            said = answers(model, processor, images, prompts)
-            base = base or said
-            equal = 100 * sum(a == b for a, b in zip(said, base)) / len(said)
-            figure = right(row, said, prompts, truths, made, args.path)
-            cells.append(f"{figure:.1f} % ({equal:.1f} %)")
-        print(f"| {row} | " + " | ".join(cells) + " |", flush=True)
+    with torch.inference_mode():
+        for row in ROWS:
+            asked, prompts, truths = row_questions(row, args.scenes)
+            images, cells, base = [scene.image for scene in asked], [], None
+            for pipeline in pipelines.values():
+                said = predict(pipeline, images, prompts)
+                base = base or said
+                figure = score(row, said, prompts, truths, asked, pipeline.codec)
+                cells.append(f"{figure:.1f} % ({exact_match(said, base):.1f} %)")
+            print(f"| {row} | " + " | ".join(cells) + " |", flush=True)
     print(f"\n{args.scenes} scenes a row; in brackets: word for word the answer of bfloat16.")
 
 
