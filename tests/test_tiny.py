@@ -16,8 +16,9 @@ import model_card  # noqa: E402
 
 from paligemma import scenes  # noqa: E402
 from paligemma.checkpoint import load_model  # noqa: E402
+from paligemma.evaluation import evaluate, predict  # noqa: E402
+from paligemma.inference import Pipeline, load  # noqa: E402
 from paligemma.processor import Processor  # noqa: E402
-from paligemma.training import answers, evaluate  # noqa: E402
 
 TINY = ROOT / "paligemma" / "assets" / "tiny"
 PICTURES = ROOT / "paligemma" / "assets" / "pictures"
@@ -42,7 +43,7 @@ def test_ships_small_and_complete():
 def test_is_as_good_as_its_card_says_and_looks_at_the_picture():
     """A sample of the card's rows; 100 scenes differ from 1,000 by 15 points at the very most."""
     card = json.loads((TINY / "figures.json").read_text())
-    for row, f in evaluate(TINY, 100, ("caption en", "detect", "segment")).items():
+    for row, f in evaluate(load(TINY), 100, ("caption en", "detect", "segment")).items():
         figure = {"detect": "f1", "segment": "iou"}.get(row, "exact")
         assert abs(f[figure] - card[row][figure]) <= 15
         assert f["shuffled"] <= 15 < f[figure] - 30
@@ -51,7 +52,7 @@ def test_is_as_good_as_its_card_says_and_looks_at_the_picture():
 @pytest.mark.parametrize("name", make_assets.DEMOS)
 def test_captions_the_demo_scenes(tiny, name):
     model, processor = tiny
-    said = answers(model, processor, [PICTURES / f"{name}.png"], ["caption en"])
+    said = predict(Pipeline(model, processor), [PICTURES / f"{name}.png"], ["caption en"])
     kinds = [scenes.NAMES.index(kind) for kind in make_assets.DEMOS[name][0]]
     assert said == [scenes.caption_of(kinds)]
 
@@ -72,7 +73,7 @@ def test_transformers_gives_the_same_tokens_for_100_scenes(tiny):
     theirs = PaliGemmaForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
     made = [scenes.make_scene(i, "test") for i in range(100)]
     prompts = ["caption en", "detect cat", "answer en is there a bee?", "segment dog"] * 25
-    said = answers(model, processor, [scene.image for scene in made], prompts)
+    said = predict(Pipeline(model, processor), [scene.image for scene in made], prompts)
     for first in range(0, 100, 50):
         part = slice(first, first + 50)
         batch = processor([scene.image for scene in made[part]], prompts[part])

@@ -14,7 +14,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Contrastive learning](26_contrastive.ipynb) | [contents](00_overview.ipynb) | [LoRA →](29_lora.ipynb)
+# [← Contrastive learning](26_contrastive.ipynb) | [contents](00_overview.ipynb) | [Evaluation →](28_evaluation.ipynb)
 
 # %% [markdown]
 # # 27 · Training: what does a model learn from a picture, a question and an answer?
@@ -748,11 +748,8 @@ save_figure(fig, "27_shipped")
 #
 # ### What these curves do not show
 #
-# In training the model reads **true** words; alone it reads **its own**. At step 8,500, with true
-# answers fed in, 97 % of the names behind boxes were right; left alone the model reached an F1 of
-# 27 %. It had read only the location words of 113 pixel edges, and its own lay between. This is
-# **exposure bias**. The cure was to let it read locations that are moved a little; the check is to
-# let it write. [Lesson 28](28_evaluation.ipynb) does so.
+# In training, and in these figures, the model reads **true** words; alone it reads **its own**. How
+# much worse that can be is told in [lesson 28](28_evaluation.ipynb): the check is to let it write.
 
 # %% [markdown]
 # ## At full size
@@ -972,10 +969,8 @@ check(test_3, accumulate_gradients)
 #   ([arXiv 2407.07726](https://arxiv.org/abs/2407.07726)), section 3.2 (stages) and figure 2.
 # - Loshchilov and Hutter 2019, *Decoupled Weight Decay Regularization*
 #   ([arXiv 1711.05101](https://arxiv.org/abs/1711.05101)).
-# - Bengio et al. 2015, *Scheduled Sampling* ([arXiv 1506.03099](https://arxiv.org/abs/1506.03099)):
-#   what follows from reading true words only.
 # - PyTorch: `torch.optim.swa_utils`, weight averaging.
 # - The training loop of big_vision, `trainers/proj/paligemma/train.py`.
 
 # %% [markdown] tags=["navigation"]
-# [← Contrastive learning](26_contrastive.ipynb) | [contents](00_overview.ipynb) | [LoRA →](29_lora.ipynb)
+# [← Contrastive learning](26_contrastive.ipynb) | [contents](00_overview.ipynb) | [Evaluation →](28_evaluation.ipynb)
