@@ -561,7 +561,7 @@ def save_model(
     if extra := sorted(state.keys() - empty_model(model.config).state_dict().keys()):
         raise ValueError(
             f"the model holds {extra[0]}, which no published checkpoint has; merge an adapter "
-            "first, and save a quantised model with paligemma.quantization"
+            "first, and save a quantised model with save_quantized"
         )
     config = config_dict(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     tensors = {published_name(name): tensor for name, tensor in state.items()}
