@@ -51,9 +51,7 @@ def save_quantized(model: PaliGemma, path: str | os.PathLike) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_dict(model.config) | {"dtype": dtype, "quantization_config": how}
     with replacing(path) as draft:
-        files = draft_weights(
-            draft, {published_name(n): t for n, t in model.state_dict().items()}
-        )
+        files = draft_weights(draft, {published_name(n): t for n, t in model.state_dict().items()})
         draft("config.json").write_text(json.dumps(config, indent=2) + "\n")
     remove_older_weights(path, files)
 
