@@ -5,16 +5,12 @@ machine failed; 2 after one line about input that cannot be right; 130 after Ctr
 """
 
 import argparse
-import io
 import json
-import os
-import signal
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from paligemma.support.console import discard_output, import_slowly, make_channels_safe, say
 
 if TYPE_CHECKING:  # what is slow to import comes after the arguments were read, see `run`
     from PIL import Image
@@ -34,9 +30,6 @@ EXAMPLES = """examples:
   paligemma --image_file_path holidays/ extra.png --json       a line for each picture
   curl -s https://example.org/photo.jpg | paligemma --image_file_path -
 """
-# Endings by which the pictures in a folder are known.
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
-STANDARD_INPUT = 1 << 28  # bytes; more is no picture
 
 
 class Failure(Exception):
@@ -61,12 +54,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}")
-
-
-def one_line(message: str) -> str:
-    """A message without its line breaks, and cut where something huge was quoted."""
-    message = " ".join(message.split())
-    return message if len(message) <= 1000 else message[:800] + " … " + message[-190:]
 
 
 def underscore(argument: str) -> str:
@@ -162,48 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def make_channels_safe() -> None:
-    """Standard output and error can be written to, whatever they are and whatever is written."""
-    for name in ("stdout", "stderr"):
-        channel = getattr(sys, name)
-        if channel is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(channel, io.TextIOWrapper):  # "é" on a console without it becomes "\xe9"
-            channel.reconfigure(errors="backslashreplace")
-
-
-def discard_output() -> None:
-    """Nobody takes what is still in the buffer of standard output; without this Python complains
-    at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def say(message: str) -> None:
-    """One line on standard error, where there is one."""
-    try:
-        sys.stderr.write(one_line(message) + "\n")
-        sys.stderr.flush()
-    except OSError:
-        pass
-
-
-def import_slowly() -> None:
-    """Import PyTorch and the model. Ctrl-C meanwhile ends the process at once and silently: an
-    import that is interrupted says so in forty lines, or as another error."""
-    ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    try:
-        import paligemma.inference  # noqa: F401
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 # ---------------------------------------------------------------- what it does
 
 
@@ -213,11 +158,17 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0, or 1 where one of several pictures could not be read.
     """
-    import_slowly()
+    import_slowly("paligemma.inference")
     import torch
     from tqdm import tqdm
 
     from paligemma.inference import check_options, load, task_prompt
+    from paligemma.support.picture_files import (
+        list_pictures,
+        plan_output,
+        read_picture,
+        save_picture,
+    )
 
     options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     options["max_new_tokens"] = args.max_tokens_to_generate
@@ -342,120 +293,3 @@ def as_dict(one: "Detection | Segment") -> dict[str, Any]:
         counts = np.diff([0, *ends, mask.size]).tolist()
         result["mask"] = {"size": list(mask.shape), "counts": counts}
     return result
-
-
-# ---------------------------------------------------------------- pictures in and out
-
-
-def list_pictures(names: Sequence[str]) -> tuple[list[str], bool]:
-    """The files that are meant, folders opened, and whether they may be several.
-
-    Raises:
-        ValueError: a folder without pictures, or one that may not be read.
-    """
-    files = []
-    for name in names:
-        if not os.path.isdir(name):
-            files.append(name)
-            continue
-        try:
-            entries = sorted(os.listdir(name))
-        except OSError as error:
-            raise ValueError(f"directory {name} cannot be read: {error.strerror}") from None
-        entries = [e for e in entries if Path(e).suffix.lower() in PICTURES and e[0] != "."]
-        found = [path for e in entries if os.path.isfile(path := os.path.join(name, e))]
-        if not found:
-            raise ValueError(
-                f"{name} is a directory without pictures; give a picture, or a directory of them"
-            )
-        files += found
-    return files, len(names) > 1 or os.path.isdir(names[0])
-
-
-def read_picture(name: str) -> "Image.Image":
-    """The picture of that name; `-` reads it from standard input.
-
-    Raises:
-        ValueError: not a picture.
-    """
-    from PIL import Image
-
-    from paligemma.support.pictures import open_picture
-
-    if name != "-":
-        return open_picture(name)
-    if sys.stdin is None or sys.stdin.closed:
-        raise ValueError("standard input is closed; give a file, or pipe a picture in")
-    data = sys.stdin.buffer.read(STANDARD_INPUT + 1)
-    if len(data) > STANDARD_INPUT:
-        raise ValueError(f"standard input has more than {STANDARD_INPUT >> 20} MiB; give a file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return open_picture(Image.open(io.BytesIO(data)))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(
-            f"the picture on standard input has more than {Image.MAX_IMAGE_PIXELS:,} pixels; "
-            "make it smaller"
-        ) from None
-    except (OSError, SyntaxError):  # what Pillow raises for a header that is no header
-        raise ValueError("what came on standard input is not a picture") from None
-
-
-def plan_output(output: str | None, files: Sequence[str], several: bool) -> list[Path | None]:
-    """Where each picture's drawing goes.
-
-    Raises:
-        ValueError: somewhere that cannot be written.
-    """
-    if output is None:
-        return [None] * len(files)
-    if not several:
-        check_output(Path(output))
-        return [Path(output)]
-    if not os.path.isdir(output):
-        raise ValueError(
-            f"--output {output} is no directory; of several pictures it is the directory into "
-            "which they are written: make it first"
-        )
-    targets: list[Path | None] = []
-    for file in files:
-        name = "standard_input.png" if file == "-" else Path(file).name
-        target = Path(output, name if is_format(name) else f"{name}.png")
-        if target in targets:
-            raise ValueError(f"two pictures would be written to {target}; rename one of them")
-        if os.path.exists(target) and os.path.exists(file) and os.path.samefile(target, file):
-            raise ValueError(f"{target} is one of the pictures; give another directory")
-        check_output(target)
-        targets.append(target)
-    return targets
-
-
-def is_format(name: str) -> bool:
-    """Whether Pillow can write a file with this ending."""
-    from PIL import Image
-
-    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE
-
-
-def check_output(file: Path) -> None:
-    """Refuse a file that `save_picture` could not write."""
-    if not os.path.isdir(file.parent):
-        raise ValueError(f"cannot write {file}: its directory does not exist")
-    if os.path.isdir(file) or not os.access(file.parent, os.W_OK):
-        raise ValueError(f"cannot write {file}: it is a directory, or in one that is read-only")
-    if not is_format(file.name):
-        raise ValueError(f"cannot write {file}: no picture format; use a name such as answer.png")
-
-
-def save_picture(image: "Image.Image", file: Path) -> None:
-    """Write a picture whole or not at all; the format follows the file's ending."""
-    temporary = file.with_name(f".paligemma-{os.getpid()}{file.suffix}")  # short: names have limits
-    try:
-        image.save(temporary)
-        os.replace(temporary, file)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cannot write {file} ({error}); use a name such as answer.png") from None
-    finally:
-        temporary.unlink(missing_ok=True)
