@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,7 +17,7 @@
 # [contents](00_overview.ipynb) | [Pictures →](01_plotting.ipynb)
 
 # %% [markdown]
-# # 0 · Overview: what happens between a picture and an answer?
+# # 00 · Overview: what happens between a picture and an answer?
 #
 # *30 minutes* · part 0, The whole
 #
@@ -28,7 +31,9 @@
 
 # %%
 import paligemma
-from paligemma.plotting import model_map, sample_picture, save_figure, show_images
+from paligemma.plotting import show_images
+from paligemma.support.course import sample_picture, save_figure
+from paligemma.support.course_map import model_map
 
 pg = paligemma.load()
 for piece in pg.stream(sample_picture("scene"), "caption en"):
@@ -60,9 +65,12 @@ import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 
+from paligemma.generation import generate
 from paligemma.inference import TINY
 from paligemma.model import PaliGemma, PaliGemmaConfig, prefix_lm_mask
-from paligemma.plotting import COLOURS, check, draw_boxes, draw_masks, show_heatmap
+from paligemma.plotting import show_heatmap
+from paligemma.support.course import check
+from paligemma.support.drawing import COLOURS, draw_boxes, draw_masks
 
 model, processor = pg.model, pg.processor
 scene = sample_picture("scene")
@@ -326,7 +334,7 @@ print(f"the table of word pieces: {table / totals[1]:.0%} of all")
 def colleague(picture):
     """What the colleague sends: `<image>`×64, bos, prompt. Something is missing."""
     batch = processor([picture], ["caption en"])
-    steps = paligemma.inference.generate(model, batch["input_ids"][:, :-1], batch["pixel_values"])
+    steps = generate(model, batch["input_ids"][:, :-1], batch["pixel_values"])
     return processor.decode(steps[0])
 
 

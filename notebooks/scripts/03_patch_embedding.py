@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,9 +17,9 @@
 # [← Image processor](02_image_processor.ipynb) | [contents](00_overview.ipynb) | [SigLIP's attention →](04_siglip_attention.ipynb)
 
 # %% [markdown]
-# # 3 · Patch embedding: how does a picture become a sequence?
+# # 03 · Patch embedding: how does a picture become a sequence?
 #
-# *35 minutes* · part I, Seeing
+# *40 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - count the tokens, parameters, FLOPs and bytes at 224, 448 and 896 pixels.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("patch_embedding")
 
@@ -52,14 +55,9 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.image_processor import ImageProcessor
-from paligemma.plotting import (
-    COLOURS,
-    check,
-    sample_picture,
-    save_figure,
-    show_heatmap,
-    show_images,
-)
+from paligemma.plotting import show_heatmap, show_images
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 
 _ = torch.manual_seed(0)
 

@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,9 +17,9 @@
 # [← Patch embedding](03_patch_embedding.ipynb) | [contents](00_overview.ipynb) | [SigLIP →](05_siglip.ipynb)
 
 # %% [markdown]
-# # 4 · SigLIP's attention: how do patches talk to each other?
+# # 04 · SigLIP's attention: how do patches talk to each other?
 #
-# *40 minutes* · part I, Seeing
+# *50 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - draw what a patch of a real photograph looks at, and find a mix-up of heads that no shape shows.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("siglip_attention")
 
@@ -54,15 +57,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.image_processor import ImageProcessor
-from paligemma.plotting import (
-    COLOURS,
-    check,
-    sample_picture,
-    save_figure,
-    show_attention,
-    show_heatmap,
-    show_images,
-)
+from paligemma.plotting import show_attention, show_heatmap, show_images
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 
 _ = torch.manual_seed(4)
 

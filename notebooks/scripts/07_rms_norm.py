@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,9 +17,9 @@
 # [← Tokenizer](06_tokenizer.ipynb) | [contents](00_overview.ipynb) | [GeGLU →](08_geglu.ipynb)
 
 # %% [markdown]
-# # 7 · RMSNorm: why divide every vector by its own length?
+# # 07 · RMSNorm: why divide every vector by its own length?
 #
-# *25 minutes* · part II, Language
+# *45 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - recognise two norms that load without an error and ruin the model.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("rms_norm")
 
@@ -52,7 +55,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from paligemma.image_processor import ImageProcessor
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure, show_images
+from paligemma.plotting import show_images
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 
 torch.manual_seed(7)
 torch.set_printoptions(precision=3, sci_mode=False)

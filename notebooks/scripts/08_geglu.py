@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,9 +17,9 @@
 # [← RMSNorm](07_rms_norm.ipynb) | [contents](00_overview.ipynb) | [RoPE →](09_rope.ipynb)
 
 # %% [markdown]
-# # 8 · GeGLU: what does a gate add to an MLP?
+# # 08 · GeGLU: what does a gate add to an MLP?
 #
-# *25 minutes* · part II, Language
+# *45 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - account for most of PaliGemma's weights, and find two errors that no shape reveals.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("geglu")
 
@@ -53,7 +56,9 @@ import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
 from paligemma.image_processor import ImageProcessor
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure, show_heatmap
+from paligemma.plotting import show_heatmap
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
 
 torch.manual_seed(8)

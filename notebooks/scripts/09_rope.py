@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -14,9 +17,9 @@
 # [← GeGLU](08_geglu.ipynb) | [contents](00_overview.ipynb) | [Grouped-query attention →](10_grouped_query_attention.ipynb)
 
 # %% [markdown]
-# # 9 · RoPE: how does a token know where it stands?
+# # 09 · RoPE: how does a token know where it stands?
 #
-# *35 minutes* · part II, Language
+# *45 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
@@ -26,7 +29,7 @@
 # - recognise two position bugs that raise no error and look healthy.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("rope")
 
@@ -45,7 +48,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from paligemma.plotting import COLOURS, check, sample_picture, save_figure
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS
 from paligemma.plotting import show_attention, show_heatmap
 
 torch.manual_seed(9)
