@@ -20,6 +20,7 @@ from train_codec import scene_overlap
 from paligemma import scenes
 from paligemma.evaluation import evaluate, predict, row_questions
 from paligemma.inference import load
+from paligemma.mask_codec import MaskCodec
 from paligemma.plotting import show_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +157,7 @@ def write_card(figures):
     recipe, points = asdict(Recipe(**curves["recipe"])), curves["points"]
     count = min(f["scenes"] for f in figures.values())
     gain = {t: figure_of(f) - f["shuffled"] for t, f in figures.items() if "shuffled" in f}
-    pg = load(TINY)
+    pg, codec = load(TINY), MaskCodec.from_pretrained(TINY)
     weights = sum(p.numel() for p in pg.model.parameters())
     weak = [task for task, g in gain.items() if g < 10]
     (TINY / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
@@ -175,8 +176,8 @@ def write_card(figures):
         seen=points[-1]["step"] * recipe["batch"],
         speak_steps=points[-1]["step"] - recipe["look_steps"],
         minutes=curves["seconds"] / 60,
-        codec=sum(p.numel() for p in pg.codec.parameters()),
-        codec_overlap=scene_overlap(pg.codec).mean(),
+        codec=sum(p.numel() for p in codec.parameters()),
+        codec_overlap=scene_overlap(codec).mean(),
         story=curves.get("story", ""),
     )
     (TINY / "README.md").write_text(text)
