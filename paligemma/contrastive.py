@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,8 @@ def chunked_sigmoid_loss(
             f"{len(images)} pairs cannot be shared by {chunks} devices evenly: choose a number of "
             "chunks that divides the batch"
         )
-    images, texts, total = images.chunk(chunks), texts.chunk(chunks), 0.0
+    images, texts = images.chunk(chunks), texts.chunk(chunks)
+    total = images[0].new_zeros(())
     for turn in range(chunks):
         for device in range(chunks):
             visiting = texts[(device + turn) % chunks]
@@ -199,13 +201,15 @@ class SiglipTextModel(nn.Module):
         super().__init__()
         self.config = config
         width, length = config.hidden_size, config.max_position_embeddings
-        self.embeddings = nn.Module()  # only names: published keys read embeddings.token_embedding
-        self.embeddings.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.embeddings.position_embedding = nn.Embedding(length, width)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
+        tokens, positions = nn.Embedding(config.vocab_size, width), nn.Embedding(length, width)
+        # The tower's block, which reads only fields that both configs have.
+        block = cast(SiglipVisionConfig, config)
+        layers = (SiglipEncoderLayer(block) for _ in range(config.num_hidden_layers))
+        # Named as published keys read: embeddings.token_embedding.weight, encoder.layers.0 …
+        self.embeddings = nn.ModuleDict(
+            {"token_embedding": tokens, "position_embedding": positions}
         )
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.final_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, width)
 
@@ -217,9 +221,9 @@ class SiglipTextModel(nn.Module):
                 f"input_ids are {list(input_ids.shape)}; this tower reads [B, {length}]: pad every "
                 "text to the full length, its vector is the last position's"
             )
-        tokens = self.embeddings.token_embedding(input_ids)  # (B, T, D)
-        x = tokens + self.embeddings.position_embedding.weight
-        for layer in self.encoder.layers:
+        tokens = self.embeddings["token_embedding"](input_ids)  # (B, T, D)
+        x = tokens + self.embeddings["position_embedding"].weight
+        for layer in self.encoder["layers"].children():
             x = layer(x)
         return self.head(self.final_layer_norm(x)[:, -1])
 

@@ -46,8 +46,8 @@ class TrainingConfig:
     save: bool = True  # the model, at the end (not with adapters: `save_adapter` writes those)
 
     def __post_init__(self):
-        ones = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every"), 1)
-        check_settings(self, ones, above_zero=("learning_rate", "max_grad_norm"))
+        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
+        check_settings(self, least, above_zero=("learning_rate", "max_grad_norm"))
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected a number below 1")
         if self.accumulate > self.batch_size:

@@ -143,12 +143,12 @@ def make_pictures(pictures, best, largest):
         best: quality to try first.
         largest: bytes.
     """
-    import skimage
+    import skimage  # type: ignore[import-not-found]  # only here
 
     folder = ASSETS / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     for name, (source, height) in pictures.items():
-        with Image.open(Path(skimage.__file__).parent / "data" / source) as opened:
+        with Image.open(Path(str(skimage.__file__)).parent / "data" / source) as opened:
             picture = opened.convert("RGB")
         width = round(picture.width * height / picture.height)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)

@@ -5,7 +5,7 @@
 
 Whoever tests with the code that made the training data tests the code's habits, too. This renderer
 was written apart from it: another layout, other sizes, blending at 448 pixels. It shares the
-emoji and their names. Of its backgrounds, "checks", "rings" and "cells" (a mosaic) are in no
+emoji and their names. Of its backgrounds, "checks", "rings" and "cells" (of Voronoi) are in no
 training scene; "plain" and "ramp" are there for comparison.
 """
 
@@ -45,7 +45,9 @@ def ramp(rng: np.random.Generator) -> np.ndarray:
     """One colour at one side, another at the side across, uint8[448, 448, 3]."""
     first, last = colours(rng, 2).astype(float)
     picture = first + (last - first) * np.linspace(0, 1, SIDE)[:, None, None]
-    return np.rot90(np.broadcast_to(picture, (SIDE, SIDE, 3)), rng.integers(4)).astype(np.uint8)
+    return np.rot90(np.broadcast_to(picture, (SIDE, SIDE, 3)), int(rng.integers(4))).astype(
+        np.uint8
+    )
 
 
 def checks(rng: np.random.Generator) -> np.ndarray:
@@ -100,7 +102,8 @@ def sprite(kind: int, side: int) -> Image.Image:
     with Image.open(ASSETS / "emoji" / f"{KINDS[kind]['name']}.png") as opened:
         picture = opened.convert("RGBA")
     picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-    return picture.crop(picture.getchannel("A").point(lambda a: 255 * (a >= 128)).getbbox())
+    visible = Image.fromarray(np.asarray(picture)[..., 3] >= 128)
+    return picture.crop(visible.getbbox())
 
 
 def draw(seed: int, family: str) -> Drawing:

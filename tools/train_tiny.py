@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,9 @@ class PatchHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 2 * (NOTHING + 1))
         self.box = nn.Linear(width, 4)
-        self.register_buffer("weight", torch.ones(NOTHING + 1), persistent=False)
-        self.weight[NOTHING] = 0.2  # most of the picture
+        weight = torch.ones(NOTHING + 1)
+        weight[NOTHING] = 0.2  # most of the picture
+        self.weight = nn.Buffer(weight, persistent=False)
 
     def forward(self, features, targets, boxes) -> tuple[torch.Tensor, torch.Tensor]:
         """float32[B, N, D], int64[B, 2, N], float32[B, N, 4] → (loss, accuracy on objects)."""
@@ -122,7 +124,12 @@ def use_bfloat16_products(module: nn.Module) -> None:
     """Let every linear layer inside multiply in bfloat16; its weights stay float32."""
     for layer in module.modules():
         if type(layer) is nn.Linear:
-            layer.forward = lambda x, m=layer: Bfloat16Product.apply(x, m.weight, m.bias)
+            product = partial(_product, layer)
+            layer.forward = product  # type: ignore[method-assign]
+
+
+def _product(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return Bfloat16Product.apply(x, layer.weight, layer.bias)
 
 
 # ---------------------------------------------------------------- the loss
@@ -207,7 +214,8 @@ class Run:
             with torch.no_grad():
                 seen = self.model.vision_tower(batch["pixels"])
             self.head(seen, batch["kinds"], batch["boxes"])[0].backward()
-            optimizer.step(), optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
     def state(self) -> dict:
         """Everything that the next step depends on."""
@@ -299,6 +307,12 @@ class Run:
             p.copy_(part.view_as(p))
         return bool(flat[-1])
 
+    def mean_model(self) -> PaliGemma:
+        """A model with the running mean of the weights."""
+        model = PaliGemma(self.model.config)
+        model.load_state_dict(self.ema.module.state_dict())
+        return model.eval()
+
     @torch.inference_mode()
     def validate(self, count: int = 192) -> dict[str, float]:
         """Percent of validation answers of which every token is the first choice, by task.
@@ -306,7 +320,7 @@ class Run:
         True words are fed in, so for boxes only names count: see `paligemma.evaluation` for what
         the model does with its own.
         """
-        model, result = self.ema.module.eval(), {}
+        model, result = self.mean_model(), {}
         made = [scenes.make_scene(i, "validation") for i in range(count)]
         features, first = model.encode_image(self.batches.pixels(made)), self.batches.first_location
         for name in scenes.TASKS:
@@ -360,7 +374,7 @@ def export(run: Run, target: Path, tokenizer: Path = TINY) -> None:
     """Write the running mean to `target`: bfloat16, the published layout, recipe and curves."""
     recipe = run.recipe
     target.mkdir(parents=True, exist_ok=True)
-    save_model(run.ema.module.to(torch.bfloat16), target)
+    save_model(run.mean_model().to(torch.bfloat16), target)
     shutil.copyfile(tokenizer / "tokenizer.model", target / "tokenizer.model")
     ImageProcessor(scenes.SIZE).save_pretrained(target)
     stages = {"looks": 0, "speaks": recipe.look_steps}

@@ -289,7 +289,7 @@ print("owl's pixels:", mask.sum(), "→ visible:", (fast.owner == 1).sum())
 # captioned nine in ten of such scenes, and on a chessboard, which it had never seen, three in ten:
 # it invented objects. **What never varies in the data is taken for granted.**
 #
-# Now half of the backgrounds are patterns of six families, and there are nine photographs. They are
+# Now 60 % of the backgrounds are patterns of eight families, and there are nine photographs. They are
 # drawn in [backgrounds.py](../paligemma/support/backgrounds.py), which teaches nothing else. The
 # cat photograph is left out: a scene that shows a cat nobody counted would be a lie.
 

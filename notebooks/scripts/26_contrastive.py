@@ -1,6 +1,9 @@
 # ---
 # jupyter:
 #   jupytext:
+#     cell_metadata_filter: tags
+#     comment_magics: false
+#     notebook_metadata_filter: kernelspec
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -16,7 +19,7 @@
 # %% [markdown]
 # # 26 · Contrastive learning: how does a picture learn from its caption?
 #
-# *40 minutes* · part V, Learning
+# *65 minutes* · part V, Learning
 #
 # **What you will be able to do**
 #
@@ -26,14 +29,15 @@
 # - train two small towers that name pictures they have never seen, in three languages.
 
 # %% tags=["map"]
-from paligemma.plotting import model_map
+from paligemma.support.course_map import model_map
 
 model_map("contrastive")
 
 # %% [markdown]
 # ## Setup
 #
-# From earlier lessons: drawing (01), the SigLIP tower and its block (05), and the emoji scenes (23).
+# From earlier lessons: drawing ([01](01_plotting.ipynb)), the SigLIP tower and its block
+# ([05](05_siglip.ipynb)), and the emoji scenes ([25](25_scenes.ipynb)).
 # The cells that begin with `#| export` become the file
 # [contrastive.py](../paligemma/contrastive.py).
 
@@ -43,6 +47,7 @@ model_map("contrastive")
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +63,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from safetensors.torch import load_file
 
-from paligemma.plotting import COLOURS, check, save_figure, show_heatmap, show_images
-from paligemma.scenes import ANGLES, NAMES, SCALES, background, caption_of, compose, place, sprites
+from paligemma.plotting import show_heatmap, show_images
+from paligemma.support.course import check, save_figure
+from paligemma.support.drawing import COLOURS
+from paligemma.scenes import background, caption_of, compose, place
+from paligemma.support.sprites import ANGLES, NAMES, SCALES, sprites
 
 torch.set_num_threads(1)  # small matrices: more threads would only wait for each other
 _ = torch.manual_seed(24)
@@ -387,7 +395,8 @@ def chunked_sigmoid_loss(
             f"{len(images)} pairs cannot be shared by {chunks} devices evenly: choose a number of "
             "chunks that divides the batch"
         )
-    images, texts, total = images.chunk(chunks), texts.chunk(chunks), 0.0
+    images, texts = images.chunk(chunks), texts.chunk(chunks)
+    total = images[0].new_zeros(())
     for turn in range(chunks):
         for device in range(chunks):
             visiting = texts[(device + turn) % chunks]
@@ -577,13 +586,15 @@ class SiglipTextModel(nn.Module):
         super().__init__()
         self.config = config
         width, length = config.hidden_size, config.max_position_embeddings
-        self.embeddings = nn.Module()  # only names: published keys read embeddings.token_embedding
-        self.embeddings.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.embeddings.position_embedding = nn.Embedding(length, width)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
+        tokens, positions = nn.Embedding(config.vocab_size, width), nn.Embedding(length, width)
+        # The tower's block, which reads only fields that both configs have.
+        block = cast(SiglipVisionConfig, config)
+        layers = (SiglipEncoderLayer(block) for _ in range(config.num_hidden_layers))
+        # Named as published keys read: embeddings.token_embedding.weight, encoder.layers.0 …
+        self.embeddings = nn.ModuleDict(
+            {"token_embedding": tokens, "position_embedding": positions}
         )
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.final_layer_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, width)
 
@@ -595,9 +606,9 @@ class SiglipTextModel(nn.Module):
                 f"input_ids are {list(input_ids.shape)}; this tower reads [B, {length}]: pad every "
                 "text to the full length, its vector is the last position's"
             )
-        tokens = self.embeddings.token_embedding(input_ids)  # (B, T, D)
-        x = tokens + self.embeddings.position_embedding.weight
-        for layer in self.encoder.layers:
+        tokens = self.embeddings["token_embedding"](input_ids)  # (B, T, D)
+        x = tokens + self.embeddings["position_embedding"].weight
+        for layer in self.encoder["layers"].children():
             x = layer(x)
         return self.head(self.final_layer_norm(x)[:, -1])
 

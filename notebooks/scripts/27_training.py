@@ -282,8 +282,8 @@ class TrainingConfig:
     save: bool = True  # the model, at the end (not with adapters: `save_adapter` writes those)
 
     def __post_init__(self):
-        ones = dict.fromkeys(("steps", "batch_size", "accumulate", "save_every"), 1)
-        check_settings(self, ones, above_zero=("learning_rate", "max_grad_norm"))
+        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
+        check_settings(self, least, above_zero=("learning_rate", "max_grad_norm"))
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected a number below 1")
         if self.accumulate > self.batch_size:
@@ -703,7 +703,8 @@ save_figure(
 # Above each picture: what it said before → what it says after. Grey line: three tokens, of which
 # article and name together are one of 48 ($\ln 48$ without looking) and eos costs nothing. Whoever
 # is below it has looked.
-#
+
+# %% [markdown]
 # ## From nothing, it is harder
 #
 # This model could see before. Trained from nothing, a small PaliGemma first learns how captions
@@ -745,7 +746,8 @@ save_figure(fig, "27_shipped")
 # The record of the shipped model: first it looks, then it speaks, and exact words come last, while
 # the rate falls. One branch of this run was thrown away: up to step 3,420 the rate was twice what
 # it should have been, and figures rose only while it fell.
-#
+
+# %% [markdown]
 # ### What these curves do not show
 #
 # In training, and in these figures, the model reads **true** words; alone it reads **its own**. How
@@ -860,7 +862,7 @@ def steps_until_forgotten(ema_decay):
 check(test_2, share_of_first, steps_until_forgotten)
 
 # %% [markdown]
-# ### Exercise 3 (write): a step in parts
+# ### Exercise 3 (extend): a step in parts
 #
 # Write the heart of `train_step`: given a model and parts of a batch (as `make_batch` gives them),
 # leave in every `p.grad` the gradient of the mean loss over **all labels of all parts**.
@@ -920,10 +922,9 @@ check(test_3, accumulate_gradients)
 # ## Summary
 #
 # - Only the answer and its end are learnt; the shift happens once, in the model's own forward.
-# - A loop of a dozen lines trains. Schedule, decay groups, clipping and a running mean make it better.
+# - A loop of a dozen lines trains; schedule, decay groups, clipping, a running mean make it better.
 # - Parts of a batch weigh by their labels; a mean of means is another loss.
-# - If batch and dropout follow from the step's number, a checkpoint is complete, and a run continues
-#   bit for bit.
+# - Where batch and dropout follow from the step, a run continues bit for bit.
 # - A falling loss with true words fed in does not say how the model does with its own.
 
 # %% [markdown]

@@ -81,7 +81,8 @@ pg = load()
 # A model says "a cat and two dogs", and it is true. Did it look? It may have guessed: cats and dogs
 # are common. It may have read the question's hint. It may know this picture from training. **A score
 # is an answer to a question**, and one has to know to which.
-#
+
+# %% [markdown]
 # ## By hand: ninety of a hundred
 #
 # 90 of 100 captions are right. Is the model a 90 % model? Had it been asked a hundred other scenes,
@@ -263,7 +264,9 @@ def row_questions(row: str, count: int) -> tuple[list[scenes.Scene], list[str], 
         scene = scenes.make_scene(index, "test", **how)
         prompt, truth = scenes.task(np.random.default_rng((11, index)), scene, name, language)
         if name != "where" or "where" in prompt:  # no clear place: it was asked "how many"
-            asked.append(scene), prompts.append(prompt), truths.append(truth)
+            asked.append(scene)
+            prompts.append(prompt)
+            truths.append(truth)
         index += 1
     return asked, prompts, truths
 
@@ -303,10 +306,11 @@ def evaluate(
     """
     if unknown := [row for row in rows if row not in ROWS]:
         raise ValueError(f"no row {unknown[0]!r}; expected of {', '.join(ROWS)}")
-    if count < 2 or ("segment" in rows and pipeline.codec is None):
-        what = f"count is {count}; shuffling needs 2" if count < 2 else "segment needs a mask codec"
-        raise ValueError(what)
-    result = {}
+    if count < 2:
+        raise ValueError(f"count is {count}; shuffling needs 2")
+    result, codec = {}, pipeline.codec
+    if "segment" in rows and codec is None:
+        raise ValueError("segment needs a mask codec, and this model has none; leave the row out")
     for row in rows:
         asked, prompts, truths = row_questions(row, count)
         images, scores = [scene.image for scene in asked], []
@@ -314,8 +318,8 @@ def evaluate(
             predictions = predict(pipeline, shown, prompts)
             if row == "detect":
                 scores.append(box_metrics(predictions, truths))
-            elif row == "segment":
-                scores.append(mask_metrics(predictions, prompts, asked, pipeline.codec))
+            elif row == "segment" and codec is not None:
+                scores.append(mask_metrics(predictions, prompts, asked, codec))
             else:
                 scores.append({"exact": exact_match(predictions, truths)})
         shuffled = next(iter(scores[1].values()))
@@ -451,7 +455,8 @@ save_figure(fig, "28_other.png")
 # was learned is about emoji, and how much about backgrounds. The first model that shipped had 91 %
 # on plain ones here and 28 % on checks, where it invented objects. No test from the old world could
 # have shown it.
-#
+
+# %% [markdown]
 # ## At full size
 #
 # How many scenes does it take to tell two models apart? To know a share near 90 % to ± 1 point, and
@@ -492,7 +497,10 @@ assert tokens > alone + 0.03
 
 # %% [markdown]
 # It is too good for two reasons. First, ten tokens of 98 % make a whole of $0.98^{10} = 82\,\%$. Second, the model is
-# told the truth after each mistake, and in life it reads **its own** words. In the training of the
+# told the truth after each mistake, and in life it reads **its own** words.
+
+# %% [markdown]
+# In the training of the
 # shipped model that was a disaster: at step 8,500, with true answers fed in, 97 % of the names
 # behind boxes were right; left alone it had an F1 of 27 %. It had read only the location words that
 # whole pixels give, and its own lay between. This is **exposure bias**; the cure was to let it read
@@ -532,7 +540,7 @@ answer_1 = (True, False)  # ± 1.8 points overlap over a gap of 2.5; ± 0.6 do n
 check(test_1, answer_1)
 
 # %% [markdown]
-# ### Exercise 2 (write): F1
+# ### Exercise 2 (fill in): F1
 #
 # Write `f1(found, wanted)` in percent for lists of names (no boxes): a name that is found as often
 # as it is wanted counts each time; more often does not help.

@@ -194,7 +194,9 @@ def shapes(rng: np.random.Generator) -> np.ndarray:
         w, h = rng.integers(4, largest, 2).tolist()
         colour = tuple(_colour(rng).astype(int).tolist())
         outline = rng.random() < 0.3
-        how = {"outline": colour, "width": int(rng.integers(1, 5))} if outline else {"fill": colour}
+        how: dict = {"fill": colour}
+        if outline:
+            how = {"outline": colour, "width": int(rng.integers(1, 5))}
         form = rng.integers(4)
         if form == 0:
             draw.rectangle((x, y, x + w, y + h), **how)

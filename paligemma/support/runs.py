@@ -17,7 +17,7 @@ import torch
 from paligemma.support.files import shorten
 
 
-def check_settings(config, least: Mapping[str, float], above_zero: tuple[str, ...] = ()) -> None:
+def check_settings(config, least: Mapping[str, int], above_zero: tuple[str, ...] = ()) -> None:
     """Every number of a dataclass is one, finite, and as large as it must be.
 
     Args:
