@@ -379,7 +379,7 @@ PROMPTS = (
 )
 
 
-@pytest.mark.parametrize(("mode", "share"), [("int8", 0.98), ("int4", 0.9)])
+@pytest.mark.parametrize(("mode", "share"), [("int8", 0.95), ("int4", 0.9)])
 def test_tiny_model_still_answers(mode, share):
     """Few answers here; tools/quantization_quality.py compares a thousand."""
     processor = Processor.from_pretrained(TINY)

@@ -113,7 +113,7 @@ print([processor.tokenizer.sp.id_to_piece(i) for i in ids[count:]])
 # %% [markdown]
 # ### The picture becomes 64 vectors
 #
-# The **vision tower** (lessons 03–05) cuts 8 × 8 patches of 14 × 14 pixels and lets them look at
+# The **vision tower** (lessons [03](03_patch_embedding.ipynb) to [05](05_siglip.ipynb)) cuts 8 × 8 patches of 14 × 14 pixels and lets them look at
 # each other. The **projector** ([lesson 15](15_model.ipynb)) brings the result to the language model's width.
 
 # %%
@@ -151,7 +151,7 @@ show_heatmap(mask.float(), "dark: this row may look at that column", rows=labels
 # %% [markdown]
 # ### The next piece
 #
-# The **decoder** (lessons 07–12) turns the sequence into one score a vocabulary entry. We only need
+# The **decoder** (lessons [07](07_rms_norm.ipynb) to [12](12_gemma.ipynb)) turns the sequence into one score a vocabulary entry. We only need
 # the scores at the last place; softmax makes them probabilities.
 
 # %%
