@@ -87,8 +87,8 @@ def test_box_metrics(prediction, f1, iou):
 
 def test_who_overlaps_most_chooses_first():
     """The first box fits both true ones, the second fits only the one that the first takes."""
-    true = [(0, 0, 100, 100), (0, 30, 100, 130)]
-    said = [(0, 14, 100, 114), (0, 0, 100, 99)]
+    true = [(0, 0, 100, 100), (0, 40, 100, 140)]
+    said = [(0, 18, 100, 118), (0, 0, 100, 99)]
     truth, prediction = (" ; ".join(f"{w} cat" for w in encode_boxes(b, 200, 200))
                          for b in (true, said))  # fmt: skip
     assert box_metrics([prediction], [truth])["f1"] == 100
