@@ -715,7 +715,7 @@ ARMS = {
     "adapters, everywhere": (EVERYWHERE, 6e-3),
     "all weights": ((), 1e-3),
 }
-STEPS = 60
+STEPS = 45
 runs, right = {}, {}
 for name, (targets, lr) in ARMS.items():
     arm = load_model(TINY)
