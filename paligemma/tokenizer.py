@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
-
 from paligemma.support.files import replacing
 from paligemma.support.tokens import check_text, open_sentencepiece, place_tokens, token_files
 

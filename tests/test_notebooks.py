@@ -114,7 +114,7 @@ def test_exercises(path, cells):
             assert "✓" in text and "✗" not in text, f"the solution fails: {cell.source}"
             assert cell.metadata.get("jupyter", {}).get("source_hidden"), "solutions are collapsed"
     headings = re.findall(
-        r"^### Exercise (\d+) \((predict|fill in|break|extend)\)",
+        r"^### Exercise (\d+) \((predict|fill in|write|break|extend)\)",
         "\n".join(cell.source for cell in cells if cell.cell_type == "markdown"),
         re.MULTILINE,
     )

@@ -378,7 +378,9 @@ def test_the_later_definition_wins_and_classes_grow():
 def test_numbers_and_minutes_are_filled_in(course):
     """A lesson that moves takes its links with it; a longer one says so."""
     words = "word " * 2000
-    replace(course.pair, "part I, Seeing", f"part I, Seeing\n#\n# [lesson 7](07_game.ipynb) {words}")
+    replace(
+        course.pair, "part I, Seeing", f"part I, Seeing\n#\n# [lesson 7](07_game.ipynb) {words}"
+    )
     assert course("01_toy")[0] == 0
     text = course.pair.read_text()
     assert "[lesson 02](02_game.ipynb)" in text and "*10 minutes*" in text

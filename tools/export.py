@@ -10,6 +10,7 @@ import ast
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 EXPORT = "#| export"
 
@@ -27,7 +28,7 @@ def ruff(text: str, name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def statements(source: str) -> list[tuple[ast.stmt, str]]:
+def statements(source: str) -> list[tuple[Any, str]]:
     """Each top-level statement of a cell with its text: the comments above it, decorators, body."""
     lines, found, end = source.split("\n"), [], 0
     for node in ast.parse(source).body:
@@ -42,12 +43,13 @@ def name_of(node: ast.stmt) -> str | None:
     """The name that a statement defines, if it is one."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return node.name
-    target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-    plain = isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name)
-    return target.id if plain else None
+    target = None
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+    return target.id if isinstance(target, ast.Name) else None
 
 
-def class_to_grow(node: ast.stmt) -> str | None:
+def class_to_grow(node: Any) -> str | None:
     """`Model` for a function whose first decorator is `@add_to_class(Model)`."""
     for first in getattr(node, "decorator_list", [])[:1]:
         if isinstance(first, ast.Call) and getattr(first.func, "id", "") == "add_to_class":

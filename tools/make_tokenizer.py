@@ -36,10 +36,12 @@ We learn by doing, by making mistakes, and by asking why they were mistakes."""
 def corpus(seed=0):
     """Captions and questions as the scenes ask them, every word often, and some plain English."""
     rng = np.random.default_rng(seed)
-    lines = []
+    lines, nothing = [], np.zeros((0, 0), np.uint8)  # only words are needed, no pictures
     for _ in range(20_000):
         count = int(rng.integers(1, 6))
-        scene = scenes.Scene(None, scenes.draw_kinds(rng, count), np.zeros((count, 4), int), None)
+        scene = scenes.Scene(
+            nothing, scenes.draw_kinds(rng, count), np.zeros((count, 4), int), nothing
+        )
         for language in scenes.LANGUAGES:
             lines += [f"caption {language}", scenes.caption_of(scene.kinds, language)]
         for name in ("count", "is there"):
@@ -85,11 +87,11 @@ def main():
         num_threads=1,
         minloglevel=2,
     )
-    proto = model_pb2.ModelProto.FromString(stream.getvalue())
+    proto = model_pb2.ModelProto.FromString(stream.getvalue())  # type: ignore
     for name in ADDED:
         piece = proto.pieces.add()
         piece.piece, piece.score = name, 0.0
-        piece.type = model_pb2.ModelProto.SentencePiece.USER_DEFINED
+        piece.type = model_pb2.ModelProto.SentencePiece.USER_DEFINED  # type: ignore
     (options.folder / "tokenizer.model").write_bytes(proto.SerializeToString())
 
 

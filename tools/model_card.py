@@ -68,7 +68,7 @@ New in a test scene is how it is composed: the emoji pictures and the nine photo
 scenes are the ones of training. The row "kinds never seen together" has two objects or more in
 every scene, the row above it one as well. "Another renderer" is a program written apart from the
 training code (`tools/other_renderer.py`): scenes of 448 pixels, laid out in another way, on three
-families of background that training never drew (checks, rings, Voronoi cells), a third of them each.
+families of background that training never drew (checks, rings, Voronoi cells), a third each.
 
 To repeat: `python tools/model_card.py --scenes {scenes}` (seeds are fixed).
 

@@ -45,6 +45,7 @@ def compute(stem):
     """Run `reference()` of tests/test_stem.py."""
     path = ROOT / "tests" / f"test_{stem}.py"
     spec = importlib.util.spec_from_file_location(f"reference_{stem}", path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with torch.no_grad():

@@ -91,7 +91,7 @@ class Course:
     def read_title(self, name):
         """Title, topic and part, from the lesson's title cell."""
         nb, pair = self.read(name)
-        for cell in (pair or nb).cells:
+        for cell in (pair or nb or nbformat.v4.new_notebook()).cells:
             if found := re.match(r"# \d+ · (.+)\n+\*\d+ minutes\* · (.+)", cell.source):
                 part = found[2].strip().removeprefix("part ").replace(",", "")
                 return {"title": found[1], "topic": found[1].split(":")[0].strip(), "part": part}

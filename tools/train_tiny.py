@@ -412,6 +412,8 @@ def main(arguments: list[str] | None = None) -> int:
             with replacing(options.work) as draft:
                 draft("config.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
         train(run)
+        if parallel:
+            dist.barrier()  # nobody leaves while another still talks to it
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -172,6 +172,7 @@ print("same memory:", fast.data_ptr() == tiny.data_ptr())
 """Look at what a tensor holds: pictures, matrices, attention."""
 
 import math
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -313,7 +314,7 @@ show_images([cat, ear, nose], ["whole", "an ear", "the nose"], height=1.8)
 # %%
 #| export
 def show_heatmap(
-    matrix, title=None, rows=None, columns=None, annotate=False, centre=None, ax=None
+    matrix, title=None, rows=None, columns=None, annotate=False, centre=None, ax: Any = None
 ) -> Figure:
     """Draw a matrix as coloured cells.
 
@@ -335,7 +336,9 @@ def show_heatmap(
     if ax is None:
         cell = 0.5 if annotate else min(0.4, 4.5 / max(values.shape))
         size = (min(9.5, max(2.2, values.shape[1] * cell + 0.6)), values.shape[0] * cell + 0.7)
-        _, ax = plt.subplots(figsize=size, layout="constrained")
+        figure, ax = plt.subplots(figsize=size, layout="constrained")
+    else:
+        figure = ax.figure
     finite = numbers[np.isfinite(numbers)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     if values.dtype == bool or high == low:
@@ -365,12 +368,12 @@ def show_heatmap(
     whole = values.dtype.kind in "iub"
     form = annotate if isinstance(annotate, str) else "d" if whole else ".2f"
     for (row, column), value in np.ndenumerate(values) if annotate else ():
-        dark = np.isfinite(value) and sum(image.cmap(image.norm(float(value)))[:3]) < 1.6
+        dark = np.isfinite(value) and sum(image.cmap((float(value) - low) / (high - low))[:3]) < 1.6
         text = format(int(value) if form == "d" else float(value), form)
         where = {"ha": "center", "va": "center", "fontsize": 8}
         ax.text(column, row, text, color=COLOURS["paper" if dark else "ink"], **where)
-    plt.close(ax.figure)
-    return ax.figure
+    plt.close(figure)
+    return figure
 
 
 # %% [markdown]

@@ -48,7 +48,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor
 
 from paligemma.support.files import replacing
 from paligemma.support.tokens import check_text, open_sentencepiece, place_tokens, token_files
@@ -415,7 +414,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_file: str | os.PathLike):
-        self.sp = SentencePieceProcessor(model_file=str(model_file))
+        self.sp = spm.SentencePieceProcessor(model_file=str(model_file))
         self.pad_id, self.eos_id, self.bos_id = 0, 1, 2
         first = self.sp.get_piece_size()
         self.added = {token: first + i for i, token in enumerate(ADDED)}

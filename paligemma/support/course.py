@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+from cycler import cycler
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
 
@@ -18,7 +20,7 @@ HEAT = LinearSegmentedColormap.from_list(
 DIVERGING = LinearSegmentedColormap.from_list(
     "diverging", ["#0f4c7d", "#6fa6cd", COLOURS["paper"], "#eba676", "#a3470b"]
 )
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": COLOURS["paper"],
     "axes.facecolor": COLOURS["paper"],
     "savefig.facecolor": COLOURS["paper"],
@@ -33,7 +35,7 @@ STYLE = {
     "axes.edgecolor": COLOURS["muted"],
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": mpl.cycler(color=CYCLE),
+    "axes.prop_cycle": cycler(color=CYCLE),
     "grid.color": "#e6e1d8",
     "xtick.color": COLOURS["ink"],
     "ytick.color": COLOURS["ink"],

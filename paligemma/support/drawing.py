@@ -116,13 +116,15 @@ def _copy(image) -> Image.Image:
 
 
 @lru_cache
-def _font(size: float):
+def _font(size: float) -> ImageFont.FreeTypeFont:
     """DejaVu Sans where matplotlib brought it (it has most letters), else Pillow's own font."""
     found = find_spec("matplotlib")
     folder = Path(found.origin).parent if found and found.origin else Path()
     file = folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
     size = max(6, round(size))
-    return ImageFont.truetype(file, size) if file.is_file() else ImageFont.load_default(size)
+    if file.is_file():
+        return ImageFont.truetype(file, size)
+    return ImageFont.load_default(size)  # type: ignore[return-value]
 
 
 def _scale(picture: Image.Image) -> float:
