@@ -410,8 +410,8 @@ print(f"transformers: largest difference {difference:.1e}")
 # %% [markdown]
 # ## See it: what a patch of the cat looks at
 #
-# We have no trained weights here, but we can choose weights whose meaning we know. Each patch is
-# described by two numbers for each of three heads: its **colour** (red minus green, green minus
+# What a trained head looks for, nobody wrote down. So here we choose weights whose meaning we know;
+# the trained tower follows in [lesson 05](05_siglip.ipynb). Each patch is described by two numbers for each of three heads: its **colour** (red minus green, green minus
 # blue), its **texture** (grain across and down), its **place** (row, column).
 
 
