@@ -112,7 +112,6 @@ def test_exercises(path, cells):
             assert "✗" in text and "✓" not in text, f"the stub passes its check: {cell.source}"
         if tag == "solution":
             assert "✓" in text and "✗" not in text, f"the solution fails: {cell.source}"
-            assert cell.metadata.get("jupyter", {}).get("source_hidden"), "solutions are collapsed"
     headings = re.findall(
         r"^### Exercise (\d+) \((predict|fill in|write|break|extend)\)",
         "\n".join(cell.source for cell in cells if cell.cell_type == "markdown"),
@@ -171,6 +170,17 @@ def test_lessons_are_named_by_links(cells):
     def problem(cell):
         bare = re.search(r"(?<!\[)\b[Ll]essons? \d+", cell.source)
         return cell.cell_type == "markdown" and bare and bare[0]
+
+    assert not cells_where(cells, problem)
+
+
+def test_what_is_not_read_is_folded(cells):
+    """Drawing, checks and solutions: JupyterLab hides their source, their output stays."""
+
+    def problem(cell):
+        folded = bool(cell.metadata.get("jupyter", {}).get("source_hidden"))
+        wanted = bool({"check", "solution", "hide-input"} & set(tags(cell)))
+        return "folded" if folded and not wanted else "not folded" if wanted > folded else None
 
     assert not cells_where(cells, problem)
 

@@ -36,7 +36,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60  # a lesson that runs longer is split or made smaller
 PHOTOGRAPH = 60_000  # bytes; line drawings compress to less
-FOLDED = {"solution", "hide-input"}  # tags of cells whose source JupyterLab folds
+FOLDED = {"check", "solution", "hide-input"}  # tags of cells whose source JupyterLab folds
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 PERCENT = {
     "extension": ".py",

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 01 · Pictures: what is a picture to a program?
 #
-# *45 minutes* · part I, Seeing
+# *40 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #

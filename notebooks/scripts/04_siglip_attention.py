@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 04 · SigLIP's attention: how do patches talk to each other?
 #
-# *50 minutes* · part I, Seeing
+# *45 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #

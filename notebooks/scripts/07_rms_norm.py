@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 07 · RMSNorm: why divide every vector by its own length?
 #
-# *45 minutes* · part II, Language
+# *40 minutes* · part II, Language
 #
 # **What you will be able to do**
 #

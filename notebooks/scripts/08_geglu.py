@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 08 · GeGLU: what does a gate add to an MLP?
 #
-# *45 minutes* · part II, Language
+# *40 minutes* · part II, Language
 #
 # **What you will be able to do**
 #

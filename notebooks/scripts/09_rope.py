@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 09 · RoPE: how does a token know where it stands?
 #
-# *45 minutes* · part II, Language
+# *40 minutes* · part II, Language
 #
 # **What you will be able to do**
 #

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 11 · KV cache: why is the second token cheaper than the first?
 #
-# *50 minutes* · part II, Language
+# *45 minutes* · part II, Language
 #
 # **What you will be able to do**
 #

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 12 · Gemma: how do the pieces become a language model?
 #
-# *60 minutes* · part II, Language
+# *55 minutes* · part II, Language
 #
 # **What you will be able to do**
 #

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 18 · Generation: how does one forward pass become an answer?
 #
-# *55 minutes* · part IV, Answering
+# *50 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #

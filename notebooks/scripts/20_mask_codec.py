@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 20 · Mask codec: how do sixteen words draw any shape?
 #
-# *60 minutes* · part IV, Answering
+# *55 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #

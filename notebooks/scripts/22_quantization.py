@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 22 · Quantization: how few bits can a weight have?
 #
-# *65 minutes* · part IV, Answering
+# *60 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #

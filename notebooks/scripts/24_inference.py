@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 24 · Inference: how does a folder of weights become a command that answers?
 #
-# *55 minutes* · part IV, Answering
+# *50 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #

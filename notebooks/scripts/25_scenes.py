@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 25 · Scenes: where do a million captioned pictures come from?
 #
-# *55 minutes* · part V, Learning
+# *50 minutes* · part V, Learning
 #
 # **What you will be able to do**
 #

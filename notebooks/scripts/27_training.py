@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 27 · Training: what does a model learn from a picture, a question and an answer?
 #
-# *50 minutes* · part V, Learning
+# *45 minutes* · part V, Learning
 #
 # **What you will be able to do**
 #

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 28 · Evaluation: how do you know that it looks?
 #
-# *40 minutes* · part V, Learning
+# *35 minutes* · part V, Learning
 #
 # **What you will be able to do**
 #
