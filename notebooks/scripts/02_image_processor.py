@@ -19,13 +19,12 @@
 # %% [markdown]
 # # 02 · Image processor: what does a model receive instead of a picture?
 #
-# *40 minutes* · part I, Seeing
+# *35 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #
-# - follow a photograph from its file to the floats that the model reads, and back;
+# - turn a photograph into the floats that the model reads, and back;
 # - resize a row of pixels with a pencil, and a whole picture with two matrix products, as Pillow does;
-# - open any picture file: rotated, transparent, 16-bit, broken;
 # - find out by *looking* whether a model gets the picture you think it gets.
 
 # %% tags=["map"]
@@ -63,7 +62,6 @@ from paligemma.support.pictures import (
 import io
 import math
 import tempfile
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -84,13 +82,11 @@ from paligemma.support.drawing import COLOURS
 
 # %%
 coffee = sample_picture("coffee")
-side = min(coffee.size)
-left, top = (coffee.width - side) // 2, (coffee.height - side) // 2
 squash = coffee.resize((224, 224))
-crop = coffee.crop((left, top, left + side, top + side)).resize((224, 224))
-small = coffee.resize((224, round(224 * coffee.height / coffee.width)))
-pad = Image.new("RGB", (224, 224), "#808080")
-pad.paste(small, (0, (224 - small.height) // 2))
+crop = ImageOps.fit(coffee, (224, 224))
+pad = ImageOps.pad(coffee, (224, 224), color="#808080")
+
+# %% tags=["hide-input"]
 titles = [f"{coffee.width} × {coffee.height}", "squash", "crop the centre", "pad"]
 show_images([coffee, squash, crop, pad], titles, height=2)
 
@@ -99,27 +95,81 @@ show_images([coffee, squash, crop, pad], titles, height=2)
 #
 # PaliGemma squashes. It was trained that way, so it knows squashed cups. What counts is to do as the training did.
 
+# %%
+wasted = (np.asarray(pad) == 128).all(axis=2).mean()
+print(f"padding: {wasted:.0%} of the square is grey")
+assert 0.3 < wasted < 0.37
+
 # %% [markdown]
-# ### Throwing pixels away is not resizing
+# ## The plain way
+#
+# Open, RGB, **resize**, scale, channels first. That is the whole lesson in five lines:
+
+
+# %%
+def to_pixel_values(file, size=224):
+    """A picture file to float32[3, size, size], in -1…1."""
+    image = Image.open(file).convert("RGB")
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.array(image, dtype=np.float32) / 255  # (size, size, 3) in 0…1
+    pixels = (pixels - 0.5) / 0.5
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, size, size)
+
+
+# %% [markdown]
+# Bytes 0…255 become 0…1, and $(x - 0.5) / 0.5$ brings them to $[-1, 1]$. This is to **normalise**: grey is 0, and dark and bright are equally far from it.
+
+# %%
+cat = sample_picture("cat")
+file = io.BytesIO()
+cat.save(file, "png")
+tensor = to_pixel_values(file)
+print(list(tensor.shape), tensor.dtype, f"{tensor.min():.2f} … {tensor.max():.2f}")
+assert tensor.min() >= -1 and tensor.max() <= 1
+
+# %% [markdown]
+# ### What did the model receive?
+#
+# Everything after the resize can be undone without loss. This gives us the most useful tool of the lesson.
+
+
+# %%
+def what_it_saw(pixel_values):
+    """float[3, H, W] as the model reads it → uint8[H, W, 3], as people look at it."""
+    back = (pixel_values.permute(1, 2, 0) * 0.5 + 0.5) * 255
+    return back.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+small = np.asarray(cat.resize((224, 224), Image.Resampling.BICUBIC))
+assert np.array_equal(what_it_saw(tensor), small)
+show_images([cat, what_it_saw(tensor)], ["the photograph", "what the model receives"], height=2)
+
+# %% [markdown]
+# Four of the five lines are clear. One hides the whole difficulty: `resize`.
+#
+# ## Throwing pixels away is not resizing
 #
 # To go from 448 to 112 pixels one could keep each fourth pixel. Here is a test picture of rings that get finer outwards. Both small versions are 112 × 112; only one of them is honest.
 
 # %%
 y, x = np.mgrid[-224:224, -224:224]
 rings = (127.5 + 127.5 * np.cos((x**2 + y**2) * np.pi / 640)).astype(np.uint8)
-rings = Image.fromarray(rings).convert("RGB")
-fourth = np.asarray(rings)[2::4, 2::4]
-bicubic = rings.resize((112, 112), Image.Resampling.BICUBIC)
+fourth = rings[2::4, 2::4]
+bicubic = Image.fromarray(rings).resize((112, 112), Image.Resampling.BICUBIC)
+
+# %% tags=["hide-input"]
+views = [Image.fromarray(rings), Image.fromarray(fourth), bicubic]
 titles = ["448 × 448", "each fourth pixel", "Pillow's bicubic"]
-save_figure(show_images([rings, fourth, bicubic], titles, height=2.9), "02_rings.png")
+figure = show_images([view.convert("RGB") for view in views], titles, height=2.9)
+save_figure(figure, "02_rings.png")
 
 # %% [markdown]
-# **What to notice.** Keeping each fourth pixel *invents* rings that are not there. This is **aliasing**: a pattern finer than the new grid comes back as a coarse one. The right picture turns it into grey, which is true: from far away fine rings *are* grey. How does it know? That is the next section.
+# **What to notice.** Keeping each fourth pixel *invents* rings that are not there. This is **aliasing**: a pattern finer than the new grid comes back as a coarse one. The right picture turns it into grey, which is true: from far away fine rings *are* grey. How does it know?
 
 # %% [markdown]
 # ## By hand
 #
-# One dimension is enough. Eight pixels shall become four. A new pixel is a **weighted mean** of old ones: near ones count much, far ones little. The *kernel* says how much, for a distance $d$ measured in pixels:
+# One dimension is enough. Eight pixels shall become four. A new pixel is a **weighted mean** of old ones: near ones count much, far ones little. The *kernel* of **bicubic** resizing says how much, for a distance $d$ measured in pixels:
 #
 # $$k(d) = \begin{cases} 1.5\,|d|^3 - 2.5\,|d|^2 + 1 & |d| < 1 \\ -0.5\,|d|^3 + 2.5\,|d|^2 - 4\,|d| + 2 & |d| < 2 \\ 0 & \text{else} \end{cases}$$
 
@@ -138,11 +188,26 @@ def kernel(d):
 print([kernel(d) for d in (0, 0.5, 1, 1.5, 2)])
 
 # %% [markdown]
-# At its own place a pixel counts fully, one pixel further nothing. In between it is smooth, and between 1 and 2 it is slightly *negative*: that is what keeps edges sharp.
+# At its own place a pixel counts fully, one pixel further nothing. Between 1 and 2 it is slightly *negative*: that is what keeps edges sharp.
 #
-# Now the decisive step. **When shrinking, the kernel is stretched** by the same factor. Why? See which old pixels count when it is not.
+# Now the decisive step. **When shrinking, the kernel is stretched** by the same factor. To see why, add up how much each old pixel counts, in all new pixels together:
+
 
 # %%
+def say(factor, stretch):
+    """What each of `factor` neighbouring old pixels counts, in all new pixels together."""
+    centres = [(i + 0.5) * factor for i in range(-4, 5)]
+    weight = lambda j, centre: kernel((j + 0.5 - centre) / stretch) / stretch
+    return [round(sum(weight(j, c) for c in centres), 4) for j in range(factor)]
+
+
+print("by 4, not stretched:", say(4, 1))
+print("by 4, stretched:    ", say(4, 4))
+print("by 8, not stretched:", say(8, 1))
+assert say(4, 1) == [-0.0625, 0.5625, 0.5625, -0.0625] and say(4, 4) == [0.25] * 4
+assert say(8, 1).count(0) == 4 and say(8, 8) == [0.125] * 8
+
+# %% tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained", sharey=True)
 for axis, stretch, title in ((axes[0], 1, "not stretched"), (axes[1], 4, "stretched 4 times")):
     d = np.linspace(-9, 9, 721)
@@ -160,37 +225,20 @@ axes[0].set_ylabel("weight")
 save_figure(figure, "02_kernel")
 
 # %% [markdown]
-# **What to notice.** Shrinking by 4, new pixels stand 4 old pixels apart. Not stretched, each sees four old ones; stretched, it takes the mean over a width of 16. Now add up how much each old pixel counts, in all new pixels together:
-
-
-# %%
-def say(factor, stretch):
-    """What each of `factor` neighbouring old pixels counts, in all new pixels together."""
-    centres = [(i + 0.5) * factor for i in range(-4, 5)]
-    weight = lambda j, centre: kernel((j + 0.5 - centre) / stretch) / stretch
-    return [round(sum(weight(j, c) for c in centres), 4) for j in range(factor)]
-
-
-print("by 4, not stretched:", say(4, 1))
-print("by 4, stretched:    ", say(4, 4))
-print("by 8, not stretched:", say(8, 1))
-assert say(4, 1) == [-0.0625, 0.5625, 0.5625, -0.0625] and say(4, 4) == [0.25] * 4
-assert say(8, 1).count(0) == 4 and say(8, 8) == [0.125] * 8
-
-# %% [markdown]
-# By 4, not stretched, two of four pixels have nearly all the say. By 8, half of them count *nothing*: a stripe that falls there is gone. Stretched, each old pixel counts as much as its neighbour. This is called **antialiasing**.
+# **What to notice.** By 4, not stretched, two of four pixels have all the say. By 8, half of them count *nothing*: a stripe that falls there is gone. Stretched, each old pixel counts as much as its neighbour. This is called **antialiasing**.
 
 # %% [markdown]
 # Now the pencil. The row is an edge, from dark to bright, between old pixels 4 and 5. New pixel 1 covers old pixels 2 and 3, so its centre is at $(1 + 0.5) \cdot 2 = 3.0$. Old pixel $j$ has its centre at $j + 0.5$. Its distance is divided by 2, since the kernel is stretched by 2.
 
 # %%
 row = [0, 0, 0, 0, 0, 200, 200, 200]
-centre, stretch = (1 + 0.5) * 2, 2
-weights = [kernel((j + 0.5 - centre) / stretch) for j in range(8)]
-print("distances:", [(j + 0.5 - centre) / stretch for j in range(8)])
-print("weights:  ", [round(w, 4) for w in weights], "sum", round(sum(weights), 4))
+distances = [(j + 0.5 - 3.0) / 2 for j in range(8)]
+weights = [kernel(d) for d in distances]
 mean = sum(w * value for w, value in zip(weights, row)) / sum(weights)
+print("distances:", distances)
+print("weights:  ", [round(w, 4) for w in weights], "sum", round(sum(weights), 4))
 print("new pixel 1:", round(mean, 2))
+assert mean < 0
 
 # %% [markdown]
 # A negative brightness! The dark side of an edge is pushed below 0, the bright side above 200, and so the edge looks crisp. A pixel cannot be negative, so it is clipped to 0. On the bright side there is room up to 255, and the *overshoot* stays.
@@ -219,6 +267,7 @@ def resize_row(row, size):
     return new
 
 
+# %%
 strip = Image.fromarray(np.array([row], dtype=np.uint8))
 for size in (4, 16):
     pillow = np.asarray(strip.resize((size, 1), Image.Resampling.BICUBIC))[0].tolist()
@@ -242,10 +291,13 @@ def resize_matrix(old, new):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
+# %%
 to_bytes = lambda values: np.clip(np.floor(values + 0.5), 0, 255)
 for size in (4, 16, 3, 1):
     assert to_bytes(resize_matrix(8, size) @ row).tolist() == resize_row(row, size)
 print("equal to the loop")
+
+# %% tags=["hide-input"]
 show_heatmap(
     resize_matrix(8, 4).round(2),
     "from 8 old pixels (columns) to 4 new ones (rows)",
@@ -256,7 +308,7 @@ show_heatmap(
 )
 
 # %% [markdown]
-# A band that walks down the diagonal: each new pixel looks at its own place. At both ends the rows were divided by a smaller sum, so the border pixels count more.
+# A band that walks down the diagonal: each new pixel looks at its own neighbourhood.
 #
 # Now a photograph: first the width, round to bytes, then the height, and round again. Pillow does it in this order too.
 
@@ -269,70 +321,23 @@ def resize_picture(pixels, size):
     return to_bytes(np.einsum("yh,hxc->yxc", resize_matrix(height, size), wide)).astype(np.uint8)
 
 
-cat = sample_picture("cat")
-ours = resize_picture(np.asarray(cat), 224)
-pillow = np.asarray(cat.resize((224, 224), Image.Resampling.BICUBIC))
-gap = np.abs(ours.astype(int) - pillow)
+# %%
+gap = np.abs(resize_picture(np.asarray(cat), 224).astype(int) - small)
 print(f"{(gap > 0).sum()} of {gap.size:,} numbers differ, by {gap.max()} at most")
 assert gap.max() <= 1 and (gap > 0).sum() <= 10
 
 # %% [markdown]
-# Pillow keeps its weights as whole numbers (times $2^{22}$) to be fast; that tips two values that lay almost exactly on a half. Otherwise our thirty lines *are* its bicubic.
+# Pillow keeps its weights as whole numbers (times $2^{22}$) to be fast; that tips values that lay almost exactly on a half. Otherwise our few lines *are* its bicubic.
 
 # %% [markdown]
-# ### From bytes to floats, and back
+# ## What a real program adds
 #
-# The rest is short. Bytes 0…255 become $[0, 1]$, then $(x - 0.5) / 0.5$ brings them to $[-1, 1]$: grey is 0, and dark and bright are equally far from it. At last, channels first ([lesson 01](01_plotting.ipynb)).
-#
-# Everything after the resize can be undone without loss. This gives us the most useful tool of the lesson: a function that shows **what the model received**.
-
-# %%
-scaled = pillow.astype(np.float32) / 255
-normal = (scaled - 0.5) / 0.5
-tensor = torch.from_numpy(normal).permute(2, 0, 1)  # (3, H, W)
-for name, values in (("bytes", pillow), ("scaled", scaled), ("normalised", normal)):
-    pixel = ", ".join(f"{value:.3g}" for value in values[40, 60])
-    print(f"{name:10} {values.min():5.2f} … {values.max():6.2f}   one pixel: {pixel}")
-
-
-def what_it_saw(pixel_values):
-    """float[3, H, W] as the model reads it → uint8[H, W, 3], as people look at it."""
-    back = (pixel_values.permute(1, 2, 0) * 0.5 + 0.5) * 255
-    return back.round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-assert np.array_equal(what_it_saw(tensor), pillow)
-print(f"back to the same {pillow.size:,} bytes")
-
-# %% [markdown]
-# ## The module
-#
-# ### The plain way
-#
-# Open, RGB, resize, scale. In plain code:
-
-
-# %%
-def to_pixel_values(file, size=224):
-    """A picture file to float32[3, size, size], in -1…1."""
-    image = Image.open(file).convert("RGB")
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.array(image, dtype=np.float32) / 255  # (size, size, 3) in 0…1
-    pixels = (pixels - 0.5) / 0.5
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, size, size)
-
-
-file = io.BytesIO()
-cat.save(file, "png")
-assert torch.equal(to_pixel_values(file), tensor)
-print("the same numbers as by hand")
-
 # %% [markdown]
 # ### Eight files, one cat
 #
-# For a good file that is all. Now the same cat in eight kinds of file. Pillow calls the kind of a picture its *mode*; `RGB` is what we want, at least a dozen others exist.
+# The five lines work for a good file. Here is the same cat in eight kinds of file. Pillow calls the kind of a picture its *mode*; `RGB` is what we want.
 
-# %%
+# %% tags=["hide-input"]
 small = cat.resize((150, 100))
 alpha = Image.fromarray((np.mgrid[:100, :150][1] * 255 // 149).astype(np.uint8))  # fades in
 faded = small.copy()
@@ -351,6 +356,7 @@ kinds = {
     "1 bit": (small.convert("1"), "png", {}),
     "animated": (small, "gif", {"save_all": True, "append_images": [small.rotate(180)]}),
 }
+print("eight kinds:", ", ".join(kinds))
 
 # %% [markdown]
 # Each is opened twice: the plain way, and with `open_picture`, the careful way.
@@ -367,7 +373,7 @@ different = [name for name, a, b in zip(kinds, plain, opened) if a.tobytes() != 
 print("different:", ", ".join(different))
 assert different == ["turned by EXIF", "16-bit grey", "transparent", "clear colour"]
 
-# %%
+# %% tags=["hide-input"]
 square = lambda image: ImageOps.pad(image, (150, 150), color=COLOURS["muted"])
 pictures = [square(image) for image in plain + opened]
 figure = show_images(pictures, list(kinds), columns=8, height=1.1)
@@ -379,14 +385,11 @@ save_figure(figure, "02_modes.png")
 # **What to notice.** Four of eight kinds come out *different* from the plain way, and none of them with an error: the cat lies on its side, the deep greys turn white, the faded cat is not faded, and the clear part is filled with a colour. The model would be blamed for each.
 
 # %% [markdown]
-# What `open_picture` does is care and no idea, so it stands in [support/pictures.py](../paligemma/support/pictures.py), in plain Python:
+# What `open_picture` does is care and no idea, so it stands in [support/pictures.py](../paligemma/support/pictures.py):
 #
 # - it turns the picture as its EXIF note says, and lays transparency over **white**, as transformers does;
-# - a deep grey is scaled by the range of its *kind*, 0…65535 or 0…1, never by its largest value: one bright pixel would darken the rest;
-# - of arrays it takes `uint8[H, W, 3]` alone, since an array does not say what it holds.
-
-# %% [markdown]
-# And files come from strangers: cut off, no picture at all, or a *decompression bomb*, a few kilobytes that unpack to billions of pixels. Decoders fail in many ways. The caller meets **one** kind of error, with a sentence in it.
+# - a deep grey is scaled by the range of its *kind*, 0…65535, never by its largest value: one bright pixel would darken the rest;
+# - of arrays it takes `uint8[H, W, 3]` alone, and a broken file gives **one** kind of error, with a sentence in it.
 
 # %% [markdown]
 # ### The class
@@ -439,6 +442,8 @@ processor = ImageProcessor(224)
 batch = processor([cat, coffee, np.asarray(coffee)])
 print(list(batch.shape), batch.dtype)
 assert torch.equal(batch[0], tensor) and torch.equal(batch[1], batch[2])
+
+# %%
 with tempfile.TemporaryDirectory() as folder:
     (Path(folder) / "notes.txt").write_text("no picture")
     for wrong in (Path(folder) / "notes.txt", folder, np.zeros((8, 8)), 7):
@@ -510,13 +515,14 @@ print("largest and mean difference from Pillow, of 255")
 for name, photo in photos.items():
     x = torch.tensor(np.asarray(photo)).float().permute(2, 0, 1)[None]
     target = (processor(photo)[0] * 0.5 + 0.5) * 255
-    for antialias in (True, False):
+    for antialias, least, most in ((True, 0, 5), (False, 20, 70)):
         y = F.interpolate(x, (224, 224), mode="bicubic", antialias=antialias)[0].clamp(0, 255)
         gap = (y - target).abs()
         print(f"{name:9} antialias={antialias!s:5} {gap.max():6.1f} {gap.mean():6.2f}")
+        assert least <= gap.max() <= most
 
 # %% [markdown]
-# With antialiasing PyTorch and Pillow agree up to a few steps of 255: Pillow rounds and clips between the two passes. Without it, single pixels are off by up to a quarter of the whole range, and nothing says so: `F.interpolate` gave a picture of the right shape.
+# With antialiasing PyTorch and Pillow agree up to a few steps of 255: Pillow rounds and clips between the two passes. Without it, single pixels are off by 20 to 70, and nothing says so: `F.interpolate` gave a picture of the right shape.
 
 # %% [markdown]
 # ## See it
@@ -528,6 +534,8 @@ x = torch.tensor(np.asarray(cat)).float().permute(2, 0, 1)[None] / 255
 no = F.interpolate(x, (56, 56), mode="bicubic")[0].clamp(0, 1).permute(1, 2, 0)
 kept = np.asarray(cat)[2::5, 4::8][:56, :56]
 honest = what_it_saw(ImageProcessor(56)(cat)[0])
+
+# %% tags=["hide-input"]
 views = [cat, kept, no, honest]
 titles = ["the cat", "pixels thrown away", "bicubic, no antialias", "ImageProcessor(56)"]
 save_figure(show_images(views, titles, height=2), "02_antialias.png")
@@ -548,34 +556,10 @@ for size in (224, 448, 896):
     flops = 2 * 3 * (H * size * across + size * size * down)
     memory = 4 * 3 * size**2 / 1e3
     print(f"{size:4} {across:12.0f} {down:10.0f} {flops / 1e6:15.0f} {memory:15.0f}")
-tower = 2 * 412_442_352 * 256  # a multiplication and an addition for each weight and token
-print(f"the vision tower at 224: {tower / 1e6:,.0f} million FLOPs")
-
-
-# %% tags=["nbval-ignore-output"]
-def milliseconds(function):
-    """The shorter of two runs."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1000 * min(times)
-
-
-large = cat.resize((W, H))
-file = io.BytesIO()
-large.save(file, "jpeg", quality=90)
-print(f"decode a JPEG of {len(file.getvalue()) / 1e6:.1f} MB: ", end="")
-print(f"{milliseconds(lambda: Image.open(io.BytesIO(file.getvalue())).load()):.0f} ms")
-for size in (224, 448, 896):
-    process = ImageProcessor(size)
-    print(f"resize and normalise, {size}: {milliseconds(lambda: process(large)):.0f} ms")
+    assert H * size * across > 3 * size * size * down  # the first pass is more than three quarters
 
 # %% [markdown]
-# The first pass dominates: it touches every pixel of the photograph, whatever the new size. The vision tower ([lesson 05](05_siglip.ipynb)) has hundreds of times as much to do.
-#
-# In time, measured on this machine, most goes into the large photograph too: decoding it, and the first pass. Who trains on large photographs stores them small; otherwise the accelerator waits for JPEG.
+# The first pass dominates: it touches every pixel of the photograph, whatever the new size. So who trains on large photographs stores them small, once; otherwise the accelerator waits for JPEG.
 
 # %% [markdown]
 # ## A bug people really make
@@ -595,6 +579,7 @@ def load_b(photo):
     return torch.tensor(small).permute(2, 0, 1).float() / 255
 
 
+# %%
 loaders = {"ours": lambda photo: processor(photo)[0], "A": load_a, "B": load_b}
 for name, load in loaders.items():
     out = load(photos["astronaut"])
@@ -603,7 +588,7 @@ for name, load in loaders.items():
 # %% [markdown]
 # Shapes right, types right, all inside $[-1, 1]$. Now use the tool of this lesson: show what the model received.
 
-# %%
+# %% tags=["hide-input"]
 pictures, titles = [], []
 for name, load in loaders.items():
     pictures += [what_it_saw(load(photos["astronaut"])), what_it_saw(load(cat))]
@@ -613,39 +598,34 @@ save_figure(show_images(pictures, titles, columns=6, height=1.5), "02_bug.png")
 # %% [markdown]
 # Both complaints in one look. **A** swaps red and blue (BGR). **B** forgot the last step: no pixel is darker than mid-grey. *Fog* was an exact description.
 #
-# How bad is it? For colour: which of seven names is nearest to the suit's mean? For fog: cut the picture into patches, as [lesson 03](03_patch_embedding.ipynb) will. What *differs* between patches is information. Which share of the numbers' energy (sum of squares) is it?
+# How bad is it? For colour: compare the means of red and blue on the orange suit. For fog: cut the picture into patches, as [lesson 03](03_patch_embedding.ipynb) will. What *differs* between patches is information. Which share of the numbers' energy (their sum of squares) is it?
+
 
 # %%
-NAMES = {
-    "orange": (230, 90, 50),
-    "red": (190, 30, 40),
-    "pink": (245, 170, 150),
-    "green": (60, 140, 60),
-    "blue": (50, 90, 230),
-    "grey": (128, 128, 128),
-    "white": (245, 245, 245),
-}
-
-
-def colour_name(pixels):
-    """The name nearest to the mean colour of float[3, H, W] in [-1, 1]."""
-    mean = (pixels.flatten(1).mean(dim=1) * 0.5 + 0.5) * 255
-    return min(NAMES, key=lambda name: (mean - torch.tensor(NAMES[name])).norm().item())
-
-
 def information(pixels):
     """Share of the energy by which patches differ from the mean patch."""
     patches = F.unfold(pixels[None], 14, stride=14)[0].T  # (256, 588)
     return ((patches - patches.mean(dim=0)).square().sum() / patches.square().sum()).item()
 
 
+def suit(pixels):
+    """Mean red and blue of the astronaut's suit, in 0…255."""
+    return ((pixels[[0, 2], 125:150, 35:55].mean(dim=(1, 2)) * 0.5 + 0.5) * 255).round().tolist()
+
+
+# %%
+share = {}
 for name, load in loaders.items():
-    suit = colour_name(load(photos["astronaut"])[:, 125:150, 35:55])
-    shares = ", ".join(f"{key} {information(load(photo)):.0%}" for key, photo in photos.items())
-    print(f"{name:4} suit: {suit:6}  information: {shares}")
+    share[name] = [information(load(photo)) for photo in photos.values()]
+    red, blue = suit(load(photos["astronaut"]))
+    print(f"{name:4} suit: red {red:3.0f}, blue {blue:3.0f}  information:", end=" ")
+    print(", ".join(f"{key} {s:.0%}" for key, s in zip(photos, share[name])))
+    assert (blue > red) == (name == "A")
+assert all(abs(a - o) < 0.01 for a, o in zip(share["A"], share["ours"]))
+assert all(b < 0.5 * o for b, o in zip(share["B"], share["ours"]))
 
 # %% [markdown]
-# A keeps all information and gives it the wrong names: it answers *blue*, honestly. B washes the suit out to *pink* and drowns most of the signal in a constant that says nothing. Both models would still describe the scene roughly, so nobody looks for the bug in the loader.
+# A keeps all information under wrong names: the suit *is* blue for it. B keeps less than half of the signal's share and drowns it in a constant that says nothing. Both models would still describe the scene roughly, so nobody looks for the bug in the loader.
 #
 # The check: undo the processing for **one** picture, and look.
 
@@ -662,7 +642,10 @@ answer = None  # your answer: (value, count, count)
 
 # %% tags=["check"]
 def test_1(answer):
-    assert answer is not None and len(answer) == 3, "give three numbers: (a, b, c)"
+    given = isinstance(answer, tuple | list) and len(answer) == 3
+    assert given and all(isinstance(a, int | float) for a in answer), (
+        "give three numbers: (a, b, c)"
+    )
     value = ImageProcessor(1)(Image.new("RGB", (1, 1), (51, 51, 51))).mean().item()
     shrink, grow = (int((resize_matrix(old, 224)[100] != 0).sum()) for old in (896, 112))
     assert abs(answer[0] - value) < 1e-3, "(a): divide by 255, subtract 0.5, divide by 0.5"
@@ -684,49 +667,63 @@ answer = (-0.6, 16, 4)  # 2 · 0.2 - 1; 4 · 4; 4 · 1
 check(test_1, answer)
 
 # %% [markdown]
-# ### Exercise 2 (fill in): back to the photograph
+# ### Exercise 2 (write): a processor that pads
 #
-# The model finds something at `box = (x0, y0, x1, y1)` in its square of `size` pixels. Where is it in the photograph of `width` × `height`? (A model that crops or pads would need more than this.)
+# Other models pad. Write their processor: the longer side becomes `size`, the picture stands in the middle, above and below (or left and right) is mid-grey, which is **0** after normalising. Bicubic, float32[3, size, size].
 
 
 # %% tags=["exercise"]
-def unsquash(box, size, width, height):
-    return None  # your answer: four numbers
+def padded(image, size):
+    """A PIL picture in RGB → float32[3, size, size]."""
+    return None  # your answer
 
 
 # %% tags=["check"]
-def test_2(unsquash):
-    for width, height, size in ((448, 224, 224), (300, 900, 100), (640, 480, 448)):
-        box = (width * 0.25, height * 0.5, width * 0.75, height * 0.625)
-        photo = np.zeros((height, width, 3), dtype=np.uint8)
-        photo[round(box[1]) : round(box[3]), round(box[0]) : round(box[2])] = 255
-        lit = ImageProcessor(size)(photo)[0, 0] > 0
-        ys, xs = lit.any(dim=1).nonzero(), lit.any(dim=0).nonzero()
-        seen = (xs.min().item(), ys.min().item(), xs.max().item() + 1, ys.max().item() + 1)
-        found = unsquash(seen, size, width, height)
-        assert found is not None and len(found) == 4, "return four numbers"
-        pixel = max(width, height) / size
-        off = max(abs(a - b) for a, b in zip(found, box))
-        assert off <= pixel, f"{width} × {height}: a corner is off by {off:.0f} pixels"
+def test_2(padded):
+    rng = np.random.default_rng(2)
+    for width, height in ((90, 30), (30, 90), (60, 60), (120, 60)):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        out, what = padded(image, 60), f"{width} × {height}"
+        assert isinstance(out, torch.Tensor), f"{what}: return a tensor"
+        assert out.dtype == torch.float32, f"{what}: the dtype is {out.dtype}"
+        assert list(out.shape) == [3, 60, 60], f"{what}: the shape is {list(out.shape)}"
+        assert out.min() >= -1 and out.max() <= 1, f"{what}: values leave -1…1"
+        k = 60 / max(width, height)
+        w, h = round(width * k), round(height * k)
+        x, y = (60 - w) // 2, (60 - h) // 2
+        bars = out.clone()
+        bars[:, y : y + h, x : x + w] = 0
+        assert bars.abs().max() < 0.01, f"{what}: outside the picture it isn't 0 everywhere"
+        inner = out[:, y : y + h, x : x + w]
+        true = torch.tensor(np.asarray(image.resize((w, h), Image.Resampling.BICUBIC)))
+        true = (true.permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+        off = (inner - true).abs().max().item()
+        assert off < 0.05, f"{what}: the picture's own numbers are off by up to {off:.1f}"
 
 
-check(test_2, unsquash)
+check(test_2, padded)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Squashing scaled both axes, but not by the same factor.
+# First the two new sides, from one factor. Then paste the small picture's numbers into `torch.zeros(3, size, size)`.
 #
 # </details>
 
 
 # %% tags=["solution"]
-def unsquash(box, size, width, height):
-    x0, y0, x1, y1 = box
-    return x0 * width / size, y0 * height / size, x1 * width / size, y1 * height / size
+def padded(image, size):
+    factor = size / max(image.size)  # one factor for both sides keeps the proportions
+    width, height = (round(side * factor) for side in image.size)
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(small, np.float32)).permute(2, 0, 1) / 255
+    left, top = (size - width) // 2, (size - height) // 2
+    out = torch.zeros(3, size, size)  # 0 is mid-grey once the pixels are normalised
+    out[:, top : top + height, left : left + width] = (pixels - 0.5) / 0.5
+    return out
 
 
-check(test_2, unsquash)
+check(test_2, padded)
 
 # %% [markdown]
 # ### Exercise 3 (break): the picture that is two pictures
@@ -742,7 +739,7 @@ def two_faced():
 # %% tags=["check"]
 def test_3(two_faced):
     picture = two_faced()
-    assert picture is not None, "two_faced returns None"
+    assert isinstance(picture, np.ndarray), "two_faced returns no NumPy array"
     assert picture.dtype == np.uint8 and picture.shape == (448, 448, 3), "uint8[448, 448, 3] wanted"
     assert (picture[::2, ::2] == 255).all(), "the careless loader does not get plain white"
     seen = ImageProcessor(224)(picture)
