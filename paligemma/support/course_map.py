@@ -56,11 +56,11 @@ BOXES = (  # stem, left, bottom, width, height, text; a low box has its number b
     ("geglu", 50.5, 15, 8, 9.6, "GeGLU"),
     ("gemma", 68, 15, 7.5, 9.6, "tied\nhead"),
     ("sampling", 78.5, 15, 8.5, 9.6, "sampling"),
-    ("gemma2", 46.5, 25.9, 17, 2.6, "changes in Gemma 2"),
+    ("gemma2", 44.6, 25.9, 19, 2.6, "changes in Gemma 2"),
     ("generation", 27, 9.4, 24, 3, "generation: token by token"),
     ("detection", 90, 18.2, 10, 2.8, "boxes"),
-    ("segmentation", 90, 15, 10, 2.8, "masks"),
-    ("mask_codec", 90, 11.8, 10, 2.8, "codec"),
+    ("mask_codec", 90, 15, 10, 2.8, "codec"),
+    ("segmentation", 90, 11.8, 10, 2.8, "masks"),
     ("checkpoint", 12, 4.4, 16.8, 3.2, "checkpoint"),
     ("quantization", 29.8, 4.4, 16.8, 3.2, "quantization"),
     ("inference", 47.6, 4.4, 16.8, 3.2, "pipeline"),
@@ -79,7 +79,7 @@ def model_map(*stems: str) -> Figure:
         stems: the lessons to light, such as "rope"; none lights them all.
 
     Returns:
-        Figure, 9 inches wide.
+        Figure, 10 inches wide.
 
     Raises:
         ValueError: a stem is not a lesson of this course.
@@ -89,7 +89,7 @@ def model_map(*stems: str) -> Figure:
             raise ValueError(f"there is no lesson {stem!r}: choose from {', '.join(STEMS)}")
     set_style()
     lit = set(STEMS) if not stems or "overview" in stems else set(stems)
-    figure = plt.figure(figsize=(9, 5.6))
+    figure = plt.figure(figsize=(10, 6.22))
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(-0.6, 101), ylim=(-0.6, 62.6), aspect="equal")
     ax.set_axis_off()
@@ -125,14 +125,14 @@ def _draw_box(ax, stem, left, bottom, width, height, text, lit):
     _shape(ax, left, bottom, width, height, fill, edge)
     weight = "bold" if lit else "normal"
     if height < 4:
-        x, y, top, size = left + width / 2 + 0.9, bottom + height / 2 - 0.1, None, 7.1
+        x, y, top, size = left + width / 2 + 0.9, bottom + height / 2 - 0.1, None, 9
     else:
-        lower, size = (0.75, 7.1) if inside else (0.5, 8.5)
+        lower, size = (0.75, 9) if inside else (0.5, 9.5)
         x, y, top = left + width / 2, bottom + height / 2 - lower, bottom + height - 0.5
     where = {"ha": "center", "va": "center", "color": ink, "zorder": 5}
     ax.text(x, y, text, fontsize=size, weight=weight, linespacing=1.25, **where)
     where |= {"ha": "left", "va": "top" if top else "center"}
-    ax.text(left + 0.7, top or y, NUMBERS[stem], fontsize=6, **where)
+    ax.text(left + 0.7, top or y, NUMBERS[stem], fontsize=9, **where)
 
 
 def _draw_frame(ax, stem, left, bottom, width, height, title, lit):
@@ -141,9 +141,9 @@ def _draw_frame(ax, stem, left, bottom, width, height, title, lit):
     edge, line = _mix(colour, 1 if lit else 0.35), 1.6 if lit else 0.8
     _shape(ax, left, bottom, width, height, fill, edge, line=line, order=2)
     ink = "white" if inner and lit else _mix(colour, 1 if lit else 0.72)
-    y, size = (bottom + height - 1.6, 7.2) if inner else (bottom + height - 1.9, 8)
+    y, size = (bottom + height - 1.6, 9) if inner else (bottom + height - 1.9, 9)
     weight = "bold" if lit else "normal"
-    ax.text(left + 1.1, y, NUMBERS[stem], va="center", color=ink, fontsize=6)
+    ax.text(left + 1.1, y, NUMBERS[stem], va="center", color=ink, fontsize=9)
     ax.text(left + 3.4, y, title, va="center", color=ink, fontsize=size, weight=weight)
 
 
@@ -164,30 +164,30 @@ def _draw_sequence(ax, lit):
         colour = _mix(COLOURS["vision" if index < 6 else "language"], 1 if lit else 0.3)
         _shape(ax, 96, 57.2 - index * 2.75, 3, 2.2, colour, "none")
     weight = "bold" if lit else "normal"
-    ax.text(100.4, 60.6, "one sequence", ha="right", fontsize=8, color=ink, weight=weight)
-    ax.text(94.6, 45, "N image vectors", ha="right", va="center", fontsize=7.2, color=ink)
-    ax.text(94.6, 39.2, "T text vectors", ha="right", va="bottom", fontsize=7.2, color=ink)
+    ax.text(100.4, 60.6, "one sequence", ha="right", fontsize=9, color=ink, weight=weight)
+    ax.text(94.6, 45, "N image vectors", ha="right", va="center", fontsize=9, color=ink)
+    ax.text(94.6, 39.2, "text vectors", ha="right", va="bottom", fontsize=9, color=ink)
 
 
 def _draw_ends(ax, lit):
     """Draw what goes in and what comes out, the sums, and the names of the two lowest rows."""
     words = _mix(COLOURS["vision"], 1 if lit else 0.72)
     _draw_cat(ax, 1, 46.4, 1.0 if lit else 0.35, words)
-    ax.text(1.2, 58, "01", fontsize=6, color=words)
-    ax.text(3.4, 58, "picture", fontsize=8, color=words, weight="bold" if lit else "normal")
+    ax.text(1.2, 58, "01", fontsize=9, color=words)
+    ax.text(3.4, 58, "picture", fontsize=9, color=words, weight="bold" if lit else "normal")
     for left, bottom, height, text, name in (
         (1, 34.6, 8, "caption\nen", "prompt"),
         (90, 21.6, 3.6, "a cat", "answer"),
     ):
         _shape(ax, left, bottom, 10.3, height, "white", COLOURS["muted"])
         place = (left + 5.15, bottom + height / 2)
-        ax.text(*place, text, ha="center", va="center", fontsize=8, style="italic", zorder=5)
-        ax.text(left + 0.2, bottom + height + 0.6, name, fontsize=8)
-    ax.text(0.4, 6, "use it", fontsize=8, va="center")
-    ax.text(0.4, 2, "train it", fontsize=8, va="center")
+        ax.text(*place, text, ha="center", va="center", fontsize=9, style="italic", zorder=5)
+        ax.text(left + 0.2, bottom + height + 0.6, name, fontsize=9)
+    ax.text(0.4, 6, "use it", fontsize=9, va="center")
+    ax.text(0.4, 2, "train it", fontsize=9, va="center")
     for x in (39.3, 61):
         ax.add_patch(Circle((x, 19.8), 1.2, fc="white", ec=COLOURS["ink"], lw=0.9, zorder=4))
-        ax.text(x, 19.75, "+", ha="center", va="center", fontsize=8, zorder=5)
+        ax.text(x, 19.75, "+", ha="center", va="center", fontsize=9, zorder=5)
 
 
 def _draw_cat(ax, left, bottom, strength, frame):
