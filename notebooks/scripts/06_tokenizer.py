@@ -19,14 +19,14 @@
 # %% [markdown]
 # # 06 · Tokenizer: how does text become numbers, and boxes become text?
 #
-# *55 minutes* · part II, Language
+# *40 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
-# - learn sub-words from a text with a pencil, then with twenty lines of code (BPE);
-# - train a SentencePiece model and predict what it does with spaces, digits and emoji;
-# - read PaliGemma's vocabulary: pieces, `<loc>`, `<seg>`, `<image>`;
-# - spot the prompts that look right and are wrong.
+# - learn parts of words from a text, with a pencil and with twenty lines of code (BPE);
+# - encode a text by hand exactly as the tokenizer of a trained model does;
+# - read PaliGemma's vocabulary: pieces, bytes, `<loc>`, `<seg>`, `<image>`;
+# - keep a text from giving commands to your program.
 
 # %% tags=["map"]
 from paligemma.support.course_map import model_map
@@ -36,7 +36,7 @@ model_map("tokenizer")
 # %% [markdown]
 # ## Setup
 #
-# Only the drawing helpers of [lesson 01](01_plotting.ipynb) are needed. `sentencepiece` is the library behind the published tokenizer. Training it on a few sentences takes a fraction of a second.
+# No earlier lesson is needed. `sentencepiece` is the library behind the published tokenizer.
 
 # %%
 #| export
@@ -53,16 +53,13 @@ from paligemma.support.files import replacing
 from paligemma.support.tokens import check_text, open_sentencepiece, place_tokens, token_files
 
 # %% tags=["setup"]
-import io
 import random
 import tempfile
-import time
 from collections import Counter
 from importlib import resources
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
-import numpy as np
 import sentencepiece as spm
 import torch
 from safetensors.torch import load_file
@@ -73,43 +70,43 @@ from paligemma.support.drawing import COLOURS, draw_boxes
 # %% [markdown]
 # ## The problem
 #
-# A language model is a table lookup followed by arithmetic: it needs **whole numbers**, from a fixed list. Which units should get a number?
+# A language model reads **whole numbers** from a fixed list: the **ids** of its **tokens**. All tokens together are its **vocabulary**. Which units should get an id?
 #
-# Letters: few units, but long sequences, and *c* alone means nothing. Words: short sequences, but an endless list, and `cats`, `Cats` and `cat's` would be strangers to each other, while `catlike` would have no number at all.
+# Letters: few units, but long sequences, and *c* alone means nothing. Words: short sequences, but an endless list, in which `cat` and `cats` are strangers to each other and `catlike` has no number at all.
 
 # %%
 text = "two cats and a catlike dog saw 2024 other cats"
 words = {"two", "cats", "and", "a", "dog", "saw", "other"}
 print("as letters:", len(text), "units")
-print(
-    "as words:  ", len(text.split()), "units, unknown:", [w for w in text.split() if w not in words]
-)
+print("as words:  ", len(text.split()), "units")
+print("unknown:   ", [word for word in text.split() if word not in words])
 
 # %% [markdown]
-# The answer of nearly all models is in between: **sub-words**. Frequent strings get a number of their own, rare ones are put together from parts, and in the worst case from single bytes. Nothing is ever unknown.
+# Nearly all models choose what lies between: **pieces** of words. Frequent strings get an id of their own, rare ones are put together from parts, and in the worst case from single bytes. Nothing is ever unknown.
 #
-# Who chooses the parts? Nobody. They are *counted*.
+# Who chooses the pieces? Nobody. They are *counted*.
 
 # %% [markdown]
 # ## By hand
 #
-# **Byte-pair encoding** (BPE) starts with letters and repeats one step: find the most frequent pair of neighbours, make it a new unit. Our corpus has six words. We write `▁` for the space before a word, so that spaces are ordinary letters.
+# **Byte-pair encoding** (BPE) starts with letters and repeats one step: find the most frequent pair of neighbours, make it a new piece. Our corpus has six words. We write `▁` for the space before a word, so that a space is a letter like any other.
 
 # %%
 corpus = "hat cat hat that cat hats"
 split = [["▁", *word] for word in corpus.split()]
+print(split)
 
 
+# %%
 def pair_counts(split):
     """How often each two neighbours occur."""
     return Counter(pair for word in split for pair in pairwise(word))
 
 
-print(" ".join("".join(word) for word in split))
 print(pair_counts(split).most_common(4))
 
 # %% [markdown]
-# Count with a pencil: `a` is followed by `t` in each of the six words. So `at` becomes the first new unit. Now count again, with `at` as one unit: `h at` stands in *hat*, *hat*, *that*, *hats*.
+# Count with a pencil: `a` is followed by `t` in each of the six words. So `at` becomes the first new piece. Now count again, with `at` as one unit: `h at` stands in *hat*, *hat*, *that*, *hats*. If two pairs are equally frequent, we take the one that was met first.
 
 
 # %%
@@ -123,77 +120,68 @@ def join(word, pair):
     return new
 
 
+# %%
 for _ in range(5):
     counts = pair_counts(split)
-    pair = max(counts, key=counts.get)  # on a tie the pair that was met first
+    pair = max(counts, key=counts.get)  # on a tie: the pair that was met first
     split = [join(word, pair) for word in split]
-    print(
-        f"{counts[pair]} × {pair[0]} + {pair[1]}".ljust(14), "  ".join("|".join(w) for w in split)
-    )
-assert split[0] == ["▁hat"] and split[1] == ["▁cat"] and split[2] == ["▁hat"]
-assert split[-1] == ["▁hat", "s"] and split[3] == ["▁", "t", "hat"]
+    print(counts[pair], "×", " + ".join(pair).ljust(8), "  ".join("|".join(w) for w in split))
+assert split == [["▁hat"], ["▁cat"], ["▁hat"], ["▁", "t", "hat"], ["▁cat"], ["▁hat", "s"]]
 
 # %% [markdown]
-# After five steps *hat* and *cat* are single units, and *hats* is `▁hat|s`: the word and its plural share a part, although nobody told the algorithm about plurals. *that* is `▁|t|hat`, which is nonsense as grammar. Counting is all there is.
+# After five steps *hat* and *cat* are single pieces, and *hats* is `▁hat|s`: the word and its plural share a part, although nobody told the algorithm about plurals. *that* is `▁|t|hat`, which is nonsense as grammar. Counting is all there is.
 
 # %% [markdown]
 # ## As a loop
 #
-# The same as a function. Units get numbers: first the letters in order, then one for each merge. On a tie the pair that was met first wins, as above; any rule will do, if it is always the same.
+# The same as a function. It returns the pieces in the order of learning: first the letters, then one for each merge. A piece's place in this list is its id.
 
 
 # %%
-def merge(word, pair, new):
-    """Put `new` for each occurrence of the pair in a list of numbers, in place."""
-    i = 0
-    while i < len(word) - 1:
-        if (word[i], word[i + 1]) == pair:
-            word[i : i + 2] = [new]
-        i += 1
-
-
 def train_bpe(text, merges):
-    """Learn BPE: (pieces, rules). Rule (a, b) number k makes piece number len(letters) + k."""
-    words = ["▁" + word for word in text.split()]
-    pieces = sorted(set("".join(words)))
-    split = [[pieces.index(letter) for letter in word] for word in words]
-    rules = []
+    """Learn BPE from a text: its pieces, letters first."""
+    split = [["▁", *word] for word in text.split()]
+    pieces = sorted(set("▁" + "".join(text.split())))
     for _ in range(merges):
         counts = pair_counts(split)
-        if not counts:
-            break
-        best = max(counts, key=counts.get)
-        for word in split:
-            merge(word, best, len(pieces))
-        pieces.append(pieces[best[0]] + pieces[best[1]])
-        rules.append(best)
-    return pieces, rules
+        pair = max(counts, key=counts.get)
+        split = [join(word, pair) for word in split]
+        pieces.append("".join(pair))
+    return pieces
 
 
-pieces, rules = train_bpe(corpus, 5)
+# %%
+pieces = train_bpe(corpus, 5)
 print(pieces)
 assert pieces[-5:] == ["at", "hat", "▁hat", "▁c", "▁cat"]
 
 # %% [markdown]
-# To **encode** a new word, apply the rules in the order in which they were learned. A word that the corpus never had comes out in parts:
+# To **encode** a text, start with its letters. Among all neighbours that would make a known piece, merge those whose piece was learned *first*. Repeat until nothing fits. A word that the corpus never had comes out in parts:
 
 
 # %%
-def encode_bpe(word, pieces, rules):
-    """One word to the strings of its pieces."""
-    parts = list("▁" + word)
-    for left, right in rules:
-        parts = join(parts, (pieces[left], pieces[right]))
-    return parts
+def encode_bpe(text, pieces):
+    """Split a text into pieces, by merging letters in the order of learning."""
+    rank = {piece: i for i, piece in enumerate(pieces)}
+    parts = list(text.replace(" ", "▁"))
+    while True:
+        pairs = [a + b for a, b in pairwise(parts)]
+        known = [(rank[pair], i) for i, pair in enumerate(pairs) if pair in rank]
+        if not known:
+            return parts
+        i = min(known)[1]  # learned first; on a tie the leftmost
+        parts[i : i + 2] = [pairs[i]]
 
 
-for word in ("hat", "cats", "hath", "chat"):
-    print(f"{word:5}", encode_bpe(word, pieces, rules))
+# %%
+for word in (" hat", " cats", " hath", " chat"):
+    print(f"{word:5}", encode_bpe(word, pieces))
+assert encode_bpe(" cats", pieces) == ["▁cat", "s"]
 
 # %% [markdown]
-# ### A larger corpus
+# ## Each word once
 #
-# The captions of a small world: numbers, animals, places. Here is what 0, 20 and 60 merges make of the same sentence. Each colour is one token.
+# A corpus repeats its words. So look at each **distinct** word once and let it vote as often as it occurs. Here are the captions of a small world, 400 of them.
 
 # %%
 animals = "cat dog bird horse rabbit elephant monkey".split()
@@ -202,15 +190,44 @@ rng = random.Random(0)
 captions = []
 for _ in range(400):
     first, second = rng.sample(animals, 2)
-    count = rng.choice(["a", "a", "two", "three", "12"])
-    captions.append(
-        f"{count} {first}{'' if count == 'a' else 's'} {rng.choice(places)} the {second}"
-    )
-captions[:3]
+    what = rng.choice([f"one {first}", f"two {first}s", f"three {first}s"])
+    captions.append(f"{what} {rng.choice(places)} the {second}")
+text = " ".join(captions)
+print(captions[0], "|", captions[1])
+print(len(text.split()), "words, but only", len(set(text.split())), "distinct ones")
 
 
 # %%
-def draw_tokens(ax, y, parts, label, size=0.105):
+def train_bpe_once(text, merges):
+    """The same as train_bpe, but it looks at each distinct word once."""
+    times = Counter("▁" + word for word in text.split())
+    split = {word: list(word) for word in times}
+    pieces = sorted(set("".join(times)))
+    for _ in range(merges):
+        counts = Counter()
+        for word, parts in split.items():
+            for pair in pairwise(parts):
+                counts[pair] += times[word]
+        if not counts:
+            break  # every word is one piece
+        pair = max(counts, key=counts.get)
+        split = {word: join(parts, pair) for word, parts in split.items()}
+        pieces.append("".join(pair))
+    return pieces
+
+
+# %%
+assert train_bpe_once(text, 60) == train_bpe(text, 60)
+assert train_bpe_once(corpus, 5) == pieces
+assert len(text.split()) > 100 * len(set(text.split()))
+print("the same pieces in the same order, from a hundredth of the words")
+
+# %% [markdown]
+# More merges make shorter sequences and a longer list. Each colour is one token:
+
+
+# %% tags=["hide-input"]
+def draw_tokens(ax, y, parts, label):
     """Draw one row of tokens as coloured boxes; x runs in letters."""
     colours = ["#cfe0ee", "#f6d9c4", "#cde6df", "#ead2df"]
     x = 0
@@ -225,145 +242,78 @@ def draw_tokens(ax, y, parts, label, size=0.105):
     return x
 
 
-sentence = "two elephants next to the catbird"
 figure, ax = plt.subplots(figsize=(9, 2.3), layout="constrained")
-for row, merges in enumerate((0, 20, 60, 200)):
-    learned = train_bpe(" ".join(captions), merges)
-    parts = [part for word in sentence.split() for part in encode_bpe(word, *learned)]
-    width = draw_tokens(ax, -row, parts, f"{merges} merges: {len(parts)} tokens")
+rows = {}
+for row, merges in enumerate((0, 20, 60, 80)):
+    learned = train_bpe_once(text, merges)
+    rows[merges] = encode_bpe(" two elephants next to the catbird", learned)
+    width = draw_tokens(ax, -row, rows[merges], f"{merges} merges: {len(rows[merges])} tokens")
 ax.set(xlim=(-11, width), ylim=(-3.6, 0.6))
 ax.set_axis_off()
+assert "▁the" in rows[20] and "▁elephants" in rows[80] and "▁elephants" not in rows[60]
+assert "▁bird" in learned and rows[80][-3:] == ["bi", "r", "d"]
 save_figure(figure, "06_merges")
 
 # %% [markdown]
-# **What to notice.** Frequent words grow together first (`▁the`), long ones later. `catbird` was never in the corpus, so it is put together from parts. The piece `▁bird` does not help: it begins with a space. More merges: shorter sequences, longer list. That is the trade.
+# **What to notice.** Short frequent words are whole first (`▁the`), long ones later. `catbird` was never in the corpus, so it is put together from parts. The piece `▁bird` is in the list and does not help: it begins with a space.
 
 # %% [markdown]
-# ## Each word once
+# ## A real tokenizer
 #
-# A corpus repeats its words. So list each **distinct** word once, with the number of its occurrences, and let it vote that often. Everything else stays.
-
-
-# %%
-def train_bpe_fast(text, merges):
-    """The same as train_bpe, looking at each distinct word once."""
-    times = Counter("▁" + word for word in text.split())
-    pieces = sorted(set("".join(times)))
-    split = {word: [pieces.index(letter) for letter in word] for word in times}
-    rules = []
-    for _ in range(merges):
-        counts = Counter()
-        for word, parts in split.items():
-            for pair in pairwise(parts):
-                counts[pair] += times[word]
-        if not counts:
-            break
-        best = max(counts, key=counts.get)
-        for parts in split.values():
-            merge(parts, best, len(pieces))
-        pieces.append(pieces[best[0]] + pieces[best[1]])
-        rules.append(best)
-    return pieces, rules
-
+# The model that ships with this course has the file [tokenizer.model](../paligemma/assets/tiny), laid out as PaliGemma's. SentencePiece made it, a library that does the same in C++ and takes care of the rest. The first four ids are **special tokens**: they structure a sequence and stand for no text. Then come the line break, 256 bytes, and what was learned.
 
 # %%
-for text in (corpus, " ".join(captions), "aaa aaaa aaaaa baaab"):
-    assert train_bpe_fast(text, 60) == train_bpe(text, 60)
-print("equal to the loop: the same pieces, the same rules, in the same order")
-
-# %% tags=["nbval-ignore-output"]
-text = " ".join(captions * 5)
-print(f"{len(text.split()):,} words, {len(set(text.split()))} of them distinct")
-for train in (train_bpe, train_bpe_fast):
-    start = time.perf_counter()
-    train(text, 60)
-    print(f"{train.__name__:15} {1000 * (time.perf_counter() - start):6.0f} ms")
-
-# %% [markdown]
-# ### SentencePiece
-#
-# The library does the same in C++, and takes care of the rest: bytes, digits, reserved numbers. We give it the settings of the published tokenizer and our captions, and keep the list small. First come four control pieces, then the line break, 256 bytes, and what was learned.
-
-
-# %%
-def train_sentencepiece(sentences, vocab_size, **options):
-    """A SentencePiece model, as the bytes of its file."""
-    settings = {
-        "model_type": "bpe",
-        "byte_fallback": True,  # what has no piece is spelled in bytes
-        "split_digits": True,  # each digit is its own piece
-        "add_dummy_prefix": False,  # no space before the text
-        "remove_extra_whitespaces": False,
-        "normalization_rule_name": "identity",  # take the text as it is
-        "user_defined_symbols": ["\n"],  # the line break is always its own piece
-        "character_coverage": 1.0,
-        "hard_vocab_limit": False,
-        "num_threads": 1,
-        "minloglevel": 2,  # silent
-    }
-    control = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
-    names = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"}
-    file = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=file,
-        vocab_size=vocab_size,
-        **(settings | control | names | options),
-    )
-    return file.getvalue()
-
-
-# %%
-model_bytes = train_sentencepiece(captions, 380)
-sp = spm.SentencePieceProcessor(model_proto=model_bytes)
+tiny = resources.files("paligemma") / "assets" / "tiny" / "tokenizer.model"
+sp = spm.SentencePieceProcessor(model_file=str(tiny))
 listed = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-print(listed[:7], "…", listed[259:263], "…")
-print(listed[263:283], "…", listed[-4:])
+assert listed[4] == "\n" and listed[5] == "<0x00>" and listed[260] == "<0xFF>"
+print(listed[:7], "…", listed[260:264], "…")
+print(listed[271:281], "…", listed[1018:1026], "…", listed[-1])
 
 # %% [markdown]
-# Four things to try: a number, a space in front, letters with accents, and a cat that is not in the corpus.
+# Five things to try: a number, a space in front, letters with accents, an emoji, and a line break.
 
 # %%
-for text in ("12 cats", " cat", "café", "🐱", "a\nb"):
+for text in ("12 cats", " cat", "café", "søt", "🐱", "a\nb"):
     parts, ids = sp.encode(text, out_type=str), sp.encode(text)
     assert sp.decode(ids) == text
-    print(f"{text!r:10} {ids!s:28} {parts}")
+    print(f"{text!r:10} {ids!s:27} {parts}")
 
 # %% [markdown]
-# `12` stands in many captions, and yet it is two pieces: with digits apart, numbers of any length look alike. `é` and `🐱` are spelled as their UTF-8 bytes, two and four of them: **byte fallback**. The leading space is kept. So `decode(encode(text))` gives the text back.
+# `12` is two pieces: digits are kept apart, so that numbers of any length look alike. The `é` of French captions has a piece; `ø` and the cat don't and are spelled as their UTF-8 bytes, two and four of them: **byte fallback**. The space in front is kept. So `decode(encode(text))` gives the text back.
 
 # %% [markdown]
-# Is its algorithm ours? Take *its* pieces and *our* idea: start with letters, always merge the neighbours whose piece was learned earliest. (Encoding can do without the rules: the list of pieces, in the order of learning, is enough.)
+# ### Its ids by our rules
+#
+# Is this our algorithm? We take *its* list of pieces and *our* `encode_bpe`. Only byte fallback must be added.
 
 
 # %%
-def encode_by_hand(text, sp):
-    """Text to the ids of a SentencePiece model, by the rules of this lesson."""
-    number = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-    parts = list(text.replace(" ", "▁"))
-    while True:
-        pairs = [a + b for a, b in pairwise(parts)]
-        known = [(number[pair], i) for i, pair in enumerate(pairs) if pair in number]
-        if not known:
-            break
-        i = min(known)[1]  # learned earliest; on a tie the leftmost
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+def ids_by_hand(text):
+    """Text to the ids of the shipped tokenizer, by the rules of this lesson."""
     ids = []
-    for part in parts:
-        spelled = [part] if part in number else [f"<0x{byte:02X}>" for byte in part.encode()]
-        ids += [number[piece] for piece in spelled]
+    for part in encode_bpe(text, listed):
+        spelled = [part] if part in listed else [f"<0x{byte:02X}>" for byte in part.encode()]
+        ids += [listed.index(piece) for piece in spelled]
     return ids
 
 
-letters = "catdogehursnl é🐱"
-texts = captions[:50] + ["".join(rng.choices(letters, k=20)) for _ in range(200)]
-assert all(encode_by_hand(text, sp) == sp.encode(text) for text in texts)
-print(f"{len(texts)} texts, captions and nonsense: the same ids as SentencePiece")
+# %%
+text = "how many cats are there?"
+print(encode_bpe(text, listed), ids_by_hand(text), sp.encode(text))
+
+# %%
+letters = "catdoghundechienserl 12é🐱"
+nonsense = ["".join(rng.choices(letters, k=20)) for _ in range(100)]
+questions = ["caption en", "detect cat ; dog", "zwei Hunde", "un chat et deux chiens", "søt"]
+texts = captions[:50] + nonsense + questions
+assert all(ids_by_hand(text) == sp.encode(text) for text in texts)
+print(f"{len(texts)} texts, sense and nonsense: all ids are those of the shipped tokenizer")
 
 # %% [markdown]
 # ## The module
 #
-# PaliGemma took Gemma's 256,000 pieces and added 1,153 words of its own, at the end: **1024 places** `<loc0000>` … `<loc1023>`, **128 mask codes** `<seg000>` … `<seg127>`, and `<image>`, which stands where the picture's vectors go.
+# PaliGemma took Gemma's 256,000 pieces and added 1,153 tokens at the end: 1024 **location tokens** `<loc0000>` … `<loc1023>`, 128 **mask tokens** `<seg000>` … `<seg127>`, and `<image>`, which stands where the picture's vectors go.
 
 # %%
 #| export
@@ -371,28 +321,27 @@ NUM_LOC, NUM_SEG = 1024, 128
 ADDED = [f"<loc{i:04d}>" for i in range(NUM_LOC)] + [f"<seg{i:03d}>" for i in range(NUM_SEG)]
 CONTROL = ("<image>", "<bos>", "<eos>", "<pad>")
 
-# %%
+# %% tags=["hide-input"]
 blocks = [
     ("pad, eos, bos, unk", 0, 3, "muted"),
-    ("pieces, bytes, line break", 4, 255_999, "language"),
-    ("<loc0000> … <loc1023>", 256_000, 256_000 + NUM_LOC - 1, "accent"),
-    ("<seg000> … <seg127>", 256_000 + NUM_LOC, 256_000 + len(ADDED) - 1, "together"),
+    ("pieces, bytes,\nline break", 4, 255_999, "language"),
+    ("<loc0000>\n… <loc1023>", 256_000, 256_000 + NUM_LOC - 1, "accent"),
+    ("<seg000>\n… <seg127>", 256_000 + NUM_LOC, 256_000 + len(ADDED) - 1, "together"),
     ("<image>", 256_000 + len(ADDED), 256_000 + len(ADDED), "vision"),
 ]
 figure, ax = plt.subplots(figsize=(9, 1.3), layout="constrained")
 for index, (name, first, last, colour) in enumerate(blocks):
     ax.add_patch(plt.Rectangle((index, 0), 0.96, 1, facecolor=COLOURS[colour]))
-    ax.text(index + 0.48, 0.5, name.replace(", b", ",\nb"), color="white", ha="center", va="center")
+    ax.text(index + 0.48, 0.5, name, color="white", ha="center", va="center")
     span = f"{first:,}" if first == last else f"{first:,} … {last:,}"
-    ax.text(index + 0.48, -0.3, span, ha="center", va="center", fontsize=8)
+    ax.text(index + 0.48, -0.3, span, ha="center", va="center")
 ax.set(xlim=(0, len(blocks)), ylim=(-0.5, 1))
 ax.set_axis_off()
+assert len(ADDED) + 1 == 1153
 save_figure(figure, "06_layout")
 
 # %% [markdown]
-# ### The plain form
-#
-# Our SentencePiece model ends before `<loc0000>`. So the new words get the ids that come next. `encode` cuts them out of the text first; SentencePiece sees only what lies between them.
+# In the plainest form SentencePiece does all the work: the file already ends with `<loc>` and `<seg>`, so `<image>` gets the next id.
 
 
 # %%
@@ -416,69 +365,96 @@ class Tokenizer:
     def __init__(self, model_file: str | os.PathLike):
         self.sp = spm.SentencePieceProcessor(model_file=str(model_file))
         self.pad_id, self.eos_id, self.bos_id = 0, 1, 2
-        first = self.sp.get_piece_size()
-        self.added = {token: first + i for i, token in enumerate(ADDED)}
-        self.image_id = first + len(ADDED)
-        self._spelled = {i: token for token, i in self.added.items()}
-        self._split = re.compile("(" + "|".join(map(re.escape, self.added)) + ")")
+        self.image_id = self.sp.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
-        """Text to ids, without bos or eos; a `ValueError` if it spells a control token."""
-        ids = []
-        for part in self._split.split(text):  # "<loc0001> cat" → "", "<loc0001>", " cat"
-            ids += [self.added[part]] if part in self.added else self.sp.encode(part)
-        return ids
+        return self.sp.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text: undoes `encode`, for all texts without one certain character (exercise 3).
-
-        Pad, bos, eos and `<image>` are left out; an id that no token has shows as `<unk:…>`.
-        """
-        text, run = [], []
-        for i in map(int, ids):
-            if i in self._spelled:
-                text += [self.sp.decode(run), self._spelled[i]]
-                run = []
-            elif i < self.sp.get_piece_size() and not self.sp.is_control(i):
-                run.append(i)
-        return "".join([*text, self.sp.decode(run)])
+        return self.sp.decode([i for i in ids if i != self.image_id])
 
 
 # %%
-def tokenizer_of(model_bytes):
-    """A Tokenizer of the bytes of a model file."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tokenizer.model"
-        file.write_bytes(model_bytes)
-        return Tokenizer(file)
-
-
-tokenizer = tokenizer_of(model_bytes)
+tokenizer = Tokenizer(tiny)
 for text in ("a cat", "<loc0100> a cat\n", "<seg007><loc1023>", "<loc1024>"):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    print(f"{text!r:20} {tokenizer.encode(text)}")
-
-assert all(tokenizer.encode(text) == sp.encode(text) for text in texts)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    print(f"{text!r:20} {ids}")
+assert len(ids) > 1
 
 # %% [markdown]
-# `<loc1024>` does not exist, so it is ordinary text. What has no `<loc>` or `<seg>` goes through as in SentencePiece.
+# `<loc1024>` does not exist, so it is ordinary text and is spelled.
 #
-# ### Text is never a command
+# ## A bug people really make: text that gives commands
 #
-# A web page contains the letters `<eos>`. A tokenizer that obeys them makes *the* eos of them, and whoever asked for the page's text gets half of it:
+# A service reads web pages to people. One page always stops in the middle. Nothing crashes; the rest is just not there. The service's tokenizer turns the *name* of a token into the token, wherever it stands. Many do, unless you forbid it:
+
 
 # %%
-page = "two cats<eos> and the dog"
-first, rest = page.split("<eos>")
-obeyed = [*tokenizer.encode(first), tokenizer.eos_id, *tokenizer.encode(rest)]
-print(tokenizer.decode(obeyed[: obeyed.index(tokenizer.eos_id)]))
+def obedient(text):
+    """Ids of a text; where it spells <eos>, the token that ends a sequence."""
+    before, *rest = [tokenizer.encode(part) for part in text.split("<eos>")]
+    return before + [i for part in rest for i in [tokenizer.eos_id, *part]]
+
+
+# %%
+page = "two cats <eos> is how a model ends its answer. and the dog?"
+ids = obedient(page)
+heard = ids[: ids.index(tokenizer.eos_id)]
+print("heard:", tokenizer.decode(heard))
+assert tokenizer.decode(heard) == "two cats "
 
 # %% [markdown]
-# So `<image>`, `<bos>`, `<eos>` and `<pad>` in a text are refused. `<loc0100>` is fine: people ask about places. In the other direction, labels hold −100 for "not counted": no id, so an error. And an id that no token has must be *seen*.
+# Whoever writes the page controls the program: `<eos>` ends an answer, `<image>` claims a picture that is not there. The check that finds it: **no text may produce a special token**.
+#
+# The cure is to refuse. `check_text`, in [support/tokens.py](../paligemma/support/tokens.py), raises a `ValueError` for the four names. `<loc0100>` stays legal: people ask about places.
+
+
+# %%
+@add_to_class(Tokenizer)
+def encode(self, text):
+    check_text(text, CONTROL)
+    return self.sp.encode(text)
+
+
+# %%
+assert tokenizer.eos_id in obedient("a<eos>b")  # the check on the service: found
+for text in ("<image> a cat", "a cat<eos>"):
+    try:
+        tokenizer.encode(text)
+    except ValueError as error:
+        print("refused:", error)
+
+# %% [markdown]
+# ## The module, complete
+#
+# Some releases of the file end *before* `<loc0000>`. Then a location is spelled letter by letter, and the model, which knows it as one token, reads nonsense:
+
+# %%
+stored = load_file("reference/tokenizer.safetensors")
+file = Path(tempfile.mkdtemp()) / "tokenizer.model"
+file.write_bytes(bytes(stored["model"].tolist()))
+older = Tokenizer(file)
+print(older.sp.encode("<loc0001> cat", out_type=str))
+assert len(older.encode("<loc0001>")) == 9
+
+# %% [markdown]
+# So the added tokens get the ids that come next, and we cut them out of the text before SentencePiece sees it. The regular expression is `(<loc0000>|<loc0001>|…)`: any of the names, the longest first. Its brackets make `split` keep what it cut out. `place_tokens` finds the ids, also those that a fine-tune added and listed in files beside this one.
 
 
 # %%
 #| export
+@add_to_class(Tokenizer)
+def __init__(self, model_file: str | os.PathLike):
+    self.sp = sp = open_sentencepiece(model_file)
+    self.pad_id, self.eos_id, self.bos_id = sp.pad_id(), sp.eos_id(), sp.bos_id()
+    self.added, self.image_id = place_tokens(sp, ADDED, "<image>", model_file)
+    self._spelled = {i: token for token, i in self.added.items()}
+    longest_first = sorted(self.added, key=len, reverse=True)
+    self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    self.newline_id = self.encode("\n")[-1]
+
+
 @add_to_class(Tokenizer)
 def encode(self, text: str) -> list[int]:
     """Text to ids, without bos or eos; a `ValueError` if it spells a control token."""
@@ -487,6 +463,10 @@ def encode(self, text: str) -> list[int]:
     for part in self._split.split(text):  # "<loc0001> cat" → "", "<loc0001>", " cat"
         ids += [self.added[part]] if part in self.added else self.sp.encode(part)
     return ids
+
+
+# %% [markdown]
+# `decode` goes the same way back. Special tokens are no text and are left out. An id that no token has must be *seen*. And a negative one is an error: in training, −100 marks what is not counted.
 
 
 # %%
@@ -511,41 +491,18 @@ def decode(self, ids: Iterable[int]) -> str:
     return "".join([*text, self.sp.decode(run)])
 
 
-# %%
-for text in ("<image> a cat", "a cat<eos>", "\ud83d"):
-    try:
-        tokenizer.encode(text)
-    except ValueError as error:
-        print("✗", error)
-print(tokenizer.decode([*tokenizer.encode("a cat"), tokenizer.eos_id, 257_200]))
-
 # %% [markdown]
-# ### Files of every release
-#
-# Some releases of `tokenizer.model` end with the `<loc>` and `<seg>` pieces, others lack them. And a fine-tune may add tokens of its own, in the rows that are left after `<image>`: other files list them. `place_tokens`, in [support/tokens.py](../paligemma/support/tokens.py), reads them all and refuses those that contradict one another.
+# What is left is the number of ids, and files:
 
 
 # %%
 #| export
-@add_to_class(Tokenizer)
-def __init__(self, model_file: str | os.PathLike):
-    self.sp = sp = open_sentencepiece(model_file)
-    self.pad_id, self.eos_id, self.bos_id = sp.pad_id(), sp.eos_id(), sp.bos_id()
-    self.added, self.image_id = place_tokens(sp, ADDED, "<image>", model_file)
-    self._spelled = {i: token for token, i in self.added.items()}
-    longest_first = sorted(self.added, key=len, reverse=True)
-    self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-    self.newline_id = self.encode("\n")[-1]
-
-
 @add_to_class(Tokenizer)
 def __len__(self) -> int:
     """V, how many ids there are, `<image>` and what a fine-tune added included."""
     return max(self.image_id, *self.added.values()) + 1
 
 
-# %%
-#| export
 @add_to_class(Tokenizer)
 @classmethod
 def from_pretrained(cls, path: str | os.PathLike) -> "Tokenizer":
@@ -565,235 +522,110 @@ def save_pretrained(self, path: str | os.PathLike) -> None:
             draft(name).write_text(text + "\n", encoding="utf-8")
 
 
-# %% [markdown]
-# A fine-tune that answers with angles, read back after saving:
-
 # %%
-with tempfile.TemporaryDirectory() as folder:
-    file = Path(folder) / "tokenizer.model"
-    file.write_bytes(model_bytes)
-    free = tokenizer.image_id + 1
-    Path(folder, "added_tokens.json").write_text(json.dumps({"<angle90>": free}))
-    tuned = Tokenizer.from_pretrained(folder)
-    tuned.save_pretrained(Path(folder) / "saved")
-    tuned = Tokenizer.from_pretrained(Path(folder) / "saved")
-print(tuned.encode("a cat<angle90>"), tokenizer.encode("a cat<angle90>"))
-assert tuned.encode("<angle90>") == [free] and tuned.decode([free]) == "<angle90>"
-tokenizer = tokenizer_of(model_bytes)
-print(len(tokenizer), "ids =", sp.get_piece_size(), "pieces +", len(ADDED), "+ <image>")
+tokenizer, older = Tokenizer(tiny), Tokenizer(file)
+print(len(older), "ids =", older.sp.get_piece_size(), "pieces +", len(ADDED), "+ <image>")
+print(older.encode("<loc0001> cat"), tokenizer.encode("<loc0001> cat"))
+print(tokenizer.decode([*tokenizer.encode("a cat"), tokenizer.eos_id, 9000]))
+assert older.encode("<loc0001>") == [361] and len(older) == 360 + 1152 + 1
+assert all(tokenizer.encode(text) == sp.encode(text) for text in texts)
 
 # %% [markdown]
 # ## Against the reference
 #
-# The stored file holds a small SentencePiece model, some texts, and the ids that transformers' `GemmaTokenizer` gives for them. It reads the same `tokenizer.model`, but its code is another: BPE by the `tokenizers` library, with rules it derives from the pieces.
+# The stored file also holds texts and the ids that transformers' `GemmaTokenizer` gives for them. It reads the same `tokenizer.model`, but its code is another: BPE by the `tokenizers` library, with rules that it derives from the pieces.
 
 # %%
-stored = load_file("reference/tokenizer.safetensors")
-theirs = tokenizer_of(bytes(stored["model"].tolist()))
 count = sum(name.startswith("text_") for name in stored)
+differ = 0
 for index in range(count):
     text = bytes(stored[f"text_{index}"].tolist()).decode()
-    assert theirs.encode(text) == stored[f"ids_{index}"].tolist(), text
-print(f"{count} texts, {sum(stored[f'ids_{i}'].numel() for i in range(count))} ids: 0 differ")
+    differ += older.encode(text) != stored[f"ids_{index}"].tolist()
+print(
+    f"{count} texts, {sum(stored[f'ids_{i}'].numel() for i in range(count))} ids: {differ} differ"
+)
+assert differ == 0
 
 # %% [markdown]
-# And the tokenizer of the model that ships with the course: are its ids those of this lesson's rules?
-
-# %%
-tiny = Tokenizer.from_pretrained(resources.files("paligemma") / "assets" / "tiny")
-asked = ["caption en", "how many cats are there?", "detect cat ; dog", *captions[:20]]
-assert all(encode_by_hand(text, tiny.sp) == tiny.encode(text) for text in asked)
-print(asked[1], "→", tiny.encode(asked[1]))
-
-# %% [markdown]
-# ## See it
+# ## See it: a box is text
 #
-# A box as text. A box has four numbers: how far down and how far right its first corner lies, then the second. Each is a share of the height or the width; we give it one of 1024 steps, and each step is a *word*. ([Lesson 19](19_detection.ipynb) does it with care.)
+# A box has four numbers: how far down and how far right its first corner lies, then its second. Each is a share of the height or the width. We give it one of 1024 steps, and each step is a *token*. ([Lesson 19](19_detection.ipynb) does it with care.)
 
 # %%
-cat = sample_picture("cat")
-x0, y0, x1, y1 = box = (134, 84, 214, 152)
-shares = (y0 / cat.height, x0 / cat.width, y1 / cat.height, x1 / cat.width)
-answer = "".join(f"<loc{round(share * 1023):04d}>" for share in shares) + " cat eye"
+scene = sample_picture("scene")
+x0, y0, x1, y1 = box = (11, 240, 131, 352)  # around the cat, in pixels
+shares = (y0 / scene.height, x0 / scene.width, y1 / scene.height, x1 / scene.width)
+answer = "".join(f"<loc{round(share * 1023):04d}>" for share in shares) + " cat"
 print("answer:", answer)
 print("ids:   ", tokenizer.encode(answer))
+assert len(tokenizer.encode(answer)) == 5
 
-# %%
+# %% tags=["hide-input"]
 figure, (left, right) = plt.subplots(
-    1, 2, figsize=(9, 2.6), width_ratios=[1, 2.1], layout="constrained"
+    1, 2, figsize=(9, 2.8), width_ratios=[1, 2.3], layout="constrained"
 )
-left.imshow(draw_boxes(cat, [box], ["cat eye"]))
-prompt = tokenizer.sp.encode("detect cat eye", out_type=str)
-names = re.findall(r"<loc\d{4}>", answer)
-end = tokenizer.sp.encode(" cat eye", out_type=str)
+left.imshow(draw_boxes(scene, [box], ["cat"]))
 for y, label, row in (
-    (0, "picture", ["<image>", "<image>", "<image>", "… ×256"]),
-    (-1, "prompt", ["<bos>", *prompt, "\n"]),
-    (-2, "answer", names),
-    (-3, "", [*end, "<eos>"]),
+    (0, "picture", ["<image>", "<image>", "<image>", "… ×64"]),
+    (-1, "question", ["<bos>", *tokenizer.sp.encode("detect cat", out_type=str), "\n"]),
+    (-2, "answer", re.findall(r"<loc\d{4}>", answer)),
+    (-3, "", [*tokenizer.sp.encode(" cat", out_type=str), "<eos>"]),
 ):
     draw_tokens(right, y, row, label)
-right.set(xlim=(-7, 40), ylim=(-3.6, 0.6))
+right.set(xlim=(-7, 37), ylim=(-3.6, 0.6))
 for ax in (left, right):
     ax.set_axis_off()
 save_figure(figure, "06_box")
 
 # %% [markdown]
-# **What to notice.** The model has no head for boxes, no regression, no anchors. To it `<loc0286>` is a word like `cat`. Detection becomes *writing*, and one loss trains all tasks. The price: nothing tells the model that 286 lies next to 287. It has to learn that from examples.
+# **What to notice.** The model has no special part for boxes. To it `<loc0548>` is a token like `▁cat`. Detection becomes *writing*, and one loss trains all tasks. The price: nothing tells the model that 548 lies next to 549. It has to learn that from examples.
 
 # %% [markdown]
 # ### Who pays for the counting
 #
-# The pieces are learned from a corpus; so whose language is in it matters. "The bird sees the dog" in nine languages, with two tokenizers that may have 520 pieces each. One has seen English only (and runs out of pairs to merge before that), the other all nine.
+# Pieces are learned from a corpus, so whose language is in it matters. The shipped tokenizer was made from captions in English, French and German. The same sentence in five languages:
 
 # %%
-three = {  # the cat sees the dog, the dog sees the bird, the bird sees the cat
-    "English": "the cat sees the dog|the dog sees the bird|the bird sees the cat",
-    "French": "le chat voit le chien|le chien voit l'oiseau|l'oiseau voit le chat",
-    "Spanish": "el gato ve al perro|el perro ve al pájaro|el pájaro ve al gato",
-    "German": "die Katze sieht den Hund|der Hund sieht den Vogel|der Vogel sieht die Katze",
-    "Chinese": "猫看见狗|狗看见鸟|鸟看见猫",
-    "Arabic": "القطة ترى الكلب|الكلب يرى الطائر|الطائر يرى القطة",
-    "Greek": "η γάτα βλέπει τον σκύλο|ο σκύλος βλέπει το πουλί|το πουλί βλέπει τη γάτα",
-    "Russian": "кошка видит собаку|собака видит птицу|птица видит кошку",
-    "Hindi": "बिल्ली कुत्ते को देखती है|कुत्ता चिड़िया को देखता है|चिड़िया बिल्ली को देखती है",
-}
-unseen = {
-    "English": "the bird sees the dog",
-    "French": "l'oiseau voit le chien",
-    "Spanish": "el pájaro ve al perro",
-    "German": "der Vogel sieht den Hund",
-    "Chinese": "鸟看见狗",
-    "Arabic": "الطائر يرى الكلب",
-    "Greek": "το πουλί βλέπει τον σκύλο",
-    "Russian": "птица видит собаку",
-    "Hindi": "चिड़िया कुत्ते को देखती है",
+sentence = {
+    "English": "a cat and two dogs",
+    "French": "un chat et deux chiens",
+    "Chinese": "一只猫和两只狗",
+    "Greek": "μια γάτα και δύο σκύλοι",
+    "Hindi": "एक बिल्ली और दो कुत्ते",
 }
 
 # %%
-english = three["English"].split("|") * 200
-everyone = "|".join(three.values()).split("|") * 20
-counts = {}
-for name, sentences in (("English only", english), ("all nine", everyone)):
-    other = spm.SentencePieceProcessor(
-        model_proto=train_sentencepiece(captions + sentences, 520, character_coverage=1.0)
-    )
-    counts[name] = [len(other.encode(text)) for text in unseen.values()]
-    print(f"{name:13} {other.get_piece_size()} pieces", dict(zip(unseen, counts[name])))
-english, hindi = counts["English only"][0], counts["English only"][-1]
-assert hindi > 10 * english
-
-# %%
-figure, ax = plt.subplots(figsize=(9, 2.6), layout="constrained")
-place = np.arange(len(unseen))
-for shift, name, colour in ((-0.2, "English only", "bad"), (0.2, "all nine", "good")):
-    bars = ax.bar(place + shift, counts[name], 0.38, label=name, color=COLOURS[colour])
-    ax.bar_label(bars, fontsize=8)
-ax.set_xticks(place, unseen)
-ax.set_ylabel("tokens")
-ax.legend(title="tokenizer trained on")
-save_figure(figure, "06_languages")
+cost = {name: len(tokenizer.encode(text)) for name, text in sentence.items()}
+for name, text in sentence.items():
+    print(f"{name:8} {len(text):3} letters {len(text.encode()):3} bytes {cost[name]:3} tokens")
+assert all(cost[name] == len(sentence[name].encode()) for name in ("Chinese", "Greek", "Hindi"))
+assert cost["Hindi"] > 10 * cost["English"]
 
 # %% [markdown]
-# **What to notice.** In this toy, which has seen English alone, the Hindi sentence costs more than ten times as much as the English one: in time, in money, in context. Real lists have seen many languages, and the gap is smaller, but it is there. Byte fallback makes every language *possible*, not equally cheap. Gemma's 256,000 pieces are a list for many languages; that is one reason why it is so long.
+# **What to notice.** An alphabet that the corpus lacked costs one token a *byte*. The Hindi sentence costs more than ten times as much as the English one: in time, in money, in room for context. This tokenizer is an extreme case: it saw three languages. Byte fallback makes every language *possible*, not equally cheap. Gemma's list serves many languages; that is one reason for its 256,000 pieces.
 
 # %% [markdown]
 # ## At full size
 #
-# 257,153 ids need a table with one row each, rounded up to a multiple of 64, which hardware likes. In PaliGemma 3B a row has 2048 numbers. On the meta device (shapes without memory):
+# 257,153 ids need a table with one row each, rounded up to a multiple of 64, which hardware likes. In PaliGemma 3B a row has 2048 numbers.
 
 # %%
-with torch.device("meta"):
+with torch.device("meta"):  # shapes without memory
     table = torch.nn.Embedding(257_216, 2048)
 count, whole = table.weight.numel(), 2_923_466_480
-print(
-    f"{count:,} parameters, {2 * count / 1e9:.2f} GB in bfloat16, {count / whole:.0%} of the model"
-)
-print(f"of them <loc> and <seg>: {len(ADDED) * 2048:,} ({len(ADDED) / 257_216:.2%} of the table)")
-print(f"rows that no id uses: {257_216 - 257_153}")
-print(
-    f"looking up one token: 0 FLOPs; scoring all words for one token: {2 * count / 1e9:.2f} GFLOPs"
-)
+print(f"{count:,} parameters, {2 * count / 1e9:.2f} GB in bfloat16, {count / whole:.0%} of all")
+print(f"<loc> and <seg>: {len(ADDED) / 257_216:.2%} of the rows; unused rows: {257_216 - 257_153}")
+assert 257_216 % 64 == 0 and 0.17 < count / whole < 0.2 and len(ADDED) / 257_216 < 0.005
 
 # %% [markdown]
-# Nearly a fifth of all parameters is this one table. It is used twice, to read and (transposed) to write. Reading copies a row. Writing multiplies with *all* rows, for each new token. All places and mask codes together are half a per cent of it: a cheap way to teach a language model geometry.
-#
-# And the tokenizer itself, here:
-
-# %% tags=["nbval-ignore-output"]
-many = captions * 50
-start = time.perf_counter()
-total = sum(len(tokenizer.encode(text)) for text in many)
-seconds = time.perf_counter() - start
-print(
-    f"{total:,} tokens in {1000 * seconds:.0f} ms: {total / seconds / 1e6:.1f} million tokens a second"
-)
-
-# %% [markdown]
-# The 3B model writes a few tokens a second on such a machine. The tokenizer is never the bottleneck; it can only be *wrong*.
-
-# %% [markdown]
-# ## A bug people really make
-#
-# Three colleagues build the prompt themselves. Ours is: bos, the prompt's pieces, line break. (Like Gemma's list, this one has a piece for two line breaks in a row.) They check by decoding, and strip the line break at the end. All four look perfect:
-
-# %%
-prompts = [f"{task} {language}" for task in ("caption", "describe") for language in ("en", "de")]
-file = train_sentencepiece(captions + prompts * 50, 400, user_defined_symbols=["\n", "\n\n"])
-t = tokenizer_of(file)
-ours = lambda text: [t.bos_id, *t.encode(text), t.newline_id]
-builders = {
-    "ours": ours,
-    "A": lambda text: [t.bos_id, *t.sp.encode(text, add_bos=True), t.newline_id],
-    "B": lambda text: [t.bos_id, *t.encode(" " + text), t.newline_id],  # "<image> caption en"
-    "C": lambda text: [t.bos_id, *t.encode(text + "\n" + "\n")],  # text came from a file
-}
-for name, build in builders.items():
-    print(f"{name:5} {t.decode(build('caption en')).strip()}")
-assert {t.decode(build("caption en")).strip() for build in builders.values()} == {"caption en"}
-
-# %% [markdown]
-# Then the complaints come: "answers got worse after the refactoring", "sometimes it answers with another question". Let us build the smallest language model there is: a table of **which token followed which** in training. How much of each prompt has it ever seen?
-
-# %%
-seen = Counter()
-for prompt, caption in zip(prompts * 100, captions):
-    ids = [*ours(prompt), *t.encode(caption), t.eos_id]
-    seen.update(pairwise(ids))
-spell = lambda i: t.sp.id_to_piece(i).replace("\n", "↵")
-for name, build in builders.items():
-    ids = build("caption en")
-    new = [f"{spell(a)} → {spell(b)}" for a, b in pairwise(ids) if (a, b) not in seen]
-    print(f"{name:5} never seen: {len(new)}  {', '.join(new)}")
-
-# %% [markdown]
-# **A**, double bos: the library adds one, the code another. **B**: one space between image and prompt puts a token there that training never had in this place. **C**: two line breaks became *one other* token, and the sign "now answer" never came.
-#
-# A large model does not crash on what it never saw. It guesses. `decode` hides the first, since it drops bos; `strip` hid the other two. Look at ids:
-
-
-# %%
-def problems(ids, t):
-    """What is wrong with the ids of a prompt (without the image tokens)."""
-    found = []
-    if ids.count(t.bos_id) != 1 or ids[0] != t.bos_id:
-        found.append(f"{ids.count(t.bos_id)} × bos")
-    if t.sp.id_to_piece(ids[1]).startswith("▁"):
-        found.append("space before the prompt")
-    if ids[-1] != t.newline_id:
-        found.append(f"ends with {spell(ids[-1])}, not with {spell(t.newline_id)}")
-    return found
-
-
-for name, build in builders.items():
-    print(f"{name:5} {problems(build('caption en'), t) or 'no problem'}")
+# Nearly a fifth of all parameters is this one table. To read a token is to copy its row. All location and mask tokens together take less than half a per cent of it: a cheap way to teach a language model geometry.
 
 # %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1 (predict): how many tokens?
 #
-# Without running it: how many ids does `tokenizer` give for **(a)** `"<loc0512><loc0512>"`, **(b)** `"2024"`, **(c)** `"ü"`, **(d)** `"🐱🐱"`? Neither `ü` nor the cat is in its corpus, and no `0` or `4`.
+# Without running it: how many ids does `tokenizer` give for **(a)** `"<loc0512><loc0512>"`, **(b)** `"2024"`, **(c)** `"øø"`, **(d)** `"🐱🐱"`?
 
 # %% tags=["exercise"]
 answer = None  # your answer: four numbers
@@ -801,10 +633,10 @@ answer = None  # your answer: four numbers
 
 # %% tags=["check"]
 def test_1(answer):
-    assert answer is not None and len(answer) == 4, "give four numbers: (a, b, c, d)"
-    texts = ("<loc0512><loc0512>", "2024", "ü", "🐱🐱")
+    assert isinstance(answer, (tuple, list)) and len(answer) == 4, "give four numbers: (a, b, c, d)"
+    texts = ("<loc0512><loc0512>", "2024", "øø", "🐱🐱")
     for letter, text, number in zip("abcd", texts, answer):
-        assert number == len(tokenizer.encode(text)), f"({letter}) is another number"
+        assert number == len(tokenizer.encode(text)), f"({letter}) is not {number}"
 
 
 check(test_1, answer)
@@ -812,66 +644,75 @@ check(test_1, answer)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# A `<loc>` is a word. Digits stand alone; those without a piece are one byte each in UTF-8. How many bytes has `ü`, how many an emoji?
+# A `<loc>` is a token. Digits stand alone. A letter without a piece costs one token for each byte of its UTF-8 form; above, how many had `ø`, and how many the cat?
 #
 # </details>
 
 # %% tags=["solution"]
-answer = (2, 4, 2, 8)
+# Two tokens; four digits; two letters of two bytes; two emoji of four bytes.
+answer = (2, 4, 4, 8)
 check(test_1, answer)
 
 # %% [markdown]
-# ### Exercise 2 (fill in): byte fallback
+# ### Exercise 2 (write): start from bytes
 #
-# Write the safety net. `known` is a set of letters that have a piece. Return the list of pieces for a text: the letter itself where it is known, else one piece `<0xHH>` for each of its UTF-8 bytes (two capital hex digits). A space is written `▁`.
+# GPT-2 begins with the 256 **bytes** instead of letters: then nothing needs a fallback. Write this BPE, without splitting the text into words: it becomes a list of byte values. Merge number $k$ (from 0) puts the new number $256 + k$ for each occurrence of its pair, from left to right. On a tie take the pair met first. Return the merged pairs in order; fewer than `merges` if none is left.
 
 
 # %% tags=["exercise"]
-def spell_out(text, known):
-    return None  # your answer: a list of strings
+def train_bytes(text, merges):
+    return None  # your code: a list of pairs of numbers
 
 
 # %% tags=["check"]
-def test_2(spell_out):
-    for text, known, right in (
-        ("cat", set("cat"), ["c", "a", "t"]),
-        ("a b", set("a▁"), ["a", "▁", "<0x62>"]),
-        ("é", set("e"), ["<0xC3>", "<0xA9>"]),
-        ("a🐱\n", set("a"), ["a", "<0xF0>", "<0x9F>", "<0x90>", "<0xB1>", "<0x0A>"]),
-        ("", set(), []),
+def test_2(train_bytes):
+    for text, merges, right, about in (
+        ("aaabdaaabac", 1, [(97, 97)], "the most frequent pair, as two byte values"),
+        ("aaabdaaabac", 0, [], "no merges, no pairs"),
+        ("éé", 1, [(195, 169)], "begin with bytes, not with letters"),
+        ("ab", 5, [(97, 98)], "stop when no pair is left"),
+        ("mnxyab abxymn", 1, [(109, 110)], "on a tie the pair that was met first"),
+        ("abab", 2, [(97, 98), (256, 256)], "merge number 0 puts 256 into the text"),
+        ("aaa b", 2, [(97, 97), (256, 97)], "merge from left to right"),
+        ("aaabdaaabac", 3, [(97, 97), (256, 97), (257, 98)], "the second merge makes number 257"),
     ):
-        found = spell_out(text, known)
-        assert found is not None, "spell_out returns None"
-        assert list(found) == right, f"{text!r}: got {list(found)}"
+        found = train_bytes(text, merges)
+        assert isinstance(found, list), "return a list of pairs"
+        same = [tuple(pair) for pair in found if isinstance(pair, (tuple, list))] == right
+        assert same and len(found) == len(right), f"{text!r}, {merges} merges: {about}"
 
 
-check(test_2, spell_out)
+check(test_2, train_bytes)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `"é".encode()` gives bytes, and bytes give numbers when you loop over them. `f"{10:02X}"` is `0A`.
+# `list("é".encode())` is the list of bytes. `train_bpe` has all the steps: count with `pairwise`, choose with `max`, replace as `join` does, but with a number instead of a joined string.
 #
 # </details>
 
 
 # %% tags=["solution"]
-def spell_out(text, known):
-    pieces = []
-    for letter in text.replace(" ", "▁"):
-        if letter in known:
-            pieces.append(letter)
-        else:
-            pieces += [f"<0x{byte:02X}>" for byte in letter.encode()]
-    return pieces
+def train_bytes(text, merges):
+    ids, pairs = list(text.encode()), []
+    while len(pairs) < merges and len(ids) > 1:  # one unit has no neighbour
+        counts = Counter(pairwise(ids))
+        best = max(counts, key=counts.get)
+        i = 0
+        while i < len(ids) - 1:
+            if (ids[i], ids[i + 1]) == best:
+                ids[i : i + 2] = [256 + len(pairs)]
+            i += 1
+        pairs.append(best)
+    return pairs
 
 
-check(test_2, spell_out)
+check(test_2, train_bytes)
 
 # %% [markdown]
 # ### Exercise 3 (break): the text that does not come back
 #
-# We said that `decode(encode(text))` is the text. Find a text without control tokens for which it is *not*. There is essentially one way, and it has to do with how spaces are written.
+# We said that `decode(encode(text))` is the text. Find a text that `encode` accepts and for which it is *not*. There is essentially one way, and it has to do with how spaces are written.
 
 # %% tags=["exercise"]
 broken = None  # your answer: a string
@@ -880,8 +721,11 @@ broken = None  # your answer: a string
 # %% tags=["check"]
 def test_3(broken):
     assert isinstance(broken, str), "give a string"
-    back = tokenizer.decode(tokenizer.encode(broken))
-    assert back != broken, f"it came back unchanged: {back!r}"
+    try:
+        ids = tokenizer.encode(broken)
+    except ValueError:
+        raise AssertionError("encode refuses this text; find one that it accepts") from None
+    assert tokenizer.decode(ids) != broken, f"it came back unchanged: {broken!r}"
 
 
 check(test_3, broken)
@@ -889,30 +733,31 @@ check(test_3, broken)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# The sign for a space is a character too (U+2581). What if the user types it?
+# Before it is cut, each space of the text becomes another character. What if the user types that one?
 #
 # </details>
 
 # %% tags=["solution"]
-broken = "low ▁▁ bars"  # such bars are drawn with this character
+broken = "low ▁▁ bars"  # such bars are drawn with U+2581, which decode turns into spaces
 check(test_3, broken)
 
 # %% [markdown]
 # ## Summary
 #
 # - Tokens are strings that were frequent in a corpus. Nobody designed them, and they are not words.
-# - Rare things are spelled from parts, in the end from bytes: nothing is unknown, but some languages pay more.
-# - PaliGemma writes boxes and masks with 1152 extra *words*; detection is text.
-# - Line break, bos and spaces are tokens too. Check ids, never the decoded text.
+# - Encoding merges neighbours in the order of learning: twenty lines reproduce a real tokenizer.
+# - Rare things are spelled in bytes: nothing is unknown, but some languages pay more.
+# - PaliGemma writes boxes and masks with 1152 extra tokens; detection is text.
+# - A text is never a command: no text may produce a special token.
 
 # %% [markdown]
 # ## Quiz
 #
-# **1.** Why is `"cat"` another id than `" cat"`, and which one follows `"a"` in a sentence?
+# **1.** Why is `"cat"` encoded differently from `" cat"`, and which one follows `"a"` in a sentence?
 #
 # <details><summary>Answer</summary>
 #
-# The space belongs to the piece: `▁cat`. Inside a sentence it is nearly always this one; `cat` without it stands at the start of a text or inside a word. They are two rows of the table and learn separately.
+# The space belongs to the piece: `▁cat`. Inside a sentence it is nearly always this one; `cat` without it stands at the start of a text or inside a word. The model learns the two separately.
 #
 # </details>
 
@@ -926,11 +771,11 @@ check(test_3, broken)
 # </details>
 
 # %% [markdown]
-# **3.** Why may a prompt contain `<loc0100>` but not `<eos>`?
+# **3.** Why may a question contain `<loc0100>` but not `<eos>`?
 #
 # <details><summary>Answer</summary>
 #
-# A place is content: "what is at …?" is a question. `<eos>`, `<bos>`, `<image>` and `<pad>` are structure that only the program sets. If text could make them, text could change what the program does: the same mistake as SQL injection.
+# A location is content: "what is at …?" is a question. `<eos>`, `<bos>`, `<image>` and `<pad>` are structure that only the program sets. If text could make them, text could change what the program does: the same mistake as SQL injection.
 #
 # </details>
 
@@ -939,7 +784,7 @@ check(test_3, broken)
 #
 # - Sennrich, Haddow, Birch 2016, *Neural Machine Translation of Rare Words with Subword Units*: BPE for text.
 # - Kudo and Richardson 2018, *SentencePiece*; its options are in `trainer_spec` of `sentencepiece_model.proto`.
-# - Chen et al. 2022, *Pix2Seq*: boxes as words.
+# - Chen et al. 2022, *Pix2Seq*: boxes as tokens.
 # - Petrov et al. 2023, *Language Model Tokenizers Introduce Unfairness Between Languages*.
 # - Beyer et al. 2024, *PaliGemma*, section 3.2; `GemmaTokenizer` in transformers.
 
