@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 00 · Overview: what happens between a picture and an answer?
 #
-# *30 minutes* · part 0, The whole
+# *35 minutes* · part 0, The whole
 #
 # **What you will be able to do**
 #
@@ -32,7 +32,7 @@
 # %%
 import paligemma
 from paligemma.plotting import show_images
-from paligemma.support.course import sample_picture, save_figure
+from paligemma.support.course import sample_picture, save_figure, set_style
 from paligemma.support.course_map import model_map
 
 pg = paligemma.load()
@@ -40,15 +40,13 @@ for piece in pg.stream(sample_picture("scene"), "caption en"):
     print(piece, end="|")
 
 # %%
-names = ["scene", "scene2", "scene3"]
-pictures = [sample_picture(name) for name in names]
+set_style()
+pictures = [sample_picture(name) for name in ("scene", "scene2", "scene3")]
 answers = pg.batch(pictures, ["caption en"] * 3)
 save_figure(show_images(pictures, answers, height=2.8), "00_answers.png")
 
 # %% [markdown]
-# The titles are the model's own words. Nothing was looked up: three small pictures made of numbers
-# went in, and a row of word pieces came out, one after the other. By the end of the course you will
-# have written every line that did it.
+# The titles are the model's own words. Nothing was looked up: three small pictures made of numbers went in, and a row of tokens (pieces of words) came out, one after the other. By the end of the course you will have written every line that did it.
 #
 # This is the way they take. The small numbers are the lessons.
 
@@ -58,42 +56,35 @@ save_figure(model_map(), "00_map")
 # %% [markdown]
 # ## Setup
 #
-# From later lessons, all at once: this lesson is the only one that may look ahead.
+# This lesson is the only one that may look ahead: it uses what all the others build.
 
 # %% tags=["setup"]
 import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 
-from paligemma.generation import generate
 from paligemma.inference import TINY
 from paligemma.model import PaliGemma, PaliGemmaConfig, prefix_lm_mask
 from paligemma.plotting import show_heatmap
 from paligemma.support.course import check
 from paligemma.support.drawing import COLOURS, draw_boxes, draw_masks
 
-model, processor = pg.model, pg.processor
+model, processor, tokenizer = pg.model, pg.processor, pg.processor.tokenizer
 scene = sample_picture("scene")
-_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## The problem
 #
-# A language model continues text. It reads word pieces as vectors and guesses the next piece, again
-# and again. It has never seen anything.
+# A language model continues text. It reads tokens as vectors and guesses the next token, again and again. It has never seen anything.
 #
-# The trick of a **vision-language model** is to make a picture look like text: cut it into patches,
-# turn each into a vector *of the same width as a word's*, and put these in front of the prompt. The
-# language model reads on as if the picture were a long foreign word.
+# The trick of a **vision-language model** is to make a picture look like text: cut it into patches, turn each into a vector *of the same width as a token's*, and put these in front of the prompt. The language model reads on as if the picture were a long foreign word.
 
 # %% [markdown]
 # ## By hand: one picture through all parts
 #
 # ### Picture and prompt become tensors
 #
-# The **image processor** ([lesson 02](02_image_processor.ipynb)) squashes the picture to a square and scales its numbers to
-# −1 … 1. The **tokenizer** ([lesson 06](06_tokenizer.ipynb)) cuts the prompt into pieces. The **processor** ([lesson 14](14_processor.ipynb))
-# lays both out in one row.
+# The **image processor** ([lesson 02](02_image_processor.ipynb)) squashes the picture to a square of numbers from −1 to 1. The **tokenizer** ([lesson 06](06_tokenizer.ipynb)) cuts the prompt into tokens. The **processor** ([lesson 14](14_processor.ipynb)) lays both out in one row.
 
 # %%
 batch = processor([scene], ["caption en"])
@@ -102,33 +93,29 @@ for name, tensor in batch.items():
 
 # %%
 ids = batch["input_ids"][0].tolist()
-count = ids.count(processor.tokenizer.image_id)
+count = ids.count(tokenizer.image_id)
 print(f"{count} × <image>, then:")
-print([processor.tokenizer.sp.id_to_piece(i) for i in ids[count:]])
+print([tokenizer.sp.id_to_piece(i) for i in ids[count:]])
 
 # %% [markdown]
-# 64 places are kept free for the picture. Then come `<bos>` (here it begins), the prompt, and a
-# newline that says: your turn. `▁` is how the tokenizer writes a space.
+# 64 positions are kept free for the picture. Then come `<bos>` (here it begins), the prompt, and a newline that says: your turn. `▁` is how the tokenizer writes a space.
 
 # %% [markdown]
 # ### The picture becomes 64 vectors
 #
-# The **vision tower** (lessons [03](03_patch_embedding.ipynb) to [05](05_siglip.ipynb)) cuts 8 × 8 patches of 14 × 14 pixels and lets them look at
-# each other. The **projector** ([lesson 15](15_model.ipynb)) brings the result to the language model's width.
+# The **vision tower** (lessons [03](03_patch_embedding.ipynb) to [05](05_siglip.ipynb)) cuts 8 × 8 patches of 14 × 14 pixels and lets them look at each other. The **projector** ([lesson 15](15_model.ipynb)) brings the result to the language model's width.
 
 # %%
 with torch.no_grad():
     features = model.vision_tower(batch["pixel_values"])  # (B, N, D of vision)
     image_tokens = model.multi_modal_projector(features)  # (B, N, D)
-print(
-    tuple(batch["pixel_values"].shape), "→", tuple(features.shape), "→", tuple(image_tokens.shape)
-)
+for tensor in (batch["pixel_values"], features, image_tokens):
+    print(tuple(tensor.shape))
 
 # %% [markdown]
 # ### One sequence
 #
-# The prompt's pieces are looked up in a table (the **embedding**, [lesson 12](12_gemma.ipynb)) and the picture's
-# vectors take the places that were kept free ([lesson 15](15_model.ipynb)).
+# The prompt's tokens are looked up in a table (the **embedding**, [lesson 12](12_gemma.ipynb)) and the picture's vectors take the positions that were kept free ([lesson 15](15_model.ipynb)).
 
 # %%
 with torch.no_grad():
@@ -138,9 +125,7 @@ print(tuple(sequence.shape), "=", count, "image vectors +", len(ids) - count, "t
 # %% [markdown]
 # ### Who may look at whom
 #
-# In the language model every vector looks at others, but not at all of them. Picture and prompt see
-# each other in both directions; an answer sees them and its own past. That is the **prefix-LM
-# mask** ([lesson 15](15_model.ipynb)). Here with 4 image tokens, 3 of the prompt and 3 of the answer:
+# In the language model every vector looks at others, but not at all of them. Picture and prompt see each other in both directions; an answer sees them and its own past. That is the **prefix-LM mask** ([lesson 15](15_model.ipynb)). Here with 4 image tokens, 3 of the prompt and 3 of the answer:
 
 # %%
 types = torch.tensor([[0] * 7 + [1] * 3])  # 0 prefix, 1 answer
@@ -149,58 +134,52 @@ labels = ["img"] * 4 + ["ask"] * 3 + ["ans"] * 3
 show_heatmap(mask.float(), "dark: this row may look at that column", rows=labels, columns=labels)
 
 # %% [markdown]
-# ### The next piece
+# ### The next token
 #
-# The **decoder** (lessons [07](07_rms_norm.ipynb) to [12](12_gemma.ipynb)) turns the sequence into one score a vocabulary entry. We only need
-# the scores at the last place; softmax makes them probabilities.
+# The **decoder** (lessons [07](07_rms_norm.ipynb) to [12](12_gemma.ipynb)) turns the sequence into one score for each entry of the vocabulary, the **logits**. We only need those at the last position; softmax makes them probabilities.
 
 # %%
 with torch.no_grad():
     logits = model(batch["input_ids"], batch["pixel_values"]).logits  # (B, L, V)
-probability = logits[0, -1].softmax(-1)
-best = probability.topk(5)
-for p, i in zip(best.values, best.indices, strict=True):
-    print(f"{processor.tokenizer.sp.id_to_piece(int(i)):8} {p:.3f}")
+best = logits[0, -1].softmax(-1).topk(5)
+for p, i in zip(best.values, best.indices):
+    print(f"{tokenizer.sp.id_to_piece(int(i)):8} {p:.3f}")
+assert best.values[0] > 0.7 and tokenizer.decode([int(best.indices[0])]) == "a"
 
 # %% [markdown]
-# It is almost sure that the caption begins with "a". Put the best piece at the end of the row, run
-# again, and so on until the model says `<eos>` (the end).
+# The caption begins with "a". Put the best token at the end of the row, run again, and so on until the model says `<eos>` (the end).
 
 # %% [markdown]
 # ## As a loop
 #
-# This is the slowest, plainest way to answer: everything is computed anew for each piece.
+# This is the slowest, plainest way to answer: everything is computed anew for each token.
 
 
 # %%
 def answer_slowly(picture, prompt):
-    """Greedy answer, the whole model run once a piece; returns text and each step's probability."""
+    """The answer, and the probability with which each token (the end too) was chosen."""
     batch = processor([picture], [prompt])
-    prefix = batch["input_ids"]
-    written, sure = [], []
-    while len(written) < 20:
-        row = torch.tensor([written], dtype=torch.int64)
-        input_ids = torch.cat([prefix, row], dim=1)
-        types = torch.cat([torch.zeros_like(prefix), torch.ones_like(row)], dim=1)
+    ids, written, sure = batch["input_ids"], [], []
+    while True:
+        row = torch.cat([ids, torch.tensor([written], dtype=torch.int64)], dim=1)
+        types = (torch.arange(row.shape[1]) >= ids.shape[1]).long()[None]  # 1 where it's ours
         with torch.no_grad():
-            logits = model(input_ids, batch["pixel_values"], token_type_ids=types).logits[0, -1]
-        p, token = logits.softmax(-1).max(-1)
-        if token == processor.tokenizer.eos_id:
-            break
-        written.append(int(token))
+            logits = model(row, batch["pixel_values"], token_type_ids=types).logits
+        p, token = logits[0, -1].softmax(-1).max(-1)
         sure.append(float(p))
-    return processor.decode(written), sure
+        if token == tokenizer.eos_id:
+            return processor.decode(written), sure
+        written.append(int(token))
 
 
+# %%
 text, sure = answer_slowly(scene, "caption en")
 print(text)
 
 # %% [markdown]
 # ## The fast way
 #
-# `pg(...)` reads picture and prompt once, remembers the keys and values of attention (the **KV
-# cache**, [lesson 11](11_kv_cache.ipynb)) and then reads one piece a step ([lesson 18](18_generation.ipynb)). The words are the same; that is
-# the point of a cache.
+# `pg(...)` reads picture and prompt once, remembers the keys and values of attention (the **KV cache**, [lesson 11](11_kv_cache.ipynb)) and then reads one token a step ([lesson 18](18_generation.ipynb)). The words are the same; that is the point of a cache.
 
 # %%
 assert pg(scene, "caption en") == text
@@ -209,18 +188,11 @@ print("the same answer:", pg(scene, "caption en"))
 # %% [markdown]
 # ## Against the reference
 #
-# Is this PaliGemma, or only something like it? `tests/test_parity.py` gives random weights to both
-# this package and transformers and compares every score; the README shows the table. The lessons do
-# the same for each part. Here we only check that the checkpoint has the published form.
+# Is this PaliGemma, or only something like it? `tests/test_parity.py` gives random weights to both this package and transformers and compares every score; the README shows the table. Here we only check that the checkpoint has the published form.
 
 # %%
 from safetensors import safe_open
 
-print(
-    sorted(
-        path.name for path in TINY.iterdir() if path.suffix in (".json", ".safetensors", ".model")
-    )
-)
 with safe_open(TINY / "model.safetensors", "pt") as file:
     keys = list(file.keys())
 print(len(keys), "tensors, for example", *keys[::40], sep="\n  ")
@@ -228,26 +200,23 @@ print(len(keys), "tensors, for example", *keys[::40], sep="\n  ")
 # %% [markdown]
 # ## See it: does it really look?
 #
-# A model may guess well without looking: "a cat" is a frequent caption. The test of honesty is a
-# **control**: keep the prompt, change the picture. A mirror swaps left and right, so the order of
-# the words must swap too. A grey picture holds nothing.
+# A model may guess well without looking: "a cat" is a frequent caption. The test of honesty is a **control**: keep the prompt, change the picture. A mirror swaps left and right, so the order of the words must swap too. A grey picture holds nothing.
 
 # %%
 mirror = scene.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 grey = Image.new("RGB", scene.size, (128, 128, 128))
 controls = [scene, mirror, grey]
 titles = pg.batch(controls, ["caption en"] * 3)
+assert titles[:2] == ["a cat and two dogs", "two dogs and a cat"] and titles[2]
 show_images(controls, titles, height=2.8)
 
 # %% [markdown]
-# Mirrored, the caption follows the picture. Of the grey square it makes something up: a language
-# model always says *something*. There is no "I do not know" unless it was trained to say so.
+# Mirrored, the caption follows the picture. Of the grey square it makes something up: a language model always says *something*. There is no "I do not know" unless it was trained to say so.
 
 # %% [markdown]
 # ### One picture, many questions
 #
-# The prompt decides the task; the weights stay the same. The last answers are a box and a mask: four
-# location words for the box's edges, sixteen for the shape, then the name.
+# The prompt decides the task; the weights stay the same. The last answers are a box and a mask: four location tokens for the box's edges, sixteen mask tokens for the shape, then the name.
 
 # %%
 for prompt in [
@@ -262,32 +231,22 @@ for prompt in [
 
 # %%
 found = pg.detect(scene, "cat ; dog")
-labels, scores = [f.label for f in found], [f.score for f in found]
-boxes = draw_boxes(scene, [f.box for f in found], labels, scores)
-shapes = [f for name in ("cat", "dog") for f in pg.segment(scene, name)]
+shapes = pg.segment(scene, "cat") + pg.segment(scene, "dog")
+print([f.label for f in found], [f.label for f in shapes])
+
+# %% tags=["hide-input"]
+boxes = draw_boxes(scene, [f.box for f in found], [f.label for f in found])
 masks = draw_masks(scene, [f.mask for f in shapes], [f.label for f in shapes])
 figure = show_images([boxes, masks], ["detect cat ; dog", "segment cat, segment dog"], height=2.8)
 save_figure(figure, "00_found.png")
 
 # %% [markdown]
-# ### How sure was it?
-#
-# Every piece was chosen with a probability. Where the bar is short, the model hesitated.
-
-# %%
-pieces = list(pg.stream(scene, "caption en"))
-figure, axis = plt.subplots(figsize=(6, 2.4), layout="constrained")
-axis.bar(range(len(sure)), sure, color=COLOURS["language"])
-axis.set_xticks(range(len(sure)), [piece.strip() for piece in pieces])
-axis.set_ylim(0, 1)
-axis.set_ylabel("probability")
-save_figure(figure, "00_sure")
+# Sixteen tokens draw the outlines only roughly: an ear is cut off here and there ([lesson 20](20_mask_codec.ipynb) says what they can and cannot draw).
 
 # %% [markdown]
-# ### Where it fails
+# ### Where it fails, and how sure it is
 #
-# It was trained on one small world: emoji on simple backgrounds, 48 kinds of them. Outside of it
-# the words are well formed and wrong. Here are three photographs.
+# It was trained on one small world: emoji on simple backgrounds, 48 kinds of them. Photographs were at most the background. Outside of its world the words are well formed and wrong:
 
 # %%
 photographs = [sample_picture(name) for name in ("cat", "coffee", "astronaut")]
@@ -295,84 +254,86 @@ guesses = pg.batch(photographs, ["caption en"] * 3)
 show_images(photographs, guesses, height=2.6)
 
 # %% [markdown]
-# Nothing in its training looked like a photograph *of* something; photographs were only background.
-# PaliGemma itself is the same program with far more numbers in it, learned from a billion pictures.
-# Its weights can be downloaded, and [lesson 24](24_inference.ipynb) loads them.
+# Each token was chosen with a probability. Compare a picture of its world with one from outside:
+
+# %%
+wrong, unsure = answer_slowly(sample_picture("cat"), "caption en")
+print(f"{text}: {min(sure):.2f} at least. {wrong}: {min(unsure):.2f} at least.")
+assert min(sure) > 0.7 and min(unsure) < 0.5
+
+# %% tags=["hide-input"]
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained", sharey=True)
+for axis, words, bars in ((axes[0], text, sure), (axes[1], wrong, unsure)):
+    axis.bar(range(len(bars)), bars, color=COLOURS["language"])
+    axis.set_xticks(range(len(bars)), [*words.split(), "<eos>"])
+    axis.set(ylim=(0, 1), title=f"{words!r}")
+axes[0].set_ylabel("probability")
+save_figure(figure, "00_sure")
+
+# %% [markdown]
+# **What to notice.** In its world it is nearly certain of every word. Of the photograph it knows that a caption begins with "a", and for the *kind* it guesses. Nobody sees that in the words alone.
+#
+# PaliGemma itself is the same program with far more numbers in it, learned from about a billion examples. Its weights can be downloaded, and [lesson 24](24_inference.ipynb) loads them.
 
 # %% [markdown]
 # ## At full size
 #
-# The same class builds PaliGemma 3B. On the **meta device** it has shapes but no memory, so counting
-# its parameters costs nothing.
+# The same class builds PaliGemma 3B. On the **meta device** it has shapes but no memory, so counting its parameters costs nothing.
+
 
 # %%
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 with torch.device("meta"):
     full = PaliGemma(PaliGemmaConfig())
-parts = ["vision_tower", "multi_modal_projector", "language_model"]
 print(f"{'part':24}{'ours':>12}{'PaliGemma 3B':>16}")
-for part in parts:
-    sizes = [sum(p.numel() for p in getattr(m, part).parameters()) for m in (model, full)]
-    print(f"{part:24}{sizes[0]:12,}{sizes[1]:16,}")
-totals = [sum(p.numel() for p in m.parameters()) for m in (model, full)]
-print(f"{'all':24}{totals[0]:12,}{totals[1]:16,}")
-table = full.language_model.embed_tokens.weight.numel()
-print(f"{totals[1] / totals[0]:,.0f} times as many, {2 * totals[1] / 1e9:.2f} GB in bfloat16")
-print(f"the table of word pieces: {table / totals[1]:.0%} of all")
+for part in ("vision_tower", "multi_modal_projector", "language_model"):
+    ours, theirs = parameters(getattr(model, part)), parameters(getattr(full, part))
+    print(f"{part:24}{ours:12,}{theirs:16,}")
+print(f"{'all':24}{parameters(model):12,}{parameters(full):16,}")
+
+# %%
+table = full.language_model.embed_tokens.weight
+share = table.numel() / parameters(full)
+print(f"{parameters(full) / parameters(model):,.0f} times as many;", end=" ")
+print(f"a table of {table.shape[0]:,} rows is {share:.0%} of all")
+assert parameters(full.language_model) > 0.8 * parameters(full) and 0.15 < share < 0.2
+assert parameters(model.vision_tower) > parameters(model.language_model)
 
 # %% [markdown]
-# The language model is most of it, and a good part of that is one table with a row for each of its
-# 257,216 word pieces. In ours the vision tower is the larger half: seeing is what it had to learn.
+# The language model is most of it, and a good part of that is one table with a row for each entry of its vocabulary. In ours the vision tower is the larger half: seeing is what it had to learn.
 
 # %% [markdown]
 # ## A bug people really make
 #
-# A colleague builds the prompt by hand. No error, all shapes right, and every word belongs to the
-# model's world. Compare the two columns before you read on: what could be missing?
-
+# A colleague's answers are fluent, and wrong. The pictures are right, the weights are right. This is all that differs:
 
 # %%
-def colleague(picture):
-    """What the colleague sends: `<image>`×64, bos, prompt. Something is missing."""
-    batch = processor([picture], ["caption en"])
-    steps = generate(model, batch["input_ids"][:, :-1], batch["pixel_values"])
-    return processor.decode(steps[0])
-
-
-for picture, answer in zip(pictures, answers, strict=True):
-    print(f"ours: {answer:28} colleague's: {colleague(picture)!r}")
+ours, theirs = "caption en", "Caption en"
+for picture in pictures:
+    print(f"{pg(picture, ours):28} {pg(picture, theirs)}")
+assert all(pg(picture, ours) != pg(picture, theirs) for picture in pictures)
 
 # %% [markdown]
-# The newline after the prompt is missing. In training, the answer always began after it, so without
-# it the model is in a situation it has never seen. No shape tells you; only the answers are worse.
-# The check is to compare the ids with those of a trusted processor.
-
+# A capital letter. The model has never read the prompt in this form, and answers anyway. The check: look at the tokens, and use a prompt that stands in the list of what the model was trained on. PaliGemma has such a list too: `caption en`, `answer en …`, `detect …`, `segment …`, `ocr`.
 
 # %%
-def same_prompt(mine, prompt):
-    """True when hand-made ids equal the processor's."""
-    return mine == processor.encode_prefix(prompt)
-
-
-tokenizer = processor.tokenizer
-by_hand = [tokenizer.image_id] * 64 + [tokenizer.bos_id] + tokenizer.encode("caption en")
-print(
-    same_prompt(by_hand, "caption en"), same_prompt([*by_hand, tokenizer.newline_id], "caption en")
-)
+for prompt in (ours, theirs):
+    print([tokenizer.sp.id_to_piece(i) for i in tokenizer.encode(prompt)])
 
 # %% [markdown]
 # ## How to read the course
 #
-# - **In order**, to build all of it: parts I (a picture alone) and II (text alone) meet in part III,
-#   and part IV makes them answer. A lesson imports only from earlier ones.
+# - **In order**, to build all of it: parts I (a picture alone) and II (text alone) meet in part III, and part IV makes them answer. A lesson imports only from earlier ones.
 # - **One idea**: open the lesson whose box you want on the map; its Setup names what it needs.
-# - **To teach it**: part I is one double session, part II two, parts III and IV two. The figures lie
-#   in `figures/`.
+# - **To teach it**: part I is one double session, part II two, parts III and IV two. The figures lie in `figures/`.
 
 # %% [markdown]
 # ## Exercises
 #
-# Every lesson has three. First a **stub** that is not yet right, then a **check** that says so in
-# one line. Edit the stub, run both again. A hint and a solution are folded below.
+# Every lesson has three. First a **stub** that is not yet right, then a folded **check** that says so in one line. Edit the stub, run both again. A hint and a solution are folded below.
 #
 # ### Exercise 1 (predict): a larger picture
 #
@@ -385,7 +346,9 @@ image_tokens_at = {224: None, 448: None, 896: None}
 
 # %% tags=["check"]
 def test_1(found):
-    for size, value in found.items():
+    assert isinstance(found, dict), "keep the three sizes; replace the three None"
+    for size in (224, 448, 896):
+        value = found.get(size)
         config = PaliGemmaConfig().vision_config
         config.image_size = size
         assert value == config.num_image_tokens, f"at {size} pixels: {value} is not it"
@@ -453,10 +416,9 @@ def two_bees():
 check(test_2, two_bees)
 
 # %% [markdown]
-# ### Exercise 3 (fill in): the answer's probability
+# ### Exercise 3 (write): how likely was the whole answer?
 #
-# `answer_slowly` also returns each piece's probability. How likely was the whole answer, all pieces
-# together? Fill in `likelihood`.
+# `answer_slowly` also returns the probability of each token, *given all tokens before it*. How likely was the whole answer, all of them together?
 
 
 # %% tags=["exercise"]
@@ -466,10 +428,11 @@ def likelihood(sure):
 
 # %% tags=["check"]
 def test_3(likelihood):
-    assert likelihood([0.5]) == 0.5, "one piece: its own probability"
-    value = likelihood([0.5, 0.5, 0.1])
-    assert value is not None and abs(value - 0.025) < 1e-9, "0.5, 0.5, 0.1 should give 0.025"
-    assert likelihood(sure) <= min(sure), "no answer is likelier than its least likely piece"
+    for given, whole in (([0.5], 0.5), ([0.5, 0.5, 0.1], 0.025), ([1.0, 0.9, 0.9], 0.81)):
+        value = likelihood(list(given))
+        assert isinstance(value, float), "return a float"
+        assert value <= min(given) + 1e-9, "no answer is likelier than its least likely token"
+        assert abs(value - whole) < 1e-9, f"of {given} it makes {value:.3f}: how do they join?"
 
 
 check(test_3, likelihood)
@@ -477,8 +440,7 @@ check(test_3, likelihood)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Each probability is *given* the pieces before it. First this, and then that: do they add or
-# multiply?
+# First this happens, and then that, *given* this. Do such probabilities add or multiply?
 #
 # </details>
 
@@ -498,7 +460,7 @@ check(test_3, likelihood)
 #
 # - A picture becomes a row of vectors as wide as a word's; the language model just reads on.
 # - Picture and prompt see each other fully, the answer only looks back.
-# - One run gives one piece; a cache makes the next one cheap.
+# - One run gives one token; a cache makes the next one cheap.
 # - Our tiny model really looks (mirror it and see), but knows only its own small world.
 
 # %% [markdown]
@@ -508,19 +470,16 @@ check(test_3, likelihood)
 #
 # <details><summary>Answer</summary>
 #
-# In the keys and values of the image tokens, in every layer of the decoder: the KV cache. The vision
-# tower does not run again.
+# In the keys and values of the image tokens, in every layer of the decoder: the KV cache. The vision tower does not run again.
 #
 # </details>
 
 # %% [markdown]
-# **2.** Why may the prompt look at later words of the prompt, but the answer not at later words of
-# the answer?
+# **2.** Why may the prompt look at later words of the prompt, but the answer not at later words of the answer?
 #
 # <details><summary>Answer</summary>
 #
-# The prompt is known in full before anything is written. The answer's later pieces do not exist yet;
-# a model trained to peek at them would have nothing to peek at when it writes.
+# The prompt is known in full before anything is written. The answer's later tokens do not exist yet; a model trained to peek at them would have nothing to peek at when it writes.
 #
 # </details>
 
@@ -529,10 +488,111 @@ check(test_3, likelihood)
 #
 # <details><summary>Answer</summary>
 #
-# The code would allow it: two times N image tokens. But this model was trained with exactly one, so
-# its answers would mean little. What a model can do is set by its training, not by its shapes.
+# The code allows it: two times N image tokens. But this model was trained with exactly one, so its answers would mean little. What a model can do is set by its training, not by its shapes.
 #
 # </details>
+
+# %% [markdown]
+# ## Symbols
+#
+# The same letter means the same thing in all lessons; shapes are written `[B, L, D]`. Only in a picture's own shape, `[3, H, W]` or `[H, W, 3]`, do H and W mean height and width. log is the natural logarithm, GB are 10⁹ bytes.
+#
+# | symbol | meaning |
+# |---|---|
+# | B | rows of a batch |
+# | P | pictures of a batch |
+# | N | patches of a picture, and its image tokens |
+# | L | positions of a sequence; in attention: those that look (queries) |
+# | S | positions that are looked at (keys), the room of a cache |
+# | D | width of the residual stream |
+# | M | hidden width of an MLP |
+# | H, K | query heads; key and value heads |
+# | Dh | width of a head (`head_dim`) |
+# | V | rows of the vocabulary's table |
+# | T | temperature |
+# | θ, σ | angle of a rotation; the sigmoid |
+
+# %% [markdown]
+# ## Glossary
+#
+# Each term with the lesson that defines it. To look things up, not to learn them now.
+#
+# | term | lesson | meaning |
+# |---|---|---|
+# | adapter | [29](29_lora.ipynb) | a small trained addition to frozen weights, kept in its own file |
+# | aliasing | [02](02_image_processor.ipynb) | a pattern finer than the new grid comes back as a coarse one |
+# | attention weight | [04](04_siglip_attention.ipynb) | how much of a value a query takes; each query's weights sum to 1 |
+# | average precision | [19](19_detection.ipynb) | area under the precision–recall curve of a detector |
+# | bicubic | [02](02_image_processor.ipynb) | resizing by a smooth kernel four pixels wide |
+# | blind baseline | [28](28_evaluation.ipynb) | the best score that is possible without the picture |
+# | byte fallback | [06](06_tokenizer.ipynb) | a character outside the vocabulary is written as its bytes |
+# | byte-pair encoding | [06](06_tokenizer.ipynb) | a vocabulary grown by joining the commonest pair, again and again |
+# | causal mask | [10](10_grouped_query_attention.ipynb) | a position looks at itself and at earlier ones only |
+# | checkpoint | [02](02_image_processor.ipynb) | a model's weights and settings, in files |
+# | codebook | [20](20_mask_codec.ipynb) | the table of vectors that a codec's tokens name |
+# | confidence interval | [28](28_evaluation.ipynb) | the range in which a measured share would fall again |
+# | contrastive loss | [26](26_contrastive.ipynb) | pull matching pictures and texts together, push others apart |
+# | convolution | [03](03_patch_embedding.ipynb) | one small matrix product, slid over the picture |
+# | cross-entropy | [12](12_gemma.ipynb) | minus the log probability of the right token |
+# | decode step | [11](11_kv_cache.ipynb) | one token in, one token out, the past in the cache |
+# | decoder | [12](12_gemma.ipynb) | the language model: a stack of blocks that predicts the next token |
+# | embedding | [03](03_patch_embedding.ipynb) | a vector of learned numbers that stands for a patch or token |
+# | exposure bias | [28](28_evaluation.ipynb) | trained on true words only, a model does not know its own mistakes |
+# | gate | [08](08_geglu.ipynb) | a factor that lets a neuron's value pass or not |
+# | GeGLU | [08](08_geglu.ipynb) | an MLP whose values are multiplied by gates |
+# | GELU | [05](05_siglip.ipynb) | a smooth step: large inputs pass, negative ones hardly |
+# | gradient accumulation | [27](27_training.ipynb) | several small batches make one step |
+# | greedy | [12](12_gemma.ipynb) | always take the likeliest token |
+# | grouped-query attention | [10](10_grouped_query_attention.ipynb) | several query heads share one key and value head |
+# | head | [04](04_siglip_attention.ipynb) | one of several attentions that run side by side on slices of the width |
+# | IoU | [19](19_detection.ipynb) | intersection over union: how much two boxes or masks overlap |
+# | KV cache | [11](11_kv_cache.ipynb) | keys and values of past positions, kept |
+# | label | [14](14_processor.ipynb) | the token that should come next; −100 where nothing is asked |
+# | LayerNorm | [05](05_siglip.ipynb) | subtract the mean, divide by the spread, scale and shift |
+# | left padding | [14](14_processor.ipynb) | shorter rows are filled up at their beginning |
+# | location token | [06](06_tokenizer.ipynb) | one of 1,024 tokens that name a place along a side of the picture |
+# | logits | [12](12_gemma.ipynb) | one score for each entry of the vocabulary |
+# | LoRA | [29](29_lora.ipynb) | a weight's change as a product of two thin matrices |
+# | mask token | [21](21_segmentation.ipynb) | one of 128 tokens that name a vector of the mask's codebook |
+# | meta device | [16](16_checkpoint.ipynb) | tensors with a shape and no memory |
+# | MLP | [05](05_siglip.ipynb) | two linear layers with a bend between them |
+# | multi-query attention | [10](10_grouped_query_attention.ipynb) | all query heads share one key and value head |
+# | nat | [12](12_gemma.ipynb) | unit of cross-entropy with the natural logarithm |
+# | normalise | [02](02_image_processor.ipynb) | subtract a mean, divide by a spread: pixels to −1…1 |
+# | nucleus | [17](17_sampling.ipynb) | the likeliest tokens that together reach probability p (top-p) |
+# | patch | [03](03_patch_embedding.ipynb) | a square of pixels that becomes one vector |
+# | position embedding | [03](03_patch_embedding.ipynb) | a learned vector for each place, added to the patch |
+# | pre-norm | [05](05_siglip.ipynb) | normalise before each part, so that the stream itself stays free |
+# | precision | [19](19_detection.ipynb) | share of what was found that is right |
+# | prefill | [11](11_kv_cache.ipynb) | the prompt is read at once and fills the cache |
+# | prefix | [11](11_kv_cache.ipynb) | what is given before the answer: picture and prompt |
+# | prefix-LM mask | [15](15_model.ipynb) | prefix sees all of the prefix; the answer sees the prefix and its own past |
+# | projector | [15](15_model.ipynb) | the linear layer from the tower's width to the decoder's |
+# | query, key, value | [04](04_siglip_attention.ipynb) | what a position asks, what it offers, what it hands over |
+# | rank | [29](29_lora.ipynb) | the inner width of LoRA's two matrices |
+# | recall | [19](19_detection.ipynb) | share of what is there that was found |
+# | residual stream | [05](05_siglip.ipynb) | the vector of a position, to which every block adds |
+# | RMSNorm | [07](07_rms_norm.ipynb) | divide by the root of the mean square, then scale |
+# | RoPE | [09](09_rope.ipynb) | rotary position embedding: queries and keys turned by an angle that grows with the position |
+# | safetensors | [16](16_checkpoint.ipynb) | a file of named tensors, read without running code |
+# | shard | [16](16_checkpoint.ipynb) | one of the files of a checkpoint that is cut into several |
+# | sliding window | [13](13_gemma2.ipynb) | a position looks back a fixed number of positions only |
+# | soft token | [15](15_model.ipynb) | a vector from the picture that stands where a token's would |
+# | soft-capping | [13](13_gemma2.ipynb) | scores bent so that they stay below a bound |
+# | softmax | [04](04_siglip_attention.ipynb) | scores to positive numbers that sum to 1 |
+# | special token | [06](06_tokenizer.ipynb) | an id that no text can spell: begin, end, picture |
+# | straight-through | [20](20_mask_codec.ipynb) | the gradient passes a rounding as if it were not there |
+# | suffix | [14](14_processor.ipynb) | the answer that is trained on |
+# | teacher forcing | [27](27_training.ipynb) | in training each token is predicted from the true ones before it |
+# | temperature | [17](17_sampling.ipynb) | logits are divided by it: below 1 bolder, above 1 more random |
+# | tied embedding | [12](12_gemma.ipynb) | one table for reading tokens in and for scoring them out |
+# | token | [03](03_patch_embedding.ipynb) | what a transformer reads, one a position: a patch, or a piece of text with an id |
+# | token type | [14](14_processor.ipynb) | 0 in the prefix, 1 in the suffix |
+# | top-k | [17](17_sampling.ipynb) | keep the k likeliest tokens |
+# | vector quantisation | [20](20_mask_codec.ipynb) | replace a vector by the nearest of a codebook |
+# | vocabulary | [06](06_tokenizer.ipynb) | all tokens that there are, in order of their ids |
+# | warm-up | [27](27_training.ipynb) | the learning rate rises slowly at first |
+# | zero-shot | [26](26_contrastive.ipynb) | to classify by comparing with texts, without training for it |
 
 # %% [markdown]
 # ## References

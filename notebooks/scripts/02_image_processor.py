@@ -455,7 +455,7 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # ### A checkpoint's settings
 #
-# A checkpoint brings a `preprocessor_config.json` (newer versions of transformers write a `processor_config.json`, the same one level down). Whoever ignores it is right until the day when a checkpoint differs. `read_settings` refuses what we do not do: a `do_normalize: false` must not pass in silence.
+# A **checkpoint** is a trained model in files: weights and settings. It brings a `preprocessor_config.json` (newer versions of transformers write a `processor_config.json`, the same one level down). Whoever ignores it is right until the day when a checkpoint differs. `read_settings` refuses what we do not do: a `do_normalize: false` must not pass in silence.
 
 
 # %%
