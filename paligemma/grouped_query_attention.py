@@ -46,10 +46,10 @@ def grouped_attention(
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     group = group_size(heads, kv_heads)
-    q = q.reshape(batch, kv_heads, group * length, head_dim)  # (B, K, G·L, Dh)
+    q = q.reshape(batch, kv_heads, group * length, head_dim)  # [B, K, G·L, Dh]
     if mask is not None:
-        mask = mask.repeat(1, 1, group, 1)  # (B, 1, G·L, S): the same rows for each head of a group
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, K, G·L, Dh)
+        mask = mask.repeat(1, 1, group, 1)  # [B, 1, G·L, S]: the same rows for each head of a group
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, K, G·L, Dh]
     return out.reshape(batch, heads, length, head_dim)
 
 
@@ -99,14 +99,14 @@ class GroupedQueryAttention(nn.Module):
         Returns:
             `float[B, L, D]`.
         """
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, Dh)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, L, Dh]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, L, Dh]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, L, Dh]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
-        out = self.attend(q, k, v, mask)  # (B, H, L, Dh)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
+            k, v = cache.update(self.layer_idx, k, v)  # [B, K, S + L, Dh]
+        out = self.attend(q, k, v, mask)  # [B, H, L, Dh]
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None

@@ -53,16 +53,18 @@ from torch import nn
 from paligemma.rope import apply_rope
 
 # %% tags=["setup"]
-import time
-
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
-from paligemma.plotting import show_heatmap
-from paligemma.support.course import check, save_figure
-from paligemma.support.drawing import COLOURS, CYCLE
+from paligemma.geglu import GeGLU
+from paligemma.image_processor import ImageProcessor
+from paligemma.plotting import show_attention, show_heatmap
+from paligemma.rms_norm import RMSNorm
 from paligemma.rope import RotaryEmbedding
-from paligemma.support.course import add_to_class
+from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
+from paligemma.support.course import add_to_class, check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS, CYCLE
+from paligemma.tokenizer import Tokenizer
 
 _ = torch.manual_seed(10)
 
@@ -77,33 +79,31 @@ _ = torch.manual_seed(10)
 # memory to the processor once for each token of the answer.
 
 # %% [markdown]
-# Attention has several **heads**, each asking its own question. In **multi-head attention** (MHA)
-# each head also keeps its own keys and values: eight heads, eight sets to store and read.
-#
-# Must it? **Multi-query attention** (MQA) lets all heads share one set. **Grouped-query
-# attention** (GQA) stands between: each key/value head serves a group of query heads. A line below
-# means "reads".
+# In **multi-head attention** (MHA) each head keeps its own keys and values: eight heads, eight sets
+# to store and read. Must it? In **multi-query attention** (MQA) all heads share one set.
+# **Grouped-query attention** (GQA) stands between: each key/value head serves a group of query
+# heads. A line below means "reads".
 
 
-# %%
+# %% tags=["hide-input"]
 def draw_groups(ax, heads, kv_heads, title):
     """Query heads above, key/value heads below, a line from each reader to what it reads."""
     group = heads // kv_heads
-    colours = [*CYCLE[:6], COLOURS["good"], COLOURS["bad"]]
-    place = {"ha": "center", "va": "center", "color": "white", "fontsize": 8}
+    place = {"ha": "center", "va": "center", "color": "white", "fontsize": 10}
     for j in range(kv_heads):
         middle = j * group + (group - 1) / 2
+        colour = COLOURS["inside" if j % 2 else "language"]  # neighbouring groups differ
         for h in range(j * group, (j + 1) * group):
-            ax.plot([h, middle], [1, 0], color=colours[j], linewidth=1.6, zorder=1)
-            ax.scatter(h, 1, s=230, color=colours[j])
+            ax.plot([h, middle], [1, 0], color=colour, linewidth=1.6, zorder=1)
+            ax.scatter(h, 1, s=270, color=colour)
             ax.text(h, 1, h, **place)
-        ax.scatter(middle, 0, s=230, marker="s", color=colours[j])
+        ax.scatter(middle, 0, s=270, marker="s", color=colour)
         ax.text(middle, 0, j, **place)
     ax.set(xlim=(-0.6, heads - 0.4), ylim=(-0.3, 1.3), title=title)
     ax.set_axis_off()
 
 
-fig, axes = plt.subplots(1, 3, figsize=(9, 2), layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(9.5, 2), layout="constrained")
 draw_groups(axes[0], 8, 8, "MHA: K = 8")
 draw_groups(axes[1], 8, 4, "GQA: K = 4 (PaliGemma 2, 3B)")
 draw_groups(axes[2], 8, 1, "MQA: K = 1 (PaliGemma, 3B)")
@@ -121,13 +121,12 @@ save_figure(fig, "10_query_groups")
 #
 # Three tokens of width 4, two query heads, **one** key/value head. To keep the arithmetic in whole
 # numbers we choose the projections ourselves: head 0 asks with the token as it is, head 1 with its
-# channels in reverse; the key is twice the token, the value is the token. (No rotation here;
-# [lesson 09](09_rope.ipynb) did that.)
+# channels in reverse; the key is twice the token, the value is the token. (No rotation here.)
 
 # %%
-x = torch.tensor([[1.0, 0, 0, 1], [0, 2, 0, 0], [1, 0, 1, 0]])  # (L, D) = (3, 4)
-queries = torch.stack([x, x.flip(-1)])  # (H, L, Dh) = (2, 3, 4)
-keys, values = 2 * x, x  # (S, Dh): one head, shared by both
+x = torch.tensor([[1.0, 0, 0, 1], [0, 2, 0, 0], [1, 0, 1, 0]])  # [L, D] = [3, 4]
+queries = torch.stack([x, x.flip(-1)])  # [H, L, Dh] = [2, 3, 4]
+keys, values = 2 * x, x  # [S, Dh]: one head, shared by both
 queries
 
 # %% [markdown]
@@ -135,23 +134,24 @@ queries
 # with a pencil: token 0 asks head 0 about token 2, $(1,0,0,1)\cdot(2,0,2,0)/2 = 1$.
 
 # %%
-scores = queries @ keys.T / 4**0.5  # (H, L, S) = (2, 3, 3)
+scores = queries @ keys.T / 4**0.5  # [H, L, S] = [2, 3, 3]
 for h in range(2):
     print(f"head {h}:", scores[h].int().tolist())
+assert scores[0, 0, 2] == 1 and scores[:, 1].argmax(-1).tolist() == [1, 2]
 
 # %% [markdown]
-# Both heads read the *same* three keys, yet their scores differ: token 1 finds itself in head 0
-# (score 4) and token 2 in head 1 (score 2). What makes heads different is the question. That is
-# why sharing the keys costs so little.
+# Both heads read the *same* three keys, yet token 1 finds itself in head 0 (score 4) and token 2
+# in head 1 (score 2). What makes heads different is the question, so they can differ even where
+# they share their keys.
 #
 # Softmax turns each row into weights that sum to 1, and the weights average the values.
 
 # %%
-weights = scores.softmax(dim=-1)  # (H, L, S)
-out = weights @ values  # (H, L, Dh)
-print("token 1 looks, head 0:", [round(w, 3) for w in weights[0, 1].tolist()])
-print("token 1 looks, head 1:", [round(w, 3) for w in weights[1, 1].tolist()])
-print("token 1 gets,  head 1:", [round(w, 3) for w in out[1, 1].tolist()])
+weights = scores.softmax(dim=-1)  # [H, L, S]
+out = weights @ values  # [H, L, Dh]
+for h in range(2):
+    print(f"head {h}: token 1 looks", [round(w, 2) for w in weights[h, 1].tolist()], end=", ")
+    print("gets", [round(w, 2) for w in out[h, 1].tolist()])
 
 # %% [markdown]
 # ## As a loop
@@ -168,20 +168,19 @@ for kv_heads in (8, 4, 2, 1):
 # This order is a fact about the published weights: they were trained in it, and any other order
 # would pair a query with keys it has never met.
 #
-# Now the plainest code that is right, one head of one example at a time. The test numbers stay for
-# the rest of the lesson: 3 new tokens look at 5, and all sizes differ, so that a swapped axis
-# cannot hide.
+# Now the plainest code that is right, one head of one example at a time. 3 new tokens look at 5,
+# and all sizes differ, so that a swapped axis cannot hide.
 
 
 # %%
 def attention_loop(q, k, v):
-    """q: (B, H, L, Dh), k and v: (B, K, S, Dh); one head of one example at a time."""
+    """q: [B, H, L, Dh], k and v: [B, K, S, Dh]; one head of one example at a time."""
     out = torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
-            scores = q[b, h] @ k[b, h // group].T / q.shape[-1] ** 0.5  # (L, S)
-            out[b, h] = scores.softmax(dim=-1) @ v[b, h // group]  # (L, Dh)
+            scores = q[b, h] @ k[b, h // group].T / q.shape[-1] ** 0.5  # [L, S]
+            out[b, h] = scores.softmax(dim=-1) @ v[b, h // group]  # [L, Dh]
     return out
 
 
@@ -194,21 +193,21 @@ print(tuple(slow.shape))
 # %% [markdown]
 # ## Vectorised, first try: copy the keys
 #
-# Batched attention wants as many key heads as query heads. The usual answer is to copy each
+# One product for all heads wants as many key heads as query heads. The usual answer is to copy each
 # key/value head $G$ times, side by side: `repeat_interleave`.
 
 
 # %%
 def attention_copied(q, k, v):
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, S, Dh)
-    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)  # (B, H, L, S)
-    return weights @ v  # (B, H, L, Dh)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [B, H, S, Dh]
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)  # [B, H, L, S]
+    return weights @ v  # [B, H, L, Dh]
 
 
 torch.testing.assert_close(attention_copied(q, k, v), slow)
-print("kv head copied for each query head:", torch.arange(K).repeat_interleave(H // K).tolist())
-print(f"bytes stored: {k.nbytes + v.nbytes}, written as copies: {(k.nbytes + v.nbytes) * H // K}")
+print("key/value head behind each query head:", torch.arange(K).repeat_interleave(2).tolist())
+print(f"stored: {k.nbytes + v.nbytes:,} bytes, copies: {(k.nbytes + v.nbytes) * H // K:,} bytes")
 
 # %% [markdown]
 # Right, and it throws away what we came for. The *stored* keys are few, but at every step a copy
@@ -219,35 +218,46 @@ print(f"bytes stored: {k.nbytes + v.nbytes}, written as copies: {(k.nbytes + v.n
 #
 # In $QK^\top$ no row of $Q$ cares which rows stand above it. So stack the rows of a whole group:
 # $G$ heads of $L$ rows become one tall matrix of $G \cdot L$ queries. To the keys it is just a
-# longer list of questions, and nothing is copied.
-#
-# Here the queries already lie in memory in this order, so the change is a new way to count the same
-# numbers. In the module they come from a `transpose`, and `reshape` has to copy them: $L$ rows, the
-# new tokens only. The keys and values, of *all* tokens, are never copied.
+# longer list of questions.
 
 # %%
-tall = q.reshape(B, K, H // K * L, Dh)  # (B, K, G·L, Dh)
-print("same memory:", tall.data_ptr() == q.data_ptr())
-turned = torch.randn(B, L, H, Dh).transpose(1, 2)  # as in the module
-assert turned.reshape(B, K, H // K * L, Dh).data_ptr() != turned.data_ptr()
+tall = q.reshape(B, K, H // K * L, Dh)  # [B, K, G·L, Dh]
 rows = [f"head {h}, t{t}" for h in range(H) for t in range(L)]
 for j in range(K):
     print(f"kv head {j}:", *rows[j * 6 : j * 6 + 6], sep=" | ")
 
-weights = (tall @ k.transpose(-1, -2) / Dh**0.5).softmax(dim=-1)  # (B, K, G·L, S)
-fast = (weights @ v).reshape(B, H, L, Dh)  # (B, H, L, Dh)
+# %% [markdown]
+# The keys and values stay as they are, and the three lines of attention are the ones we know:
+
+# %%
+weights = (tall @ k.transpose(-1, -2) / Dh**0.5).softmax(dim=-1)  # [B, K, G·L, S]
+fast = (weights @ v).reshape(B, H, L, Dh)
 torch.testing.assert_close(fast, slow)
+
+# %% [markdown]
+# Is nothing copied at all? Here the queries already lie in memory in this order, and `reshape` only
+# counts the same numbers in a new way. In a model they come out of a `transpose`, and `reshape`
+# copies them: $L$ rows, the new tokens only. Keys and values, of *all* tokens, are never copied.
+
+# %%
+turned = torch.randn(B, L, H, Dh).transpose(1, 2)  # as in a model
+for name, t in (("q", q), ("turned", turned)):
+    same = t.reshape(B, K, H // K * L, Dh).data_ptr() == t.data_ptr()
+    print(f"{name}: {'same memory' if same else 'copied'}")
 
 # %% [markdown]
 # ### The mask goes along
 #
 # A **mask** says who may look at whom: `bool`, one row for each query, one column for each key,
-# **True = may look**. When the queries of a group are stacked, the mask's rows are stacked too,
-# once for each head of the group. Here $L = 3$ new tokens after 2 old ones, with $G = 2$.
+# **True = may look**. The usual one for text is the **causal mask**: a position sees itself and
+# earlier ones. When the queries of a group are stacked, the mask's rows are stacked too, once for
+# each head. Here $L = 3$ new tokens after 2 old ones, with $G = 2$.
 
 # %%
-mask = torch.ones(L, S, dtype=torch.bool).tril(diagonal=S - L)  # (L, S)
-stacked = mask.repeat(2, 1)  # (G·L, S)
+mask = torch.ones(L, S, dtype=torch.bool).tril(diagonal=S - L)  # [L, S]
+stacked = mask.repeat(2, 1)  # [G·L, S]
+
+# %% tags=["hide-input"]
 fig = show_heatmap(stacked, "dark: True, may look", rows=rows[:6], columns=range(S))
 fig.axes[0].set_xlabel("key")
 fig
@@ -255,8 +265,8 @@ fig
 # %% [markdown]
 # ## The functions
 #
-# First the one condition: $K$ has to divide $H$, or the groups would be unequal. The message says
-# what was wrong, what was expected and what to do.
+# $K$ has to divide $H$, or the groups would be unequal. That check gets a name, for the message's
+# sake:
 
 
 # %%
@@ -276,7 +286,7 @@ def group_size(num_attention_heads: int, num_key_value_heads: int) -> int:
 
 
 # %% [markdown]
-# Then attention itself. The three lines of arithmetic become one call of PyTorch's
+# Then attention itself. The lines of arithmetic become one call of PyTorch's
 # `scaled_dot_product_attention` (SDPA), which never stores the whole matrix of scores. It divides
 # by $\sqrt{D_h}$ on its own and takes our mask as it is.
 
@@ -307,39 +317,35 @@ def grouped_attention(
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     group = group_size(heads, kv_heads)
-    q = q.reshape(batch, kv_heads, group * length, head_dim)  # (B, K, G·L, Dh)
+    q = q.reshape(batch, kv_heads, group * length, head_dim)  # [B, K, G·L, Dh]
     if mask is not None:
-        mask = mask.repeat(1, 1, group, 1)  # (B, 1, G·L, S): the same rows for each head of a group
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, K, G·L, Dh)
+        mask = mask.repeat(1, 1, group, 1)  # [B, 1, G·L, S]: the same rows for each head of a group
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, K, G·L, Dh]
     return out.reshape(batch, heads, length, head_dim)
 
 
 # %% [markdown]
-# Three checks. Against the loop, for every way to group eight heads. Against PyTorch's own groups
-# (`enable_gqa=True`) under a random mask. And what a mask promises: a key that nobody may look at
-# can hold anything.
+# Two checks, for every way to group eight heads: against the loop, and against PyTorch's own
+# groups (`enable_gqa=True`) under a random mask.
 
 # %%
-mask = torch.rand(B, 1, L, S) < 0.7
-mask[..., 0], mask[..., -1] = True, False  # all see the first key, nobody the last
+random_mask = torch.rand(B, 1, L, S) < 0.7
+random_mask[..., 0] = True  # everyone sees the first key
 for kv_heads in (8, 4, 2, 1):
-    k_few, v_few = torch.randn(2, B, kv_heads, S, Dh)
-    slow = attention_loop(q, k_few, v_few)
-    torch.testing.assert_close(grouped_attention(q, k_few, v_few), slow)
-    native = F.scaled_dot_product_attention(q, k_few, v_few, attn_mask=mask, enable_gqa=True)
-    masked = grouped_attention(q, k_few, v_few, mask)
-    torch.testing.assert_close(masked, native)
-    v_few[:, :, -1] = 1e6
-    assert torch.equal(grouped_attention(q, k_few, v_few, mask), masked)
-print("K = 8, 4, 2, 1: equal to the loop and to PyTorch; the hidden key has no influence")
+    k, v = torch.randn(2, B, kv_heads, S, Dh)
+    torch.testing.assert_close(grouped_attention(q, k, v), attention_loop(q, k, v))
+    torch.testing.assert_close(
+        grouped_attention(q, k, v, random_mask),
+        F.scaled_dot_product_attention(q, k, v, attn_mask=random_mask, enable_gqa=True),
+    )
+print("K = 8, 4, 2, 1: equal to the loop and to PyTorch")
 
 # %% [markdown]
 # ## The module
 #
 # Around the function stand four projections. Only `k_proj` and `v_proj` shrink with $K$; `q_proj`
-# and `o_proj` stay. Note that $H \cdot D_h$ need not equal the width $D$.
-#
-# The order inside: project and cut into heads, rotate queries and keys, attend, join the heads.
+# and `o_proj` stay. A head has a width of its own: $H \cdot D_h$ need not equal the width $D$ of
+# the stream.
 
 
 # %%
@@ -371,22 +377,31 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, mask=None):
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, Dh)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
-        out = grouped_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
+
+# %% [markdown]
+# The order inside: project and cut into heads, rotate queries and keys, attend, join the heads.
+
+
+# %%
+#| export
+@add_to_class(GroupedQueryAttention)
+def forward(self, x, cos, sin, mask=None):
+    q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, L, Dh]
+    k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, L, Dh]
+    v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, L, Dh]
+    out = grouped_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, mask)
+    return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 
 
 # %% [markdown]
-# Shapes first: width 24, four query heads of 8, two key/value heads. $4 \cdot 8 = 32 \ne 24$, on
-# purpose.
+# Width 24, four query heads of 8, two key/value heads: $4 \cdot 8 = 32 \ne 24$, on purpose.
 
 # %%
 layer = GroupedQueryAttention(24, 4, 2, 8)
 for name, weight in layer.named_parameters():
     print(f"{name:15}", tuple(weight.shape))
+
+# %%
 hidden = torch.randn(2, 6, 24)
 cos, sin = RotaryEmbedding(8)(torch.arange(6).expand(2, -1))
 causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
@@ -396,11 +411,26 @@ print("out            ", tuple(at_once.shape))
 # %% [markdown]
 # ### Room for what was seen before
 #
-# When tokens come one by one, the new one has to see the keys and values of those before it.
-# Somebody must keep them: a **cache**, which [lesson 11](11_kv_cache.ipynb) builds. Here we only
-# leave room for it: anything with `update(layer_idx, k, v)`, which takes the new keys and values
-# and returns all of them so far. The middle gets a name of its own, `attend`, because
-# [lesson 13](13_gemma2.ipynb) will exchange just that.
+# When tokens come one by one, the new one has to see the keys and values of those before it. So
+# somebody keeps them in two lists. No mask is needed then: what comes later is not in the list
+# yet. Compare with six tokens at once under the causal mask:
+
+# %%
+q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+keys, values, found = [], [], []
+for t in range(6):
+    keys.append(k[:, :, t : t + 1])
+    values.append(v[:, :, t : t + 1])
+    now = q[:, :, t : t + 1]  # [B, H, 1, Dh]
+    found.append(grouped_attention(now, torch.cat(keys, dim=2), torch.cat(values, dim=2)))
+    print(f"token {t}: {now.shape[2]} query, {len(keys)} keys", end="; ")
+torch.testing.assert_close(torch.cat(found, dim=2), grouped_attention(q, k, v, causal))
+
+# %% [markdown]
+# In the layer, the two lists belong to a **cache**, anything with a method `update(layer_idx, k, v)`
+# that takes the new keys and values and returns all of them so far. ([Lesson 11](11_kv_cache.ipynb)
+# builds one.) The middle gets a name of its own, `attend`, because [lesson 13](13_gemma2.ipynb)
+# will exchange just that.
 
 
 # %%
@@ -413,6 +443,8 @@ def attend(
     return grouped_attention(q, k, v, mask)
 
 
+# %%
+#| export
 @add_to_class(GroupedQueryAttention)
 def forward(
     self,
@@ -433,24 +465,22 @@ def forward(
     Returns:
         `float[B, L, D]`.
     """
-    q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, Dh)
-    k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
-    v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, L, Dh)
+    q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, L, Dh]
+    k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, L, Dh]
+    v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, L, Dh]
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     if cache is not None:
-        k, v = cache.update(self.layer_idx, k, v)  # (B, K, S + L, Dh)
-    out = self.attend(q, k, v, mask)  # (B, H, L, Dh)
-    return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
+        k, v = cache.update(self.layer_idx, k, v)  # [B, K, S + L, Dh]
+    out = self.attend(q, k, v, mask)  # [B, H, L, Dh]
+    return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 
 
 # %% [markdown]
-# The plainest cache is a list that grows. One token at a time has to give the same as all tokens at
-# once under a **causal** mask (nobody looks ahead). No mask is needed then: what comes later is not
-# in the list yet.
+# The two lists again, now behind `update`: six calls of one token each give what one call gave.
 
 
 # %%
-class Growing:
+class Lists:
     def __init__(self):
         self.keys, self.values = [], []
 
@@ -460,12 +490,10 @@ class Growing:
         return torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
 
 
-cache, one_by_one = Growing(), []
-for t in range(6):
-    here = slice(t, t + 1)
-    one_by_one.append(layer(hidden[:, here], cos[:, :, here], sin[:, :, here], cache=cache))
+cache = Lists()
+calls = zip(hidden.split(1, dim=1), cos.split(1, dim=2), sin.split(1, dim=2))
+one_by_one = [layer(x, c, s, cache=cache) for x, c, s in calls]
 torch.testing.assert_close(torch.cat(one_by_one, dim=1), at_once)
-print("six calls of one token: equal to one call of six")
 
 # %% [markdown]
 # ## Against the reference
@@ -474,134 +502,164 @@ print("six calls of one token: equal to one call of six")
 # kinds (four query heads; 4, 2 and 1 key/value heads), with a mask and with positions that do not
 # start at 0. A test recomputes it.
 
+
 # %%
+def part(tensors, prefix):
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
 reference = load_file("reference/grouped_query_attention.safetensors")
 cos, sin = RotaryEmbedding(8)(reference["positions"])
 for kind, kv_heads in (("mha", 4), ("gqa", 2), ("mqa", 1)):
     layer = GroupedQueryAttention(24, 4, kv_heads, 8)
-    prefix = f"{kind}.weights."
-    own = {name[len(prefix) :]: t for name, t in reference.items() if name.startswith(prefix)}
-    layer.load_state_dict(own)
+    layer.load_state_dict(part(reference, f"{kind}.weights."))
     out = layer(reference["x"], cos, sin, reference["mask"])
     gap = (out - reference[f"{kind}.out"]).abs().max().item()
     assert gap <= 1e-5
     print(f"{kind}: largest difference {gap:.1e}")
 
 # %% [markdown]
-# ## See it
+# ## See it: four questions to one set of keys
 #
-# Eight heads over six words, two key/value heads. A word's vector is random but the same at each
-# occurrence; the layer is untrained and its queries are scaled up so that the patterns can be
-# seen.
+# The small PaliGemma that ships with this course has four query heads and *one* key head in each
+# layer. Do the four see the same? Its weights are in a file. First the picture, through the vision
+# tower of [lesson 05](05_siglip.ipynb) and one more matrix:
 
 # %%
-words = "the cat saw the other cat".split()
-vectors = dict(zip(words, torch.randn(len(words), 32)))
-hidden = torch.stack([vectors[word] for word in words])[None]  # (1, 6, 32)
-layer = GroupedQueryAttention(32, 8, 2, 16)
-cos, sin = RotaryEmbedding(16)(torch.arange(6)[None])
-q_words, k_words = (
-    apply_rope(p(hidden).unflatten(-1, (-1, 16)).transpose(1, 2), cos, sin)
-    for p in (layer.q_proj, layer.k_proj)
-)
-tall = 8 * q_words.reshape(1, 2, 4 * 6, 16)
-scores = (tall @ k_words.transpose(-1, -2) / 4).reshape(1, 8, 6, 6)
-looks = scores.masked_fill(~causal, float("-inf")).softmax(dim=-1)[0].detach()
-
-fig, axes = plt.subplots(2, 4, figsize=(8.6, 4.9), layout="constrained")
-for h, ax in enumerate(axes.flat):
-    rows = words if h % 4 == 0 else None
-    show_heatmap(looks[h], f"query head {h} → kv head {h // 4}", rows=rows, ax=ax)
-    ax.title.set(fontsize=9, color=CYCLE[h // 4])
-    if h >= 4:
-        ax.set_xticks(range(6), words, rotation=90)
-save_figure(fig, "10_heads")
+tiny = {n: t.float() for n, t in load_file("../paligemma/assets/tiny/model.safetensors").items()}
+tower = SiglipVisionModel(SiglipVisionConfig(128, 512, 4, 4, image_size=112))
+tower.load_state_dict(part(tiny, "vision_tower.vision_model."))
+scene = sample_picture("scene")
+seen = tower(ImageProcessor(112)(scene))  # [1, 64, 128]
+seen = F.linear(seen, **part(tiny, "multi_modal_projector.linear."))
 
 # %% [markdown]
-# What to notice: the four maps of one row were made from the *same* keys, and still no two agree.
-# Each row of a map sums to 1, and the upper right is empty because no word looks ahead.
-#
-# The two rows of maps differ in their keys as well. That extra freedom is what GQA buys over MQA.
+# Behind it the question, and what the model has answered so far. It is about to say "dogs":
+
+# %%
+tokenizer = Tokenizer("../paligemma/assets/tiny/tokenizer.model")
+ids = [tokenizer.bos_id, *tokenizer.encode("caption en"), tokenizer.newline_id]
+ids += tokenizer.encode("a cat and two")
+words = tiny["language_model.model.embed_tokens.weight"][ids] * 128**0.5  # [8, 128]
+x = torch.cat((seen[0], words))[None].detach()  # [1, 72, 128]
+
+# %% [markdown]
+# Two layers, built of parts that you know: attention, then a GeGLU
+# ([lesson 08](08_geglu.ipynb)), each on a normalised copy ([lesson 07](07_rms_norm.ipynb)) and each
+# added to the stream. Picture and question (68 positions) see all of each other, the answer is
+# causal.
+
+
+# %%
+def trained(name, module):
+    module.load_state_dict(part(tiny, f"language_model.model.layers.{name}."))
+    return module.requires_grad_(False)
+
+
+cos, sin = RotaryEmbedding(32)(torch.arange(72)[None])
+mask = torch.ones(1, 1, 72, 72, dtype=torch.bool).tril()
+mask[..., :68] = True
+for i in (0, 1):
+    attention = trained(f"{i}.self_attn", GroupedQueryAttention(128, 4, 1, 32))
+    x = x + attention(trained(f"{i}.input_layernorm", RMSNorm(128))(x), cos, sin, mask)
+    h = trained(f"{i}.post_attention_layernorm", RMSNorm(128))(x)
+    x = x + trained(f"{i}.mlp", GeGLU(128, 256))(h)
+
+# %% [markdown]
+# Now layer 2, by its four query heads: where do they look, from "a" (which must name the first
+# animal) and from "two"?
+
+# %%
+attention = trained("2.self_attn", GroupedQueryAttention(128, 4, 1, 32))
+h = trained("2.input_layernorm", RMSNorm(128))(x)
+q = apply_rope(attention.q_proj(h).unflatten(-1, (4, 32)).transpose(1, 2), cos, sin)
+k = apply_rope(attention.k_proj(h).unflatten(-1, (1, 32)).transpose(1, 2), cos, sin)
+scores = (q @ k.transpose(-1, -2) / 32**0.5).masked_fill(~mask, float("-inf"))
+looks = scores.softmax(dim=-1)[0]  # [H, L, S] = [4, 72, 72]
+
+# %% tags=["hide-input"]
+titles = [f"from “{word}”, head {h}" for word in ("a", "two") for h in range(4)]
+maps = torch.cat([looks[:, 68, :64], looks[:, 71, :64]])
+save_figure(show_attention(scene, maps, titles, columns=4), "10_heads.png")
+
+# %% [markdown]
+# How much weight falls on each animal? The 64 patches form a grid of 8 × 8; an animal's part of it
+# is given by its first and last row and column.
+
+# %%
+grid = looks[:, [68, 71], :64].unflatten(-1, (8, 8))  # [H, "a" or "two", row, column]
+cat = grid[:, :, 4:7, 0:3].sum((-1, -2))  # [H, 2]
+upper, lower = grid[:, :, 2:4, 3:6].sum((-1, -2)), grid[:, :, 4:7, 5:8].sum((-1, -2))
+for h in range(4):
+    print(f"from “two”, head {h}: upper dog {upper[h, 1]:.2f}, lower dog {lower[h, 1]:.2f}")
+assert cat[:, 0].min() > 0.9 and cat[:, 1].max() < 0.05
+assert lower[0, 1] > 0.85 and upper[3, 1] > 0.85 and min(upper[2, 1], lower[2, 1]) > 0.3
+
+# %% [markdown]
+# What to notice: from "a", all four look at the cat and the patches around it. From "two", the cat
+# is done with; no head gives it a twentieth. Head 0 looks at the lower dog, head 3 at the upper
+# one, head 2 at both. There is only *one* key for each patch: four questions made four maps of it.
 
 # %% [markdown]
 # ## At full size
 #
 # The language model of PaliGemma 3B has 18 layers of width 2048 and eight heads of width 256, and
 # was trained with $K = 1$. What would the others cost? Layers on the `meta` device have shapes and
-# no numbers, so counting is free.
-#
-# For one new token, each head multiplies its query with $S$ keys and its weights with $S$ values:
-# $4 H D_h S$ operations a layer, whatever $K$ is. $S = 4104$ is a picture at 896 × 896 and a
-# prompt.
+# no numbers, so counting is free. For one new token, each head multiplies its query with $S$ keys
+# and its weights with $S$ values: $4 H D_h S$ operations a layer, whatever $K$ is.
 
 # %%
-LAYERS, D, H, Dh, S, BYTES = 18, 2048, 8, 256, 4104, 2  # bfloat16: 2 bytes a number
+LAYERS, D, H, Dh, BYTES = 18, 2048, 8, 256, 2  # bfloat16: 2 bytes a number
+assert D // H == Dh  # by chance: see the end of the lesson
+S = 64 * 64 + 8  # a picture of 896 × 896 and a question
 KINDS = {"MHA": 8, "GQA": 4, "MQA": 1}
-operations = LAYERS * 4 * H * Dh * S
-print("      parameters   cache a token   read a token   operations   operations a byte")
+parameters, kept = {}, {}
 for kind, kv_heads in KINDS.items():
     with torch.device("meta"):
         layer = GroupedQueryAttention(D, H, kv_heads, Dh)
-    parameters = LAYERS * sum(p.numel() for p in layer.parameters())
-    token = LAYERS * 2 * kv_heads * Dh * BYTES  # a key and a value in every layer
-    print(
-        f"{kind} {parameters / 1e6:9.1f} M {token / 1024:11.0f} KiB {token * S / 1e6:11.0f} MB"
-        f" {operations / 1e9:10.2f} G {operations / (token * S):14.0f}"
-    )
+    parameters[kind] = LAYERS * sum(p.numel() for p in layer.parameters())
+    kept[kind] = LAYERS * 2 * kv_heads * Dh * BYTES  # of a token: key and value in every layer
+
+# %%
+operations = LAYERS * 4 * H * Dh * S
+print("      parameters   kept of a token   read for a token   operations   a byte")
+for kind, kv_heads in KINDS.items():
+    read = kept[kind] * S
+    print(f"{kind} {parameters[kind] / 1e6:9.1f} M {kept[kind]:11,} bytes", end="")
+    print(f"{read / 1e6:16.0f} MB{operations / 1e9:11.2f} G {operations / read:8.0f}")
+    assert operations / read == H / kv_heads
 
 # %% [markdown]
 # Sharing saves no arithmetic; it saves reading. In bfloat16, operations per byte come to exactly
-# $G$: each number that arrives is used by the $G$ heads of its group. A processor can do tens of
-# operations in the time it reads one byte, so with $G = 1$ it mostly waits.
+# $G$: each number that arrives is used by the $G$ heads of its group.
 #
-# With several users at once the weights are read once for all, but each has a cache of their own.
+# With several users at once the weights are read once for all, but each has keys and values of
+# their own.
 
 # %%
-WEIGHT_GB = 2_508_662_784 * BYTES / 1e9  # the language model (lesson 12 counts it), read each step
-users = range(65)
+WEIGHTS = 2_508_662_784 * BYTES / 1e9  # GB of the language model, read in each step
+users = torch.arange(65)
+read = {kind: WEIGHTS + users * kept[kind] * S / 1e9 for kind in KINDS}
+for kind in KINDS:
+    print(f"{kind}: {read[kind][1]:.1f} GB for one user, {read[kind][64]:.1f} GB for 64")
+assert read["MHA"][1] < 1.13 * WEIGHTS and read["MHA"][64] > 4 * read["MQA"][64]
+
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(6.4, 3.1), layout="constrained")
-for (kind, kv_heads), colour in zip(KINDS.items(), CYCLE):
-    cache_gb = LAYERS * 2 * kv_heads * Dh * BYTES * S / 1e9
-    total = [WEIGHT_GB + n * cache_gb for n in users]
-    ax.plot(users, total, color=colour)
-    ax.text(65, total[-1], f"{kind}, K = {kv_heads}", color=colour, va="center")
-ax.axhline(WEIGHT_GB, color=COLOURS["muted"], linestyle=":", linewidth=1)
-ax.text(1, WEIGHT_GB - 2.6, "weights alone", color=COLOURS["muted"], fontsize=8)
+for (kind, gigabytes), colour in zip(read.items(), CYCLE[2:]):
+    ax.plot(users, gigabytes, color=colour)
+    ax.text(65, gigabytes[-1], f"{kind}, K = {KINDS[kind]}", color=colour, va="center")
+ax.axhline(WEIGHTS, color=COLOURS["muted"], linestyle=":", linewidth=1)
+ax.text(1, WEIGHTS - 3, "weights alone", color=COLOURS["inside"])
 ax.set(xlim=(0, 64), ylim=(0, None), xlabel="answers being written at once (4,104 tokens each)")
 ax.set(ylabel="GB read for one step")
 save_figure(fig, "10_bytes_read")
 
 # %% [markdown]
-# One user hardly notices; the weights dominate. A busy server does: there the cache decides how
-# many answers fit and how fast they come.
-#
-# And on this machine? One layer, one new token, 4,104 stored ones, float32: the copying form,
-# PyTorch's `enable_gqa`, and ours.
-
-
-# %% tags=["nbval-ignore-output"]
-def best_ms(function, *args, repeats=7, **kwargs):
-    """The fastest of some runs, in milliseconds; the first one warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function(*args, **kwargs)
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times[1:])
-
-
-print("        copied   enable_gqa     grouped")
-for kind, kv_heads in KINDS.items():
-    q_one = torch.randn(1, H, 1, Dh)
-    k_all, v_all = torch.randn(2, 1, kv_heads, S, Dh)
-    copied = best_ms(attention_copied, q_one, k_all, v_all)
-    native = best_ms(F.scaled_dot_product_attention, q_one, k_all, v_all, enable_gqa=True)
-    ours = best_ms(grouped_attention, q_one, k_all, v_all)
-    print(f"{kind}  {copied:6.2f} ms   {native:6.2f} ms  {ours:6.2f} ms")
-
-# %% [markdown]
-# The copying form takes about the same time for all three: it always moves a full multi-head set,
-# out and back. Ours gets faster as $K$ falls, because it moves only what is stored.
+# One user hardly notices: even with MHA an eighth more. A busy server does: with 64 answers at
+# once, MHA reads more than four times as much as MQA. There, what is kept decides how many answers
+# fit and how fast they come ([lesson 18](18_generation.ipynb) measures it).
 
 # %% [markdown]
 # ## A bug people really make
@@ -617,10 +675,12 @@ def attention_colleague(q, k, v):
     return F.scaled_dot_product_attention(q, k.repeat(1, group, 1, 1), v.repeat(1, group, 1, 1))
 
 
+q = torch.randn(2, 8, 3, 16)
 for kv_heads in (8, 4, 1):
-    k_few, v_few = torch.randn(2, B, kv_heads, 5, 16)
-    gap = (attention_colleague(q, k_few, v_few) - attention_loop(q, k_few, v_few)).abs().max()
+    k, v = torch.randn(2, 2, kv_heads, 5, 16)
+    gap = (attention_colleague(q, k, v) - attention_loop(q, k, v)).abs().max().item()
     print(f"K = {kv_heads}: largest difference {gap:.1f}")
+    assert gap > 0.5 if kv_heads == 4 else gap < 1e-5
 
 # %% [markdown]
 # Wrong only between the extremes. Before you read on: what could be right for $K = 8$ and $K = 1$
@@ -641,126 +701,129 @@ print("loop:     ", heads_read(attention_loop))
 print("colleague:", heads_read(attention_colleague))
 
 # %% [markdown]
-# `repeat` lays whole copies end to end: 0 1 2 3 0 1 2 3. `repeat_interleave` copies each head in
-# place: 0 0 1 1 2 2 3 3. With $K = H$ there is one copy and with $K = 1$ one head, so both orders
-# are the same.
+# `repeat` lays whole copies end to end; `repeat_interleave` copies each head in place. With $K = H$
+# there is one copy and with $K = 1$ one head, so both orders are the same.
 #
 # The lesson: test the middle case, with sizes that all differ, and with values that carry their
 # own name.
 
 # %% [markdown]
-# ### A second one, which sleeps
-#
-# Our scale is $1/\sqrt{D_h}$, with $D_h$ from the tensor's last axis. Some code takes `hidden_size //
-# num_attention_heads` instead. Is that the same? The last column is what each model was trained with.
-
-# %%
-trained = {  # D, H, Dh, the number under the root
-    "PaliGemma 3B": (2048, 8, 256, 256),
-    "PaliGemma 2 3B": (2304, 8, 256, 256),
-    "PaliGemma 2 10B": (3584, 16, 256, 256),
-    "PaliGemma 2 28B": (4608, 32, 128, 144),
-}
-print("                 D // H   Dh   trained with")
-for name, (width, heads, head_dim, scalar) in trained.items():
-    print(f"{name:15} {width // heads:7} {head_dim:5} {scalar:8}")
-right = [[d // h == scalar, dh == scalar] for d, h, dh, scalar in trained.values()]
-assert right == [[True, True], [False, True], [False, True], [True, False]]
-
-# %% [markdown]
-# In PaliGemma 3B the two agree by chance and the bug sleeps. Then `D // H` is a few per cent off in
-# two models, and the head's width in the third: attention a little too soft or too sharp, in every
-# layer, and no shape complains. So the number is a choice of its own, read from the config:
-# [lesson 13](13_gemma2.ipynb). For the model of this part, $D_h$ is right.
+# Another wrong number sleeps in code that divides the scores by the root of `hidden_size //
+# num_attention_heads` instead of $\sqrt{D_h}$. In PaliGemma 3B the two agree by chance. PaliGemma 2
+# wakes the bug, and has a number of its own there: [lesson 13](13_gemma2.ipynb).
 
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 1 (predict): who reads whom?
+# ### Exercise 1 (predict): what does sharing change?
 #
 # A model has six query heads and two key/value heads. Without running anything: which key/value
-# head does each query head read, and how many times smaller is its cache than with multi-head
-# attention?
+# head does each query head read? And compared with multi-head attention of six heads, how many
+# times smaller are its stored keys and values, and how many times fewer operations do its scores
+# take?
 
 # %% tags=["exercise"]
 reads = None  # a list of six numbers
-times_smaller = None  # one number
+times_smaller = None  # stored keys and values
+times_fewer = None  # operations for the scores
 
 
 # %% tags=["check"]
-def test_1(reads, times_smaller):
-    assert reads is not None and len(reads) == 6, "one key/value head for each of six query heads"
-    assert list(reads) != [0, 1, 0, 1, 0, 1], "this is the order of `repeat`: neighbours share"
-    assert list(reads) == heads_read(attention_loop, 6, 2), "query head h reads h // (H / K)"
-    assert times_smaller == 6 // 2, "the cache holds K heads instead of H"
+def test_1(reads, times_smaller, times_fewer):
+    six = isinstance(reads, (list, tuple)) and len(reads) == 6
+    assert six, "reads: give a list with one key/value head for each of six query heads"
+    assert set(reads) <= {0, 1}, "there are two key/value heads, counted from 0"
+    assert list(reads) != [0, 1] * 3, "this is the order of `repeat`: neighbours share"
+    right = heads_read(attention_loop, 6, 2)
+    assert list(reads) == right, "the groups must be of equal size, and neighbours share"
+    assert times_smaller is not None, "times_smaller: compare how many heads are stored"
+    assert times_smaller == 6 / 2, "times_smaller: which heads are stored, the circles or squares?"
+    assert times_fewer is not None, "times_fewer: count the pairs of a query and a key"
+    assert times_fewer == 6 / 6, "times_fewer: does any query head skip a key because it is shared?"
 
 
-check(test_1, reads, times_smaller)
+check(test_1, reads, times_smaller, times_fewer)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# A group has $6 / 2$ members, and the members are neighbours.
+# A group has $6 / 2$ members, and the members are neighbours. Each member still asks every key.
 #
 # </details>
 
 # %% tags=["solution"]
-reads = [0, 0, 0, 1, 1, 1]
-times_smaller = 3
-check(test_1, reads, times_smaller)
+reads = [0, 0, 0, 1, 1, 1]  # two groups of three neighbours
+times_smaller = 3  # two heads are stored instead of six
+times_fewer = 1  # every query head still meets every key: sharing saves no arithmetic
+check(test_1, reads, times_smaller, times_fewer)
 
 # %% [markdown]
-# ### Exercise 2 (break): write the check that exposes them
+# ### Exercise 2 (write): a group as an axis of its own
 #
-# Below, `check` runs your `is_right` on the loop and on three wrong versions: grouped with
-# `repeat`, without the scale, and with keys and values swapped. Return True for a right `attend(q,
-# k, v)`, False for a wrong one. Choose the shapes and the numbers yourself.
+# Another way to copy nothing: view the queries as $[B, K, G, L, D_h]$ and give keys and values an
+# axis of size 1 in the place of $G$. Products then spread over it by themselves (PyTorch calls this
+# broadcasting). Write it, with the mask `bool[B, 1, L, S]`, without SDPA and without copies.
 
 
 # %% tags=["exercise"]
-def is_right(attend):
-    return None  # call attend on tensors of your choice
+def attention_by_axis(q, k, v, mask):
+    return None  # [B, H, L, Dh]
 
 
 # %% tags=["check"]
-def test_2(is_right):
-    right = {"the loop": attention_loop, "grouped_attention": grouped_attention}
-    wrong = {
-        "grouped with `repeat`": attention_colleague,
-        "no scale": lambda q, k, v: attention_loop(q * q.shape[-1] ** 0.5, k, v),
-        "keys and values swapped": lambda q, k, v: attention_loop(q, v, k),
-    }
-    for name, attend in right.items():
-        assert is_right(attend) is True, f"rejects what is right: {name}"
-    for name, attend in wrong.items():
-        assert is_right(attend) is False, f"lets this one through: {name}"
+def test_2(attend):
+    q, k, v = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    everywhere, causal = torch.ones(2, 1, 3, 5) > 0, (torch.ones(2, 1, 3, 5) > 0).tril(2)
+    try:
+        free, given = attend(q, k, v, everywhere), attend(q, k, v, causal)
+        sums = attend(q, k, torch.ones_like(v), causal)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AssertionError(f"the shapes don't fit: {str(error).splitlines()[0]}") from None
+    assert free is not None and free.shape == q.shape, "return a tensor of the shape of q"
+    same = lambda a, b: torch.allclose(a, b, atol=1e-5)
+    turned = F.scaled_dot_product_attention(q, k, v, attn_mask=~causal, enable_gqa=True)
+    polar = given.isfinite().all() and not same(given[:, :, 0], turned[:, :, 0])
+    assert polar, "the mask is turned round: True means that a query may look"
+    assert same(sums, torch.ones_like(q)), "a query's weights must sum to 1 over what it may see"
+    spread = lambda t: t.repeat(1, 3, 1, 1)
+    wrong = F.scaled_dot_product_attention(q, spread(k), spread(v))
+    assert not same(free, wrong), "which query heads share? neighbours do"
+    loud = F.scaled_dot_product_attention(q, k, v, scale=1, enable_gqa=True)
+    assert not same(free, loud), "the scores are too large: something divides them first"
+    assert same(free, attention_loop(q, k, v)), "without a mask it differs from the loop"
+    assert not same(given, free), "the mask has no effect"
+    right = F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
+    assert same(given, right), "a hidden key still gets weight"
 
 
-check(test_2, is_right)
+check(test_2, attention_by_axis)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Random q, k and v with 1 < K < H, compared with `attention_copied` by `torch.allclose`, which
-# returns True or False.
+# `q.unflatten(1, (K, -1))` makes two axes of one, `k[:, :, None]` adds one of size 1. The mask needs
+# one more axis too. `masked_fill(~mask, float("-inf"))` comes before the softmax.
 #
 # </details>
 
 
 # %% tags=["solution"]
-def is_right(attend):
-    q, k, v = torch.randn(2, 6, 3, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
-    return torch.allclose(attend(q, k, v), attention_copied(q, k, v), atol=1e-5)
+def attention_by_axis(q, k, v, mask):
+    # the axis of size 1 is read G times, and stored once
+    q, k, v = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [B, K, G, L, S]
+    scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    return (scores.softmax(dim=-1) @ v).flatten(1, 2)  # [B, H, L, Dh]
 
 
-check(test_2, is_right)
+check(test_2, attention_by_axis)
 
 # %% [markdown]
 # ### Exercise 3 (extend): turn a trained multi-head layer into a grouped one
 #
-# Ainslie et al. start GQA from an MHA checkpoint: the key heads of a group are replaced by their
-# *mean*, then training goes on a little. Write it for one weight of shape $(H \cdot D_h, D)$; the
-# result is $(K \cdot D_h, D)$.
+# Ainslie et al. start GQA from a trained MHA model: the key heads of a group are replaced by their
+# *mean*, then training goes on a little. Write it for one weight of shape $[H \cdot D_h, D]$; the
+# result is $[K \cdot D_h, D]$.
 
 
 # %% tags=["exercise"]
@@ -771,13 +834,23 @@ def pool_heads(weight, kv_heads, head_dim):
 # %% tags=["check"]
 def test_3(pool_heads):
     weight = torch.arange(4.0).repeat_interleave(2)[:, None] * torch.ones(8, 3)  # head h holds h
-    pooled = pool_heads(weight, 2, 2)
-    assert pooled is not None and pooled.shape == (4, 3), "expected shape (K·Dh, D)"
-    assert pooled[:, 0].tolist() != [1, 1, 2, 2], "it averages heads 0 and 2: neighbours share"
-    assert pooled[:, 0].tolist() == [0.5, 0.5, 2.5, 2.5], "expected the mean of heads 0, 1 and 2, 3"
+    try:
+        pooled = pool_heads(weight, 2, 2)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise AssertionError(f"the shapes don't fit: {str(error).splitlines()[0]}") from None
+    assert pooled is not None, "return the pooled weight"
+    assert pooled.shape == (4, 3), f"expected K·Dh rows and D columns, not {list(pooled.shape)}"
+    got = pooled[:, 0].tolist()
+    assert got != [1, 1, 2, 2], "head 0 was averaged with head 2: neighbours share"
+    assert got[0] != 1 or got[2] != 5, "the heads of a group were added: take their mean"
+    assert got not in ([0, 0, 1, 1], [0, 0, 2, 2]), "a head was dropped: each has to count"
     rows = torch.tensor([[1.0], [2], [3], [6]])  # two heads of two channels
-    assert pool_heads(rows, 1, 2)[:, 0].tolist() == [2, 4], "channel i is averaged with channel i"
-    assert torch.equal(pool_heads(rows, 2, 2), rows), "with K = H nothing changes"
+    pairs = pool_heads(rows, 1, 2)[:, 0].tolist()
+    assert pairs == (rows[:2] + rows[2:])[:, 0].div(2).tolist(), (
+        "average channel 0 of one head with channel 0 of the next, not with its own channel 1"
+    )
+    assert got == [0.5, 0.5, 2.5, 2.5], "not the means of heads 0 and 1, and of heads 2 and 3"
+    assert torch.equal(pool_heads(rows, 2, 2), rows), "with K = H nothing may change"
 
 
 check(test_3, pool_heads)
@@ -785,7 +858,7 @@ check(test_3, pool_heads)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# View the rows as (K, G, Dh, D), average over the axis of the group, and flatten the first two
+# View the rows as [K, G, Dh, D], average over the axis of the group, and flatten the first two
 # axes that are left. `unflatten` takes −1 for the size it can work out.
 #
 # </details>
@@ -793,8 +866,9 @@ check(test_3, pool_heads)
 
 # %% tags=["solution"]
 def pool_heads(weight, kv_heads, head_dim):
-    grouped = weight.unflatten(0, (kv_heads, -1, head_dim))  # (K, G, Dh, D)
-    return grouped.mean(dim=1).flatten(0, 1)  # (K·Dh, D)
+    # neighbouring heads lie together, so that one view brings each group to an axis of its own
+    grouped = weight.unflatten(0, (kv_heads, -1, head_dim))  # [K, G, Dh, D]
+    return grouped.mean(dim=1).flatten(0, 1)  # [K·Dh, D]
 
 
 check(test_3, pool_heads)
@@ -804,10 +878,9 @@ check(test_3, pool_heads)
 #
 # - MHA, GQA and MQA are one design; $K$ says how many key/value heads are stored.
 # - Query head $h$ reads key/value head $h \,//\, (H/K)$: neighbours share.
-# - Sharing saves no arithmetic. It saves bytes, and bytes set the pace when tokens come one by
-#   one.
-# - A group's queries can stand in one tall matrix, so nothing is copied; the mask's rows stand
-#   with them.
+# - Sharing saves no arithmetic, it saves bytes; and the queries alone make heads differ.
+# - A group's queries can stand in one tall matrix, so no key is copied; the mask's rows stand with
+#   them.
 # - The middle case finds the bugs that both extremes hide.
 
 # %% [markdown]
@@ -818,7 +891,7 @@ check(test_3, pool_heads)
 #
 # <details><summary>Answer</summary>
 #
-# The cache of a layer is four times larger, and so is what each new token reads of it. The number
+# What a layer keeps is four times larger, and so is what each new token reads of it. The number
 # of operations on scores and values is the same for a given H, Dh and S. The two projections grew
 # a little.
 #
