@@ -33,10 +33,14 @@ class SiglipAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
+    def split_heads(self, t: torch.Tensor) -> torch.Tensor:
+        """`float[B, N, D]` → `float[B, H, N, Dh]`: cut the channels, then swap."""
+        return t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`float[B, N, D]` → `float[B, N, D]`; no mask, nothing is hidden in a picture."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, N, D) each
-        # D = H·Dh: give each head its own axis and put it before the sequence.
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, Dh), scaled by 1/√Dh
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, N, D)
+        q = self.split_heads(self.q_proj(x))  # [B, H, N, Dh]
+        k = self.split_heads(self.k_proj(x))  # [B, H, N, Dh]
+        v = self.split_heads(self.v_proj(x))  # [B, H, N, Dh]
+        out = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, Dh], scaled by 1/√Dh
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, N, D]

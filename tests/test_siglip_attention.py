@@ -157,3 +157,11 @@ def test_heads_that_do_not_divide_are_refused(hidden_size, heads):
         ValueError, match=f"hidden_size {hidden_size} .* num_attention_heads {heads};"
     ):
         SiglipAttention(hidden_size, heads)
+
+
+def test_a_head_holds_all_patches_and_some_channels():
+    layer, x = make(), vectors(2, 5, 24)
+    heads = layer.split_heads(x)
+    assert heads.shape == (2, 4, 5, 6)
+    for h in range(4):
+        assert torch.equal(heads[:, h], x[:, :, 6 * h : 6 * h + 6])
