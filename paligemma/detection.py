@@ -1,5 +1,5 @@
 # Exported from notebooks/19_detection.ipynb — edit there, then run `make sync`.
-"""Boxes as words: write them, read them from untrusted text, and measure how good they are."""
+"""Boxes as location tokens: write them, read them from untrusted text, measure how good they are."""
 
 import math
 import re
@@ -12,14 +12,9 @@ from paligemma.tokenizer import Tokenizer
 
 
 def encode_boxes(boxes: Iterable[Sequence[float]], width: float, height: float) -> list[str]:
-    """Write each box as four words, in the order y0 x0 y1 x1.
+    """Write each box (x0, y0, x1, y1), in pixels, as location tokens: y0 x0 y1 x1.
 
-    Args:
-        boxes: (x0, y0, x1, y1) each, in pixels; clipped to the picture.
-        width, height: of the picture, pixels.
-
-    Returns:
-        "<loc…><loc…><loc…><loc…>" for each box.
+    What lies outside the picture is clipped.
 
     Raises:
         ValueError: no four finite numbers, an edge beyond its opposite, a picture without size.
@@ -27,20 +22,17 @@ def encode_boxes(boxes: Iterable[Sequence[float]], width: float, height: float) 
     Source: big_vision, `pp/proj/paligemma`: round(v · 1023), clipped to 0 … 1023.
     """
     _check_size(width, height)
-    words = []
+    texts = []
     for box in boxes:
         box = [float(value) for value in box]
         if len(box) != 4 or not all(map(math.isfinite, box)):
             raise ValueError(f"a box is {box}; expected four finite numbers x0, y0, x1, y1")
         x0, y0, x1, y1 = box
         if x1 < x0 or y1 < y0:
-            raise ValueError(
-                f"box {box} is inside out; expected x0, y0, x1, y1 with x0 ≤ x1 and y0 ≤ y1 "
-                "(not width and height)"
-            )
+            raise ValueError(f"box {box} is inside out; expected two corners: x0 ≤ x1, y0 ≤ y1")
         shares = (y0 / height, x0 / width, y1 / height, x1 / width)
-        words.append("".join(f"<loc{round(1023 * min(max(v, 0), 1)):04d}>" for v in shares))
-    return words
+        texts.append("".join(f"<loc{round(1023 * min(max(v, 0), 1)):04d}>" for v in shares))
+    return texts
 
 
 def _check_size(width: float, height: float) -> None:
@@ -48,47 +40,24 @@ def _check_size(width: float, height: float) -> None:
         raise ValueError(f"the picture is {width} × {height}; expected its size in pixels")
 
 
-@dataclass(frozen=True)
-class Detection:
-    """One object that was found.
-
-    Args:
-        label: its name, as the model wrote it; "" where it wrote none.
-        box: (x0, y0, x1, y1) in pixels of the given picture.
-        score: how sure the model was, 0 to 1; 1 where nothing is known.
-    """
-
-    label: str
-    box: tuple[float, float, float, float]
-    score: float = 1.0
+OBJECT = re.compile(r"((?:<loc\d{4}>\s*)+)((?:<seg\d{3}>\s*)*)([^;<>\n]*)", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Found:
-    """One object as it stands in a text.
-
-    Args:
-        start, name, end: its numbers are text[start:name], its name is text[name:end].
-        locs: the `<loc>` numbers: y0 x0 y1 x1 of a box.
-        segs: the `<seg>` numbers: none, or the sixteen of a mask.
-        label: what follows them, "" where nothing does.
-        problem: why it cannot be used; None: it is well formed.
-    """
+    """One object in a text: its numbers are text[start:name], its name is text[name:end]."""
 
     start: int
     name: int
     end: int
-    locs: tuple[int, ...]
-    segs: tuple[int, ...]
-    label: str
-    problem: str | None
-
-
-OBJECT = re.compile(r"((?:<loc\d{4}>\s*)+)((?:<seg\d{3}>\s*)*)([^;<>\n]*)", re.ASCII)
+    locs: tuple[int, ...]  # y0 x0 y1 x1 of a box
+    segs: tuple[int, ...]  # none, or the sixteen numbers of a mask
+    label: str  # "" where none follows
+    problem: str | None  # why it cannot be used; None: it is well formed
 
 
 def find_objects(text: str) -> Iterator[Found]:
-    """Yield every run of `<loc>` words with what follows it, well formed or not, in order.
+    """Yield every run of `<loc>` with what follows it, well formed or not, in order.
 
     Of a run of more than four, what is before the last four is yielded by itself, as a problem.
     """
@@ -114,6 +83,21 @@ def find_objects(text: str) -> Iterator[Found]:
         yield Found(start, match.start(3), match.end(), locs, segs, match[3].strip(), problem)
 
 
+@dataclass(frozen=True)
+class Detection:
+    """One object that was found.
+
+    Args:
+        label: its name, as the model wrote it; "" where it wrote none.
+        box: (x0, y0, x1, y1) in pixels of the given picture.
+        score: how sure the model was, 0 to 1; 1 where nothing is known.
+    """
+
+    label: str
+    box: tuple[float, float, float, float]
+    score: float = 1.0
+
+
 def decode_box(
     locs: Sequence[int], width: float, height: float
 ) -> tuple[float, float, float, float]:
@@ -125,19 +109,13 @@ def decode_box(
 def parse_detections(
     text: str, width: float, height: float, dropped: list | None = None
 ) -> list[Detection]:
-    """Read the objects of a model's answer; whatever the text, it raises nothing.
+    """Read the objects of a model's answer; no text makes it raise, a picture without size does.
 
     Args:
         text: "<loc>×4 label" joined by " ; ", with anything around; a mask's `<seg>` are skipped,
             and an object without a label has the label "".
-        width, height: of the picture, pixels.
+        width, height: of the given picture, pixels.
         dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
-
-    Returns:
-        The well-formed objects, in order, with score 1.
-
-    Raises:
-        ValueError: a picture without size.
     """
     _check_size(width, height)
     detections = []
@@ -155,17 +133,11 @@ def score_objects(
     log_probs: Sequence[float],
     tokenizer: Tokenizer,
 ) -> list[float]:
-    """How sure the model was of each object of its answer.
+    """How sure the model was of each object, 0 to 1, place and name apart.
 
     Args:
         objects: from `find_objects(tokenizer.decode(ids))`.
-        ids: the tokens of the answer.
-        log_probs: the natural logarithm of each token's probability.
-        tokenizer: spells them.
-
-    Returns:
-        For each object, 0 to 1: geometric means over the tokens of its numbers and over those of
-        its name, and of the two again; so the length of a name does not count.
+        ids, log_probs: the tokens of the answer, and the logarithm of each one's probability.
     """
     ids = [int(token) for token in ids]
     ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
@@ -192,17 +164,7 @@ def score_detections(
     height: float,
     dropped: list | None = None,
 ) -> list[Detection]:
-    """`parse_detections` of an answer given as tokens, each object with its score.
-
-    Args:
-        ids: the tokens of one answer.
-        log_probs: of each token, as `generate_steps` collects them.
-        tokenizer: spells them.
-        width, height, dropped: as in `parse_detections`.
-
-    Returns:
-        The well-formed objects, in order.
-    """
+    """`parse_detections` of an answer given as tokens, each object with its score."""
     text = tokenizer.decode(ids)
     detections = parse_detections(text, width, height, dropped)
     objects = [found for found in find_objects(text) if found.problem is None]
@@ -213,18 +175,14 @@ def score_detections(
 def box_iou(a: Sequence | torch.Tensor, b: Sequence | torch.Tensor) -> torch.Tensor:
     """Intersection over union of every box in `a` with every box in `b`.
 
-    Args:
-        a: N boxes (x0, y0, x1, y1), any unit.
-        b: M boxes.
-
     Returns:
-        `float64[N, M]`, 0 (apart) to 1 (equal); 0 for two boxes without area.
+        `float64[len(a), len(b)]`, 0 (apart) to 1 (equal); 0 for two boxes without area.
     """
     first = torch.as_tensor(a, dtype=torch.float64).reshape(-1, 4)
     second = torch.as_tensor(b, dtype=torch.float64).reshape(-1, 4)
-    low = torch.maximum(first[:, None, :2], second[None, :, :2])  # (N, M, 2)
+    low = torch.maximum(first[:, None, :2], second[None, :, :2])  # [len(a), len(b), 2]
     high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)  # (N, M)
+    shared = (high - low).clamp(min=0).prod(-1)  # [len(a), len(b)]
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (first, second)]
     union = areas[0][:, None] + areas[1] - shared
     return torch.where(union > 0, shared / union, 0.0)
@@ -234,9 +192,8 @@ def match_boxes(scores: Sequence[float], ious: torch.Tensor, threshold: float = 
     """Give each detection at most one true box: the surest chooses first.
 
     Args:
-        scores: of N detections.
-        ious: `float[N, M]` from `box_iou`.
-        threshold: least IoU that counts as found.
+        scores: of the detections.
+        ious: `float[detections, true boxes]` from `box_iou`; from `threshold` on a pair fits.
 
     Returns:
         For each detection the number of its true box, or -1.
@@ -259,19 +216,12 @@ def average_precision(
     label: str,
     threshold: float = 0.5,
 ) -> float:
-    """Average precision for one kind of object over many pictures.
+    """Average precision for one kind of object over many pictures, 0 to 1.
 
     Args:
-        found: for each picture what was detected.
-        truth: for each picture what is there (scores do not matter).
-        label: the kind.
+        found, truth: for each picture what was detected, and what is there.
+        label: the kind; NaN where it is in no picture.
         threshold: least IoU that counts as found.
-
-    Returns:
-        0 to 1; NaN where the kind is in no picture.
-
-    Raises:
-        ValueError: not as many pictures in `found` as in `truth`.
 
     Source: COCO's definition (101 recalls), pycocotools, `cocoeval.py`.
     """

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from paligemma.detection import (
     Detection,
@@ -287,13 +288,23 @@ def test_average_precision_at_the_edges():
 # ---------------------------------------------------------------- the lesson's own facts
 
 
-def test_the_places_in_the_lesson_are_those_of_the_scenes():
+def test_the_boxes_in_the_lesson_are_those_of_the_scenes():
+    """Typed there; computed here from each emoji's opaque pixels and from where it was pasted."""
     spec = importlib.util.spec_from_file_location("scene_tool", ROOT / "tools" / "make_assets.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     pair = (ROOT / "notebooks" / "scripts" / "19_detection.py").read_text()
-    source = "PLACED = {" + pair.split("PLACED = {")[1].split("\n}\n")[0] + "\n}"
-    names = {}
-    exec(source, names)
+    typed = {}
+    exec("labels = {" + pair.split("\nlabels = {")[1].split("\n\n")[0], typed)
     for name, (kinds, places, *_) in tool.DEMOS.items():
-        assert names["PLACED"][name] == [(k, *p) for k, p in zip(kinds, places)]
+        assert typed["labels"][name] == list(kinds)
+        assert typed["boxes"][name] == [true_box(k, *p) for k, p in zip(kinds, places)]
+
+
+def true_box(kind, x, y, side, degrees):
+    with Image.open(ROOT / "paligemma" / "assets" / "emoji" / f"{kind}.png") as opened:
+        sprite = opened.convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
+    sprite = sprite.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+    x0, y0, x1, y1 = sprite.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox()
+    left, top = x - sprite.width // 2, y - sprite.height // 2
+    return left + x0, top + y0, left + x1, top + y1

@@ -19,12 +19,12 @@
 # %% [markdown]
 # # 19 · Detection: how does a sentence become boxes, and how good are they?
 #
-# *60 minutes* · part IV, Answering
+# *45 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
-# - write a box as four words, and read boxes from text that nobody promised to be right;
-# - turn the probabilities of words into a score for an object;
+# - write a box as four tokens, and read boxes from text that nobody promised to be right;
+# - turn the probabilities of tokens into a score for an object;
 # - compute overlap, matching and average precision with a pencil, then as the reference does;
 # - find the detection bug that hides in square pictures.
 
@@ -36,14 +36,13 @@ model_map("detection")
 # %% [markdown]
 # ## Setup
 #
-# From earlier lessons: the `<loc>` words ([06](06_tokenizer.ipynb)), prompts
-# ([14](14_processor.ipynb)), weights ([16](16_checkpoint.ipynb)) and the token loop
-# ([18](18_generation.ipynb)). The cells that begin with `#| export` become
-# [detection.py](../paligemma/detection.py).
+# From earlier lessons: location tokens ([06](06_tokenizer.ipynb)), prompts ([14](14_processor.ipynb)),
+# weights ([16](16_checkpoint.ipynb)), the token loop ([18](18_generation.ipynb)). The `#| export` cells
+# become [detection.py](../paligemma/detection.py).
 
 # %%
 #| export
-"""Boxes as words: write them, read them from untrusted text, and measure how good they are."""
+"""Boxes as location tokens: write them, read them from untrusted text, measure how good they are."""
 
 import math
 import re
@@ -55,115 +54,109 @@ import torch
 from paligemma.tokenizer import Tokenizer
 
 # %% tags=["setup"]
-import random
 from importlib import resources
 
 import matplotlib.pyplot as plt
-from PIL import Image
 from safetensors.torch import load_file
 
 from paligemma.checkpoint import load_model
-from paligemma.generation import GenerationConfig, generate_steps
-from paligemma.support.course import check, sample_picture, save_figure
-from paligemma.support.drawing import COLOURS, CYCLE, draw_boxes
+from paligemma.generation import generate_steps
 from paligemma.plotting import show_images
 from paligemma.processor import Processor
-
-ASSETS = resources.files("paligemma") / "assets"
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS, CYCLE, draw_boxes
 
 # %% [markdown]
 # ## The problem: a model that can only write
 #
-# Detectors usually end in a special head that outputs numbers. PaliGemma has no such head. It is
-# asked `detect cat ; dog`, and it *writes*: four words for the corners, then the name; objects are
-# joined by ` ; `. No new layer, no new loss.
+# Detectors usually end in a special head that outputs numbers. PaliGemma has none. It is asked
+# `detect cat ; dog`, and it *writes*: four location tokens for the corners, then the name; objects
+# are joined by ` ; `. No new layer, no new loss.
 #
-# To see a right answer we need a picture whose boxes we know. The course's scene was composed from
-# emoji, so their opaque pixels give exact boxes.
+# The course's scenes were composed of emoji, so the emoji's opaque pixels give exact boxes:
 
 # %%
-PLACED = {  # name, centre x, centre y, side, degrees: how the pictures were composed
-    "scene": [("cat", 72, 300, 128, 6), ("dog", 236, 160, 124, -5), ("dog", 360, 310, 128, 4)],
-    "scene2": [("bee", 130, 130, 140, -8), ("tulip", 310, 290, 168, 3)],
-    "scene3": [
-        ("rocket", 96, 300, 140, 0),
-        ("balloon", 230, 130, 120, 4),
-        ("balloon", 364, 250, 132, -6),
-    ],
+labels = {
+    "scene": ["cat", "dog", "dog"],
+    "scene2": ["bee", "tulip"],
+    "scene3": ["rocket", "balloon", "balloon"],
+}
+boxes = {  # x0, y0, x1, y1 in pixels of 448 × 448
+    "scene": [(10, 237, 134, 354), (178, 115, 297, 208), (298, 263, 420, 359)],
+    "scene2": [(66, 66, 196, 194), (255, 209, 366, 371)],
+    "scene3": [(29, 233, 163, 368), (190, 73, 276, 184), (324, 187, 407, 317)],
 }
 
-
-def true_box(name, x, y, side, degrees):
-    """(x0, y0, x1, y1) of an emoji's pixels that are not transparent, in the 448-pixel scene."""
-    sprite = Image.open(ASSETS / "emoji" / f"{name}.png").convert("RGBA")
-    sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
-    sprite = sprite.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
-    box = sprite.getchannel("A").point(lambda alpha: 255 * (alpha > 24)).getbbox()
-    left, top = x - sprite.width // 2, y - sprite.height // 2
-    return left + box[0], top + box[1], left + box[2], top + box[3]
-
-
-boxes = {scene: [true_box(*object_) for object_ in PLACED[scene]] for scene in PLACED}
-labels = {scene: [name for name, *_ in PLACED[scene]] for scene in PLACED}
-for name, box in zip(labels["scene"], boxes["scene"]):
-    print(name, box)
-
 # %% [markdown]
-# ## By hand: a box in four words
+# ## By hand: a box in four tokens
 #
-# Divide each edge by the picture's size: now it lies between 0 and 1, whatever the picture. Multiply
-# by 1023 and round: a whole number from 0 to 1023, one of the 1024 words `<loc0000>` … `<loc1023>`.
-# **The order is y0 x0 y1 x1**: down before right.
-#
-# The way back is exact to half a step, 0.22 pixels here. The figure shows the whole answer beside
-# what it says.
+# Divide each edge by the picture's size: now it lies between 0 and 1. Multiply by 1023 and round: one
+# of the 1024 tokens `<loc0000>` … `<loc1023>`. **The order is y0 x0 y1 x1**: down before right.
 
 # %%
 x0, y0, x1, y1 = boxes["scene"][0]
-for edge, value in (("y0", y0), ("x0", x0), ("y1", y1), ("x1", x1)):
+for edge, value in {"y0": y0, "x0": x0, "y1": y1, "x1": x1}.items():
     number = round(value / 448 * 1023)
-    print(f"{edge} = {value:3} → {value / 448:.4f} → {number:4} → back: {number / 1023 * 448:.2f}")
+    back = number / 1023 * 448
+    print(f"{edge} = {value:3} → {value / 448:.4f} → {number:4} → back: {back:.2f}")
+    assert abs(back - value) <= 448 / 1023 / 2 < 0.22
 
-scene = sample_picture("scene")
+# %% [markdown]
+# The way back is exact to half a step, 0.22 pixels here. As a function, and what a perfect model would
+# answer:
 
 
-def locs_of(box, width, height):
+# %%
+def write_box(box, width, height):
     x0, y0, x1, y1 = box
     shares = (y0 / height, x0 / width, y1 / height, x1 / width)
-    return [round(1023 * share) for share in shares]
+    return "".join(f"<loc{round(1023 * share):04d}>" for share in shares)
 
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.9), layout="constrained")
-left.imshow(draw_boxes(scene, boxes["scene"], labels["scene"]).resize((300, 300)))
+answers = {}
+for name in labels:
+    objects = [f"{write_box(b, 448, 448)} {label}" for b, label in zip(boxes[name], labels[name])]
+    answers[name] = " ; ".join(objects)
+
+
+# %% tags=["hide-input"]
+def draw_small(name, boxes, labels=None, scores=None):
+    """A scene of 280 pixels with boxes on it; on smaller ones tags could not be read."""
+    corners = [[value * 280 / 448 for value in box] for box in boxes]
+    return draw_boxes(sample_picture(name).resize((280, 280)), corners, labels, scores)
+
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.5, 3.2), layout="constrained")
+left.imshow(draw_small("scene", boxes["scene"], labels["scene"]))
 left.set_axis_off()
 right.set_axis_off()
-right.text(0, 0.92, "detect cat ; dog", family="monospace", color=COLOURS["muted"])
-for row, (name, box) in enumerate(zip(labels["scene"], boxes["scene"])):
-    words = "".join(f"<loc{n:04d}>" for n in locs_of(box, 448, 448))
-    colour = CYCLE[0 if name == "cat" else 1]
-    style = {"family": "monospace", "fontsize": 7.5, "color": colour}
-    right.text(0, 0.7 - 0.24 * row, words + "\n" + name + (" ;" if row < 2 else ""), **style)
+right.text(0, 0.86, "detect cat ; dog", family="monospace", color=COLOURS["muted"])
+for row, text in enumerate(answers["scene"].split(" ; ")):
+    style = {"family": "monospace", "color": CYCLE[0 if row == 0 else 1]}
+    right.text(0, 0.62 - 0.24 * row, text.replace(" ", "\n") + (" ;" if row < 2 else ""), **style)
 save_figure(fig, "19_words.png")
 
 # %% [markdown]
-# ## The module, part one: writing
-#
-# The loop over boxes *is* the module here; there is nothing to vectorise in three boxes. What it adds
-# is care: an edge outside the picture is clipped, and a box inside out is refused, for it would
-# teach a model nonsense.
+# What can go wrong in writing? An object that is partly outside, and someone who gives width and
+# height instead of a second corner:
+
+# %%
+outside = write_box((-9, 100, 100, 460), 448, 448)
+print("partly outside:      ", outside)
+print("x, y, width, height: ", write_box((300, 200, 90, 80), 448, 448))
+assert "<loc-021>" in outside and "<loc1050>" in outside
+
+# %% [markdown]
+# Neither complains. But `<loc-021>` and `<loc1050>` are no tokens, and the second box is inside out: a
+# model would learn nonsense from both. So the module clips, and refuses what is inside out:
 
 
 # %%
 #| export
 def encode_boxes(boxes: Iterable[Sequence[float]], width: float, height: float) -> list[str]:
-    """Write each box as four words, in the order y0 x0 y1 x1.
+    """Write each box (x0, y0, x1, y1), in pixels, as location tokens: y0 x0 y1 x1.
 
-    Args:
-        boxes: (x0, y0, x1, y1) each, in pixels; clipped to the picture.
-        width, height: of the picture, pixels.
-
-    Returns:
-        "<loc…><loc…><loc…><loc…>" for each box.
+    What lies outside the picture is clipped.
 
     Raises:
         ValueError: no four finite numbers, an edge beyond its opposite, a picture without size.
@@ -171,20 +164,17 @@ def encode_boxes(boxes: Iterable[Sequence[float]], width: float, height: float) 
     Source: big_vision, `pp/proj/paligemma`: round(v · 1023), clipped to 0 … 1023.
     """
     _check_size(width, height)
-    words = []
+    texts = []
     for box in boxes:
         box = [float(value) for value in box]
         if len(box) != 4 or not all(map(math.isfinite, box)):
             raise ValueError(f"a box is {box}; expected four finite numbers x0, y0, x1, y1")
         x0, y0, x1, y1 = box
         if x1 < x0 or y1 < y0:
-            raise ValueError(
-                f"box {box} is inside out; expected x0, y0, x1, y1 with x0 ≤ x1 and y0 ≤ y1 "
-                "(not width and height)"
-            )
+            raise ValueError(f"box {box} is inside out; expected two corners: x0 ≤ x1, y0 ≤ y1")
         shares = (y0 / height, x0 / width, y1 / height, x1 / width)
-        words.append("".join(f"<loc{round(1023 * min(max(v, 0), 1)):04d}>" for v in shares))
-    return words
+        texts.append("".join(f"<loc{round(1023 * min(max(v, 0), 1)):04d}>" for v in shares))
+    return texts
 
 
 def _check_size(width: float, height: float) -> None:
@@ -193,17 +183,13 @@ def _check_size(width: float, height: float) -> None:
 
 
 # %%
-answers = {}
-for name in PLACED:
-    words = encode_boxes(boxes[name], 448, 448)
-    answers[name] = " ; ".join(f"{w} {label}" for w, label in zip(words, labels[name]))
-    print(answers[name])
-assert encode_boxes([(-9, 0, 448, 900)], 448, 448) == ["<loc0000><loc0000><loc1023><loc1023>"]
+assert encode_boxes([(-9, 100, 100, 460)], 448, 448) == ["<loc0228><loc0000><loc1023><loc0228>"]
+assert encode_boxes(boxes["scene"][:1], 448, 448)[0] == answers["scene"][:36]
 
 # %% [markdown]
 # ## Reading, the plain way
 #
-# Split at the semicolons, take four numbers, the rest is the name. On a right answer this works:
+# Split at the semicolons, take four numbers, the rest is the name:
 
 
 # %%
@@ -219,85 +205,71 @@ for label, box in read_plain(answers["scene"], 448, 448):
     print(label, [round(value, 1) for value in box])
 
 # %% [markdown]
-# But a model's answer is **untrusted input**. It may stop in mid-box because the token limit was
-# reached, forget a name, repeat the prompt, or just talk. Each of these has been seen:
+# But a model's answer is **untrusted input**. It may stop in mid-box, repeat the prompt, or just talk:
 
 # %%
 GOOD = "<loc0100><loc0200><loc0500><loc0600> cat"
 BROKEN = {
     "cut off": f"{GOOD} ; <loc0100><loc0200><loc0500>",
-    "eight numbers": f"<loc0007><loc0007><loc0900><loc0900>{GOOD}",
-    "inside out": f"{GOOD} ; <loc0500><loc0200><loc0100><loc0600> dog",
     "the prompt again": f"detect cat ; dog\n{GOOD}",
     "just talk": "two cats",
-    "half a mask": f"<loc0100><loc0200><loc0500><loc0600>{'<seg007>' * 15} dog ; {GOOD}",
-    "no such word": f"<loc9999><loc0200><loc0500><loc0600> dog ; {GOOD}",
+    "eight numbers": f"<loc0007><loc0007><loc0900><loc0900>{GOOD}",
+    "inside out": f"{GOOD} ; <loc0500><loc0200><loc0100><loc0600> dog",
+    "no such token": f"<loc9999><loc0200><loc0500><loc0600> dog ; {GOOD}",
 }
 for what, text in BROKEN.items():
     try:
         print(f"{what:17}", [label for label, _ in read_plain(text, 448, 448)])
-    except ValueError as error:
-        print(f"{what:17} ValueError: {str(error)[:50]}")
+    except ValueError:
+        print(f"{what:17} ValueError")
 
 # %% [markdown]
-# Two kinds of harm. Some answers crash a program that could have shown the good cat. Others are
-# *silent*: a name made of numbers, a box inside out, a box far outside the picture.
-# We want three things: never an exception, no false object, and no good object lost.
-
-# %% [markdown]
-# ## The module, part two: reading
+# Three answers crash the program, though two of them hold a good cat. The others are *silent*: a
+# name made of numbers, a box inside out, a box far outside the picture. We want never an exception,
+# no false object, and no good object lost.
 #
-# Do not split, *search*: an object is a run of `<loc>` words, perhaps `<seg>` words (a mask,
-# [lesson 21](21_segmentation.ipynb)), and a name up to the next separator. Whatever lies between
-# objects is ignored. Of too many `<loc>` words the last four count, and the surplus is reported:
-# what stands in front of an object must not spoil it.
+# ## Reading by search
+#
+# An object is a run of `<loc>`, perhaps a run of `<seg>` (a mask, [lesson 21](21_segmentation.ipynb)),
+# and a name up to the next separator. Whatever lies between objects is ignored.
+
+# %%
+#| export
+OBJECT = re.compile(r"((?:<loc\d{4}>\s*)+)((?:<seg\d{3}>\s*)*)([^;<>\n]*)", re.ASCII)
+
+# %%
+for what in ("the prompt again", "cut off"):
+    print(f"{what}:", [match.groups() for match in OBJECT.finditer(BROKEN[what])])
+
+# %% [markdown]
+# Each match gives the numbers, the mask, the name. A broken object gets a `problem` in words, so that a
+# reader of the log learns what the model did:
 
 
 # %%
 #| export
 @dataclass(frozen=True)
-class Detection:
-    """One object that was found.
-
-    Args:
-        label: its name, as the model wrote it; "" where it wrote none.
-        box: (x0, y0, x1, y1) in pixels of the given picture.
-        score: how sure the model was, 0 to 1; 1 where nothing is known.
-    """
-
-    label: str
-    box: tuple[float, float, float, float]
-    score: float = 1.0
-
-
-@dataclass(frozen=True)
 class Found:
-    """One object as it stands in a text.
-
-    Args:
-        start, name, end: its numbers are text[start:name], its name is text[name:end].
-        locs: the `<loc>` numbers: y0 x0 y1 x1 of a box.
-        segs: the `<seg>` numbers: none, or the sixteen of a mask.
-        label: what follows them, "" where nothing does.
-        problem: why it cannot be used; None: it is well formed.
-    """
+    """One object in a text: its numbers are text[start:name], its name is text[name:end]."""
 
     start: int
     name: int
     end: int
-    locs: tuple[int, ...]
-    segs: tuple[int, ...]
-    label: str
-    problem: str | None
+    locs: tuple[int, ...]  # y0 x0 y1 x1 of a box
+    segs: tuple[int, ...]  # none, or the sixteen numbers of a mask
+    label: str  # "" where none follows
+    problem: str | None  # why it cannot be used; None: it is well formed
 
 
-OBJECT = re.compile(r"((?:<loc\d{4}>\s*)+)((?:<seg\d{3}>\s*)*)([^;<>\n]*)", re.ASCII)
+# %% [markdown]
+# The search fills it. Of too many `<loc>` the last four count: what stands in front must not spoil an
+# object.
 
 
 # %%
 #| export
 def find_objects(text: str) -> Iterator[Found]:
-    """Yield every run of `<loc>` words with what follows it, well formed or not, in order.
+    """Yield every run of `<loc>` with what follows it, well formed or not, in order.
 
     Of a run of more than four, what is before the last four is yielded by itself, as a problem.
     """
@@ -323,6 +295,28 @@ def find_objects(text: str) -> Iterator[Found]:
         yield Found(start, match.start(3), match.end(), locs, segs, match[3].strip(), problem)
 
 
+# %% [markdown]
+# What is well formed becomes a `Detection`: shares of the *given* picture, not of the squashed square
+# that the model saw.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Detection:
+    """One object that was found.
+
+    Args:
+        label: its name, as the model wrote it; "" where it wrote none.
+        box: (x0, y0, x1, y1) in pixels of the given picture.
+        score: how sure the model was, 0 to 1; 1 where nothing is known.
+    """
+
+    label: str
+    box: tuple[float, float, float, float]
+    score: float = 1.0
+
+
 def decode_box(
     locs: Sequence[int], width: float, height: float
 ) -> tuple[float, float, float, float]:
@@ -336,19 +330,13 @@ def decode_box(
 def parse_detections(
     text: str, width: float, height: float, dropped: list | None = None
 ) -> list[Detection]:
-    """Read the objects of a model's answer; whatever the text, it raises nothing.
+    """Read the objects of a model's answer; no text makes it raise, a picture without size does.
 
     Args:
         text: "<loc>×4 label" joined by " ; ", with anything around; a mask's `<seg>` are skipped,
             and an object without a label has the label "".
-        width, height: of the picture, pixels.
+        width, height: of the given picture, pixels.
         dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
-
-    Returns:
-        The well-formed objects, in order, with score 1.
-
-    Raises:
-        ValueError: a picture without size.
     """
     _check_size(width, height)
     detections = []
@@ -365,46 +353,48 @@ for what, text in BROKEN.items():
     dropped = []
     kept = [detection.label for detection in parse_detections(text, 448, 448, dropped)]
     print(f"{what:17} {kept!s:8} dropped: {', '.join(problem for _, problem in dropped) or '-'}")
+    assert kept == ([] if what == "just talk" else ["cat"])
 
 # %% [markdown]
-# Every good cat is kept, and nothing false is. A **name may be missing**: some published models are
-# asked with a sentence ("the cat on the left") and answer without one. Such an object is kept, with the
-# label "":
-
-# %%
-print(parse_detections(GOOD.removesuffix(" cat"), 448, 448))
-
-# %% [markdown]
-# Now at random: 2,000 answers made of the words that do harm, with one good object hidden in each.
-
-# %%
-random.seed(19)
-PIECES = ["<loc0007>", "<loc0900>", "<loc1024>", "<seg001>", " ; ", ";", "\n", " cat", "<", "loc"]
-for _ in range(2000):
-    before, after = ("".join(random.choices(PIECES, k=random.randrange(12))) for _ in range(2))
-    labels_of = parse_detections(
-        f"{before}<loc0100><loc0200><loc0500><loc0600> owl ; {after}", 9, 9
-    )
-    assert "owl" in [detection.label for detection in labels_of]
-print("2,000 answers, 2,000 owls")
-
-# %% [markdown]
-# And there and back: what we wrote is read to within half a step of $448/1023$ pixels.
-
-# %%
-for name in PLACED:
-    read = parse_detections(answers[name], 448, 448)
-    assert [detection.label for detection in read] == labels[name]
-    gap = torch.tensor([d.box for d in read]) - torch.tensor(boxes[name], dtype=torch.float32)
-    assert gap.abs().max() <= 448 / 1023 / 2 + 1e-4
-    print(f"{name:7} largest error {gap.abs().max():.2f} pixels")
-
-# %% [markdown]
-# ## A score from the words' probabilities
+# Every good cat is kept, and nothing false is. (A test does the same with random texts.)
 #
-# Which of two boxes should be trusted more? A detector's head gives a score. A language model gives
-# a probability for every word it wrote. The product of all would punish long names, so we take the
-# **geometric mean**, that is $\exp$ of the mean logarithm. One mean over everything has a fault too:
+# ## A score from the tokens' probabilities
+#
+# Which of two boxes should be trusted more? A language model gives a probability for every token.
+# First the trained model's opinion about one of them, the first of its answer:
+
+# %%
+TINY = resources.files("paligemma") / "assets" / "tiny"
+model, processor = load_model(TINY, dtype=torch.float32), Processor.from_pretrained(TINY)
+tokenizer = processor.tokenizer
+prompt = processor(sample_picture("scene"), "detect cat ; dog")
+with torch.no_grad():
+    logits = model(prompt["input_ids"], prompt["pixel_values"]).logits[0, -1]
+first = tokenizer.encode("<loc0000>")[0]
+places = logits.softmax(-1)[first : first + 1024]
+best = int(places.argmax())
+near = places[best - 20 : best + 21].sum().item()
+print(
+    f"most likely: <loc{best:04d}>, {places[best]:.0%}; with twenty neighbours a side: {near:.0%}"
+)
+assert places[best] < 0.1 and near > 0.9
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
+ax.bar(range(480, 600), places[480:600], width=1, color=COLOURS["language"])
+edge = 1023 * boxes["scene"][0][1] / 448
+ax.axvline(edge, color=COLOURS["good"])
+ax.text(edge - 1, 0.043, "the cat's upper edge", color=COLOURS["good"], ha="right")
+ax.set(xlabel="location token", ylabel="probability", xlim=(480, 600))
+save_figure(fig, "19_sure")
+
+# %% [markdown]
+# A bell: the model is sure of the edge to within twenty steps, nine pixels, so no single token is
+# likely. (Its training asked for a bell, [lesson 27](27_training.ipynb).) A name has no such
+# neighbours.
+#
+# The product of all probabilities would punish long names, so we take the **geometric mean**:
+# $\exp$ of the mean logarithm. One mean over everything has a fault too:
 
 
 # %%
@@ -413,18 +403,18 @@ def geometric_mean(shares):
 
 
 place = [0.1, 0.1, 0.1, 0.1]  # four edges, each a choice among near-equal neighbours
-for name in ([0.9], [0.9, 0.9, 0.9]):  # a name of one piece, a name of three
+for name in ([0.9], [0.9, 0.9, 0.9]):  # a name of one token, a name of three
     over_all = geometric_mean(place + name)
     apart = math.sqrt(geometric_mean(place) * geometric_mean(name))
-    print(f"{len(name)} pieces: one mean over all {over_all:.2f}, place and name apart {apart:.2f}")
-assert geometric_mean(place + [0.9] * 3) > 1.5 * geometric_mean(place + [0.9])
+    print(f"{len(name)} tokens: one mean over all {over_all:.2f}, place and name apart {apart:.2f}")
+assert geometric_mean(place + [0.9] * 3) > 1.6 * geometric_mean(place + [0.9])
 
 # %% [markdown]
-# The same box, equally sure of its name, nearly twice the score because the name is longer. So **place**
+# The same box, and a score over one and a half times as high because the name is longer. So **place**
 # and **name** get a mean each, and the score is the mean of the two.
 #
 # Which tokens belong to which object? Decode ever longer beginnings of the answer: where the text
-# ends is where the token ends. A token belongs to the piece of text in whose characters it ends.
+# ends, the token ends.
 
 
 # %%
@@ -435,17 +425,11 @@ def score_objects(
     log_probs: Sequence[float],
     tokenizer: Tokenizer,
 ) -> list[float]:
-    """How sure the model was of each object of its answer.
+    """How sure the model was of each object, 0 to 1, place and name apart.
 
     Args:
         objects: from `find_objects(tokenizer.decode(ids))`.
-        ids: the tokens of the answer.
-        log_probs: the natural logarithm of each token's probability.
-        tokenizer: spells them.
-
-    Returns:
-        For each object, 0 to 1: geometric means over the tokens of its numbers and over those of
-        its name, and of the two again; so the length of a name does not count.
+        ids, log_probs: the tokens of the answer, and the logarithm of each one's probability.
     """
     ids = [int(token) for token in ids]
     ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
@@ -474,17 +458,7 @@ def score_detections(
     height: float,
     dropped: list | None = None,
 ) -> list[Detection]:
-    """`parse_detections` of an answer given as tokens, each object with its score.
-
-    Args:
-        ids: the tokens of one answer.
-        log_probs: of each token, as `generate_steps` collects them.
-        tokenizer: spells them.
-        width, height, dropped: as in `parse_detections`.
-
-    Returns:
-        The well-formed objects, in order.
-    """
+    """`parse_detections` of an answer given as tokens, each object with its score."""
     text = tokenizer.decode(ids)
     detections = parse_detections(text, width, height, dropped)
     objects = [found for found in find_objects(text) if found.problem is None]
@@ -493,67 +467,33 @@ def score_detections(
 
 
 # %% [markdown]
-# First on an answer whose probabilities we choose: sure of the first object, unsure of the second.
-
-# %%
-TINY = ASSETS / "tiny"
-processor = Processor.from_pretrained(TINY)
-tokenizer = processor.tokenizer
-ids = tokenizer.encode(f"{GOOD} ; <loc0300><loc0020><loc0800><loc0090> dog")
-half = ids.index(tokenizer.encode("<loc0300>")[0])
-chosen = [math.log(0.9)] * half + [math.log(0.3)] * (len(ids) - half)
-for detection in score_detections(ids, chosen, tokenizer, 448, 448):
-    print(detection.label, f"{detection.score:.2f}", [round(v) for v in detection.box])
-
-# %% [markdown]
-# ### The whole way, with a model
+# ### The whole way, with the trained model
 #
-# `generate_steps` fills a list with the log-probabilities as it goes. The next cell is all that
-# detection needs. Whatever the model writes, it is read; a model that has not learnt to write boxes
-# gives an empty list, not an error.
+# `generate_steps` ([lesson 18](18_generation.ipynb)) fills a list with the logarithms as it goes. This
+# is all that detection needs:
+
 
 # %%
-model = load_model(TINY, dtype=torch.float32)
-
-
 def detect(image, what):
-    """(detections, answer, token ids, log-probabilities)."""
-    inputs = processor(image, f"detect {what}")
-    log_probs = []
-    steps = generate_steps(
-        model,
-        inputs["input_ids"],
-        inputs["pixel_values"],
-        config=GenerationConfig(max_new_tokens=60),
-        log_probs=log_probs,
-    )
+    ask, log_probs = processor(image, f"detect {what}"), []
+    steps = generate_steps(model, ask["input_ids"], ask["pixel_values"], log_probs=log_probs)
     ids = [int(token) for token in steps]
-    log_probs = [float(log_prob) for log_prob in log_probs]
-    detections = score_detections(ids, log_probs, tokenizer, image.width, image.height)
-    return detections, tokenizer.decode(ids), ids, log_probs
+    return score_detections(ids, log_probs, tokenizer, image.width, image.height)
 
 
 outcome = {}
-for name in PLACED:
-    what = " ; ".join(dict.fromkeys(labels[name]))
-    outcome[name] = detect(sample_picture(name), what)
-    print(f"{name}: detect {what}\n   {outcome[name][1]!r}\n   {len(outcome[name][0])} objects")
-
-# %%
-_, _, ids, log_probs = outcome["scene"]
-shown = [tokenizer.decode([token]) or "end" for token in ids][:18]
-fig, ax = plt.subplots(figsize=(7, 2.3), layout="constrained")
-colours = [COLOURS["vision"] if text.startswith("<loc") else COLOURS["language"] for text in shown]
-ax.bar(range(len(shown)), [math.exp(value) for value in log_probs[:18]], color=colours)
-ax.set_xticks(range(len(shown)), shown, rotation=45, ha="right", fontsize=8)
-ax.set(ylim=(0, 1), ylabel="probability", title="how sure the tiny model was of each word it wrote")
-save_figure(fig, "19_sure")
+for name in labels:
+    kinds = " ; ".join(dict.fromkeys(labels[name]))
+    outcome[name] = detect(sample_picture(name), kinds)
+    print(f"detect {kinds}:", [f"{d.label} {d.score:.2f}" for d in outcome[name]])
+    assert [d.label for d in outcome[name]] == labels[name]
 
 # %% [markdown]
 # ## How good is a box? Intersection over union
 #
-# Two boxes: the area they share, divided by the area they cover together. 1 means equal, 0 apart. It
-# does not depend on units. By hand, a 4×4 box and the same box moved by (2, 1):
+# Two boxes: the area they share, divided by the area they cover together, is their **IoU**,
+# intersection over union. 1 means equal, 0 apart. It does not depend on units. By hand, a 4 × 4 box and
+# the same box moved by (2, 1):
 #
 # shared $2 \times 3 = 6$; together $16 + 16 - 6 = 26$; IoU $= 6/26 = 0.231$.
 
@@ -580,57 +520,51 @@ print(f"{iou_loop((0, 0, 4, 4), (2, 1, 6, 5)):.3f}, apart: {iou_loop((0, 0, 4, 4
 def box_iou(a: Sequence | torch.Tensor, b: Sequence | torch.Tensor) -> torch.Tensor:
     """Intersection over union of every box in `a` with every box in `b`.
 
-    Args:
-        a: N boxes (x0, y0, x1, y1), any unit.
-        b: M boxes.
-
     Returns:
-        `float64[N, M]`, 0 (apart) to 1 (equal); 0 for two boxes without area.
+        `float64[len(a), len(b)]`, 0 (apart) to 1 (equal); 0 for two boxes without area.
     """
     first = torch.as_tensor(a, dtype=torch.float64).reshape(-1, 4)
     second = torch.as_tensor(b, dtype=torch.float64).reshape(-1, 4)
-    low = torch.maximum(first[:, None, :2], second[None, :, :2])  # (N, M, 2)
+    low = torch.maximum(first[:, None, :2], second[None, :, :2])  # [len(a), len(b), 2]
     high = torch.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)  # (N, M)
+    shared = (high - low).clamp(min=0).prod(-1)  # [len(a), len(b)]
     areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (first, second)]
     union = areas[0][:, None] + areas[1] - shared
     return torch.where(union > 0, shared / union, 0.0)
 
 
 # %%
-torch.manual_seed(19)
-corners = torch.rand(40, 2, 2, dtype=torch.float64).sort(dim=1).values.reshape(-1, 4)
-a, b = corners[:25].tolist(), corners[25:].tolist()
-slow = torch.tensor([[iou_loop(p, q) for q in b] for p in a], dtype=torch.float64)
-assert torch.allclose(box_iou(a, b), slow, atol=1e-12)
-print(list(box_iou(a, b).shape), "all equal to the loop")
+some = torch.rand(40, 2, 2, dtype=torch.float64).sort(dim=1).values.reshape(-1, 4).tolist()
+slow = torch.tensor([[iou_loop(p, q) for q in some] for p in some], dtype=torch.float64)
+assert torch.allclose(box_iou(some, some), slow, atol=1e-12)
 
 # %% [markdown]
 # What does a number look like? The scene's cat, and a box that slides away from it.
 
 # %%
-x0, y0, x1, y1 = boxes["scene"][0]
+cat = boxes["scene"][0]
+slid = [(cat[0] + step, cat[1] - step, cat[2] + step, cat[3] - step) for step in (4, 12, 26, 42)]
+slid_iou = box_iou([cat], slid)[0].tolist()
+print([f"{value:.2f}" for value in slid_iou])
+assert slid_iou[0] > 0.87 and slid_iou[2] < 0.5
+
+# %% tags=["hide-input"]
 views = []
-for step in (4, 12, 26, 42):
-    moved = (x0 + step, y0 - step, x1 + step, y1 - step)
-    views.append((f"IoU {iou_loop((x0, y0, x1, y1), moved):.2f}", moved))
-pictures = [
-    draw_boxes(scene, [(x0, y0, x1, y1), box], ["true", "guess"]).crop((0, 150, 240, 390))
-    for _, box in views
-]
-fig = show_images([p.resize((180, 180)) for p in pictures], [t for t, _ in views], height=1.65)
+for box in slid:
+    view = draw_boxes(sample_picture("scene"), [cat, box], ["true", "guess"])
+    views.append(view.crop((0, 150, 240, 390)))
+fig = show_images(views, [f"IoU {value:.2f}" for value in slid_iou], height=2.2)
 save_figure(fig, "19_iou.png")
 
 # %% [markdown]
-# What to notice: 0.9 is nearly perfect, and 0.5 is much worse than "half" sounds. Yet 0.5 is the usual
-# bound for "found". A box's error enters twice, once on each axis.
-
-# %% [markdown]
+# What to notice: the third, a little below 0.5, is much worse than "half" sounds, since its error counts
+# on both axes. Yet 0.5 is the usual bound for "found".
+#
 # ## Matching: who found whom?
 #
-# Three rules. The surest detection chooses first. It takes the *free* true box of its kind that it
-# overlaps most, if the IoU is at least the threshold. Each true box is taken once, so a second box
-# on the same cat is a **false positive**. True boxes left over were **missed**.
+# The surest detection chooses first. It takes the *free* true box of its kind that it overlaps most, if
+# the IoU reaches the threshold. A second box on the same cat is a *false positive*. True boxes left
+# over were *missed*.
 
 
 # %%
@@ -639,9 +573,8 @@ def match_boxes(scores: Sequence[float], ious: torch.Tensor, threshold: float = 
     """Give each detection at most one true box: the surest chooses first.
 
     Args:
-        scores: of N detections.
-        ious: `float[N, M]` from `box_iou`.
-        threshold: least IoU that counts as found.
+        scores: of the detections.
+        ious: `float[detections, true boxes]` from `box_iou`; from `threshold` on a pair fits.
 
     Returns:
         For each detection the number of its true box, or -1.
@@ -662,55 +595,54 @@ def match_boxes(scores: Sequence[float], ious: torch.Tensor, threshold: float = 
 truth = [(10, 10, 30, 30), (50, 10, 70, 30), (80, 40, 100, 60)]
 found = [(12, 11, 31, 30), (10, 10, 30, 31), (51, 12, 70, 30), (0, 50, 20, 70), (81, 40, 100, 62)]
 scores = [0.9, 0.8, 0.7, 0.6, 0.5]
-chosen = match_boxes(scores, box_iou(found, truth))
-for score, row, j in zip(scores, box_iou(found, truth), chosen):
-    print(
-        score, [round(v, 2) for v in row.tolist()], "→", f"box {j}" if j >= 0 else "false positive"
-    )
+ious = box_iou(found, truth)
+chosen = match_boxes(scores, ious)
+for score, row, j in zip(scores, ious.tolist(), chosen):
+    print(score, [f"{v:.2f}" for v in row], "→", f"box {j}" if j >= 0 else "false positive")
+assert ious[1, 0] > ious[0, 0] and chosen == [0, -1, 1, -1, 2]
 
 # %% [markdown]
-# The second detection fits box 0 *better* than the first, and still comes too late: the surer one has
-# it. A score is not decoration. It decides.
-
-# %% [markdown]
+# The second detection fits box 0 *better* than the first, and still comes too late: a score decides.
+#
 # ## Average precision: one number for all thresholds
 #
 # Walk down the list, from sure to unsure. After each step two shares:
 #
 # - **precision**: of those named so far, how many were right?
 # - **recall**: of those that exist, how many were found?
-#
-# Stop early: precise, but much is missed. Go on: more is found, and more is wrong.
 
 # %%
 right, table = 0, []
-for place, j in enumerate(chosen, start=1):
+for count, j in enumerate(chosen, start=1):
     right += j >= 0
-    table.append((right / len(truth), right / place))
-    print(f"first {place}: {right} right, recall {right}/3, precision {right}/{place}")
+    table.append((right / len(truth), right / count))
+    print(f"first {count}: {right} right, recall {right}/3, precision {right}/{count}")
 
 # %% [markdown]
 # The precision at a recall is defined as the best precision at this recall *or beyond*: so the
-# zigzag becomes a falling staircase. Average precision (AP) is the mean height of the staircase. COCO
-# reads it at 101 recalls: 0, 0.01, … 1.
+# zigzag becomes a falling staircase. **Average precision** (AP) is its mean height. COCO, the data
+# set that everyone compares on, reads it at 101 recalls: 0, 0.01, … 1.
 
 # %%
 heights = [max((p for r, p in table if r >= k / 100 - 1e-9), default=0) for k in range(101)]
+by_pencil = (34 * 1 + 33 * 2 / 3 + 34 * 3 / 5) / 101
 print(f"AP = {sum(heights) / 101:.4f}")
-print(f"pencil: (34 × 1 + 33 × 2/3 + 34 × 3/5) / 101 = {(34 + 33 * 2 / 3 + 34 * 3 / 5) / 101:.4f}")
-assert abs(sum(heights) / 101 - (34 + 33 * 2 / 3 + 34 * 3 / 5) / 101) < 1e-9
-fig, ax = plt.subplots(figsize=(5, 2.7), layout="constrained")
+assert abs(sum(heights) / 101 - by_pencil) < 1e-9
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(5.4, 2.7), layout="constrained")
 recall, precision = zip(*table)
+recalls = [k / 100 for k in range(101)]
 ax.plot(recall, precision, "o--", color=COLOURS["muted"], label="after each detection")
-ax.plot([k / 100 for k in range(101)], heights, color=COLOURS["vision"], label="staircase")
-ax.fill_between([k / 100 for k in range(101)], heights, color=COLOURS["vision"], alpha=0.15)
+ax.plot(recalls, heights, color=COLOURS["vision"], label="staircase", drawstyle="steps-pre")
+ax.fill_between(recalls, heights, color=COLOURS["vision"], alpha=0.15, step="pre")
 ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.08))
-ax.legend(loc="lower left", fontsize=8)
+ax.legend(loc="lower left")
 save_figure(fig, "19_average_precision")
 
 # %% [markdown]
-# What to notice: three steps, one for each true box. The area is AP. A false positive *below* all
-# right ones would cost nothing: only wrong things said with confidence hurt.
+# Three steps, one for each true box. The area is AP. A false positive *below* all right ones would cost
+# nothing: only wrong things said with confidence hurt.
 #
 # Over many pictures: match in each picture, then put all detections in **one** list, sorted by score.
 
@@ -723,19 +655,12 @@ def average_precision(
     label: str,
     threshold: float = 0.5,
 ) -> float:
-    """Average precision for one kind of object over many pictures.
+    """Average precision for one kind of object over many pictures, 0 to 1.
 
     Args:
-        found: for each picture what was detected.
-        truth: for each picture what is there (scores do not matter).
-        label: the kind.
+        found, truth: for each picture what was detected, and what is there.
+        label: the kind; NaN where it is in no picture.
         threshold: least IoU that counts as found.
-
-    Returns:
-        0 to 1; NaN where the kind is in no picture.
-
-    Raises:
-        ValueError: not as many pictures in `found` as in `truth`.
 
     Source: COCO's definition (101 recalls), pycocotools, `cocoeval.py`.
     """
@@ -760,203 +685,208 @@ def average_precision(
 
 
 # %%
-def one_picture(boxes, scores=None):
-    scores = scores or [1.0] * len(boxes)
-    return [[Detection("cat", box, score) for box, score in zip(boxes, scores)]]
-
-
-ap = average_precision(one_picture(found, scores), one_picture(truth), "cat")
-assert abs(ap - sum(heights) / 101) < 1e-9
-print(f"AP at IoU 0.50: {ap:.4f}")
-for threshold in (0.75, 0.9, 0.95):
-    value = average_precision(one_picture(found, scores), one_picture(truth), "cat", threshold)
-    print(f"AP at IoU {threshold:.2f}: {value:.4f}")
-    assert value <= ap
-    ap = value
+seen = [[Detection("cat", box, score) for box, score in zip(found, scores)]]  # one picture
+real = [[Detection("cat", box) for box in truth]]
+by_bound = {t: average_precision(seen, real, "cat", t) for t in (0.5, 0.75, 0.9, 0.95)}
+print({t: f"{value:.4f}" for t, value in by_bound.items()})
+assert abs(by_bound[0.5] - by_pencil) < 1e-9
+assert list(by_bound.values()) == sorted(by_bound.values(), reverse=True)
 
 # %% [markdown]
 # A stricter bound never makes the number higher. "The" AP of papers is the mean over the ten bounds
-# 0.50, 0.55, … 0.95 and over all kinds. (Exercise 2.)
+# 0.50, 0.55, … 0.95 and over all kinds (exercise 2).
 #
 # ## Against the reference
 #
-# The reference of this field is pycocotools. A test ran it on 30 random pictures with boxes, misses,
-# doubles and wrong kinds, and stored boxes and results: three kinds, ten bounds.
+# The reference is pycocotools. A test ran it on 30 random pictures with misses, doubles and wrong kinds,
+# and stored boxes and results: three kinds, ten bounds.
 
 # %%
 reference = load_file("reference/detection.safetensors")
 KINDS = ("cat", "dog", "owl")
 found_all, true_all = ([[] for _ in range(30)] for _ in range(2))
-for name, lists in (("found", found_all), ("truth", true_all)):
+for name, pictures in (("found", found_all), ("truth", true_all)):
     for picture, kind, *box, score in reference[name].tolist():
-        lists[int(picture)].append(Detection(KINDS[int(kind)], tuple(box), score))
+        pictures[int(picture)].append(Detection(KINDS[int(kind)], tuple(box), score))
+
+# %%
 bounds = [0.5 + 0.05 * k for k in range(10)]
 ours = torch.tensor(
     [[average_precision(found_all, true_all, kind, t) for kind in KINDS] for t in bounds]
 )
 gap = (ours - reference["precision"]).abs().max().item()
 assert gap <= 1e-6
-for kind, column in zip(KINDS, ours.T):
-    print(
-        kind, "AP50", f"{column[0]:.4f}", "AP75", f"{column[5]:.4f}", "AP", f"{column.mean():.4f}"
-    )
-print(f"largest difference: {gap:.1e}")
+print("mean of all bounds:", dict(zip(KINDS, [f"{v:.4f}" for v in ours.mean(0).tolist()])))
+print(f"largest difference from pycocotools: {gap:.0e}")
 
 # %% [markdown]
 # ## See it
 #
-# The tiny model's own answers, each box with its score. Above each picture stands, for every true
-# object, the IoU of the box that fits it best. Scores are lower than that: training let each edge lie
-# a little to the side ([lesson 27](27_training.ipynb)), so no single place is likely. A score ranks the
-# boxes of one model; it is not the chance of being right. Labels never hide each other.
+# The trained model's own boxes again, each with its score, and above them the IoU with the true box:
 
 # %%
-shown, titles, sure, fit = [], [], [], []
-for name in PLACED:
-    detections = outcome[name][0]
-    ious = box_iou([d.box for d in detections], boxes[name])
-    best = [f"{v:.2f}" for v in ious.amax(0)] if detections else ["-"] * len(boxes[name])
-    sure += [d.score for d in detections]
-    fit += ious.amax(1).tolist() if detections else []
-    names, scores = [d.label for d in detections], [d.score for d in detections]
-    drawn = draw_boxes(sample_picture(name), [d.box for d in detections], names, scores)
-    shown.append(drawn)
-    titles.append("best IoU: " + ", ".join(best))
-print(f"mean score {sum(sure) / len(sure):.2f}, mean IoU {sum(fit) / len(fit):.2f}")
-assert sum(sure) < sum(fit)
-fig = show_images([picture.resize((224, 224)) for picture in shown], titles, height=2.1)
+fits = {}
+for name in labels:
+    ious = box_iou([d.box for d in outcome[name]], boxes[name])
+    fits[name] = ious.amax(1).tolist()
+    print(name, "IoU", [f"{v:.2f}" for v in fits[name]])
+surest = max(d.score for found in outcome.values() for d in found)
+assert surest < 0.5 < 0.7 < min(min(values) for values in fits.values())
+
+# %% tags=["hide-input"]
+shown, titles = [], []
+for name, found in outcome.items():
+    names, sure = [d.label for d in found], [d.score for d in found]
+    shown.append(draw_small(name, [d.box for d in found], names, sure))
+    titles.append("IoU " + ", ".join(f"{value:.2f}" for value in fits[name]))
+fig = show_images(shown, titles, height=3.0)
 save_figure(fig, "19_scenes.png")
 
-# %%
-crowd = [(40 + 9 * k, 60 + 7 * k, 250 + 9 * k, 260 + 7 * k) for k in range(9)]
-names = [f"guess {k} {0.9 - 0.1 * k:.1f}" for k in range(9)]
-show_images(draw_boxes(scene, crowd, names), "nine guesses, nine readable tags", height=2.8)
-
 # %% [markdown]
+# What to notice: good boxes, low scores. That is the bell again. A score sorts the boxes of one model;
+# it is not the chance of being right.
+#
 # ## At full size
 #
-# What do 1024 steps cost? Half a step of error at each edge: on a large object nothing, on a small one
-# a lot. The same for 256 steps, which would save three quarters of the words. Mean IoU of a square
-# with its own rounded self:
+# What do 1024 steps cost? Half a step of error at each edge: on a large object nothing, on a small
+# one a lot. The mean IoU of a square with its own rounded self, and the same for 256 steps:
 
 # %%
 torch.manual_seed(0)
-fig, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
-sides = [0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.2]
-for steps, colour in ((1023, "vision"), (255, "language")):
-    means = []
+sides, rounded = (0.003, 0.006, 0.0125, 0.025, 0.05, 0.1, 0.2), {1024: [], 256: []}
+for tokens in rounded:
     for side in sides:
         corner = torch.rand(400, 2, dtype=torch.float64) * (1 - side)
         square = torch.cat([corner, corner + side], dim=1)
-        means.append(box_iou(square, (square * steps).round() / steps).diagonal().mean().item())
-    ax.plot(sides, means, "o-", color=COLOURS[colour], label=f"{steps + 1} words")
-    print(f"{steps + 1:4} words:", [f"{value:.2f}" for value in means])
+        near = (square * (tokens - 1)).round() / (tokens - 1)
+        rounded[tokens].append(box_iou(square, near).diagonal().mean().item())
+    print(f"{tokens:4} tokens:", [f"{value:.2f}" for value in rounded[tokens]])
+assert rounded[1024][-1] > 0.99 and rounded[1024][0] < 0.8 and rounded[256][0] < 0.3
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(5.4, 2.6), layout="constrained")
+for tokens, colour in ((1024, "vision"), (256, "muted")):
+    ax.plot(sides, rounded[tokens], "o-", color=COLOURS[colour], label=f"{tokens} location tokens")
 ax.set(xscale="log", xlabel="side of the object, share of the picture", ylabel="IoU after rounding")
+ax.set_xticks(sides, [f"{side:g}" for side in sides])
+ax.minorticks_off()
 ax.legend()
 save_figure(fig, "19_steps")
 
 # %% [markdown]
-# A detector with a head finds 100 objects in one pass. Here time grows with what is found. That is the
-# price for a detector that takes any word as its class.
+# A detector with a head finds 100 objects in one pass. Here time grows with what is found: the price
+# for a detector that takes any word as its class.
 #
 # ## A bug people really make: right before down
 #
-# Everyone writes (x, y). A colleague reads the four words as x0 y0 x1 y1. No error, boxes inside the
-# picture, good sizes. On the first test picture it looks nearly right:
+# Everyone writes (x, y). A colleague reads the four numbers as x0 y0 x1 y1. No error, boxes inside
+# the picture. On the first test picture it looks nearly right:
 
 
 # %%
 def parse_colleague(text, width, height):
-    """The same, with x and y swapped."""
-    return [
-        Detection(d.label, (d.box[1], d.box[0], d.box[3], d.box[2]), d.score)
-        for d in parse_detections(text, width, height)
-    ]
+    read = parse_detections(text, width, height)
+    return [Detection(d.label, (d.box[1], d.box[0], d.box[3], d.box[2])) for d in read]
 
 
-views = [
-    draw_boxes(sample_picture(n), [d.box for d in parse_colleague(answers[n], 448, 448)], labels[n])
-    for n in ("scene2", "scene")
-]
-fig = show_images(
-    [v.resize((224, 224)) for v in views], ["looks nearly right", "does not"], height=2.4
-)
+# %% tags=["hide-input"]
+views = []
+for name in ("scene2", "scene"):
+    read = parse_colleague(answers[name], 448, 448)
+    views.append(draw_small(name, [d.box for d in read], labels[name]))
+fig = show_images(views, ["looks nearly right", "does not"], height=3.0)
 save_figure(fig, "19_swapped.png")
 
 # %% [markdown]
-# The bee lies on the diagonal, where x and y are nearly equal: the one place where swapping is
-# invisible. The tulip is near it, and its box merely looks a little loose. A check on numbers sees it
-# at once:
+# The bee lies on the diagonal, where x and y are nearly equal: there swapping is invisible. The tulip's
+# box is in the right place and merely too wide. A check on numbers sees it at once:
 
 # %%
-for name in PLACED:
+for name in boxes:
     read = [d.box for d in parse_colleague(answers[name], 448, 448)]
     ours = [d.box for d in parse_detections(answers[name], 448, 448)]
-    swapped, right = (box_iou(r, boxes[name]).diagonal().min() for r in (read, ours))
-    print(f"{name:7} worst IoU: ours {right:.2f}, colleague {swapped:.2f}")
+    swapped, right = (box_iou(r, boxes[name]).diagonal() for r in (read, ours))
+    print(f"{name:7} ours {right.min():.2f}, colleague {[f'{v:.2f}' for v in swapped.tolist()]}")
+    assert right.min() > 0.98 and swapped.min() < 0.6
 
 # %% [markdown]
-# The rule: test with a picture that is **not square** and an object that is **not in the middle**.
-#
-# ### A second one: whose pixels?
-#
-# The model saw a squashed square; the user has a photograph. Words are shares of either, so
-# multiply by the size of the *given* picture. Multiply by the model's size, and the boxes are small
-# and in the upper left corner.
-
-# %%
-cat = sample_picture("cat")
-face = (120, 40, 370, 250)
-text = encode_boxes([face], *cat.size)[0] + " face"
-for title, size in (("given picture", cat.size), ("model's picture", (224, 224))):
-    (detection,) = parse_detections(text, *size)
-    print(f"{title:16}", [round(v) for v in detection.box], "in a picture of", cat.size)
+# The rule: test with a picture that is **not square** and an object that is **not on the diagonal**.
 
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 1 (predict): how many objects?
+# ### Exercise 1 (write): points instead of boxes
 #
-# Four answers. How many objects does `parse_detections` return for each?
+# Some models answer `point nose` with two location tokens, y before x: `<loc0100><loc0200> nose`.
+# Write the reader: a list of `(label, (x, y))` in pixels. A run of location tokens that isn't exactly
+# two long, or has a number beyond 1023, is no point. No text may raise an exception.
+
 
 # %% tags=["exercise"]
-L = "<loc0100><loc0200><loc0500><loc0600>"
-TEXTS = [
-    f"{L} cat{L} dog",
-    f"{L}{L} cat",
-    f"{L} ; cat",
-    f"{L} cat ; {L} cat",
-]
-counts = [None] * 4  # your answer
+def read_points(text, width, height):
+    return None  # [(label, (x, y)), …]
 
 
 # %% tags=["check"]
-def test_1(counts):
-    assert len(counts) == 4, "four numbers"
-    for count, text in zip(counts, TEXTS):
-        real = len(parse_detections(text, 448, 448))
-        assert count == real, f"{text.replace(L, 'LLLL')!r} gives {real}"
+def test_1(read_points):
+    def read(text):
+        try:
+            points = read_points(text, 2046, 1023)
+        except Exception as error:
+            raise AssertionError(f"{text!r} raises {type(error).__name__}: no text may") from None
+        assert isinstance(points, list), "return a list, whatever the text"
+        pairs = all(len(p) == 2 and isinstance(p[1], tuple) for p in points)
+        assert pairs, f"{text!r}: each point is (label, (x, y))"
+        return points
+
+    nose, ear = "<loc0100><loc0200> nose", "<loc0300><loc0500> left ear"
+    points = read(nose)
+    assert len(points) == 1, f"{nose!r} holds one point"
+    assert points[0][0] == "nose", "the label has no space before or after it"
+    (x, y), up = points[0][1], "the picture is 2046 wide and 1023 high"
+    assert abs(x - y) > 1 and x > y, f"which number is down, which is right? {up}"
+    assert abs(x - 400) < 1e-6 and abs(y - 100) < 1e-6, f"shares are of 1023; {up}"
+    for text in (f"{nose} ; {ear}", f"point nose\n{nose} ; {ear}", f"{nose}{ear}"):
+        names = [label for label, _ in read(text)]
+        assert names == ["nose", "left ear"], f"{text!r}: wrong labels {names}"
+    for what in ("<loc0001>", "<loc0001>" * 3, "<loc0001>" * 4, "<loc0001><loc1024>"):
+        for text in (f"{what} eye ; {nose}", f"{nose} ; {what}", f"{nose} ; {what} eye"):
+            names = [label for label, _ in read(text)]
+            assert names == ["nose"], f"{text!r}: only the nose is a point, you found {names}"
+    assert read("no point here") == [], "an answer without numbers has no points"
+    assert [label for label, _ in read("<loc0100><loc0200>")] == [""], "a label may be missing"
 
 
-check(test_1, counts)
+check(test_1, read_points)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# A name ends where the next `<` begins. Of too many locs, the last four count. A semicolon ends an
-# object, and an object needs no name. The parser does not judge whether two objects are the same.
+# Search for a run, `(?:<loc\d{4}>)+`, and behind it a label as in `OBJECT`. `re.findall` gives both.
+# How many numbers does the run have?
 #
 # </details>
 
+
 # %% tags=["solution"]
-counts = [2, 1, 1, 2]
-check(test_1, counts)
+# Search instead of splitting: what is no point is simply not taken.
+def read_points(text, width, height):
+    points = []
+    for run, label in re.findall(r"((?:<loc\d{4}>)+)([^;<>\n]*)", text):
+        numbers = [int(number) for number in re.findall(r"\d{4}", run)]
+        if len(numbers) == 2 and max(numbers) <= 1023:
+            y, x = numbers
+            points.append((label.strip(), (x / 1023 * width, y / 1023 * height)))
+    return points
+
+
+check(test_1, read_points)
 
 # %% [markdown]
 # ### Exercise 2 (fill in): the AP of papers
 #
 # Mean over the ten bounds 0.50, 0.55, … 0.95 and over all kinds *that are there*: a kind without a
-# true box has no AP and is left out. Pictures as in `average_precision`.
+# true box is left out. Pictures as in `average_precision`.
 
 
 # %% tags=["exercise"]
@@ -966,12 +896,24 @@ def mean_average_precision(found, truth):
 
 # %% tags=["check"]
 def test_2(mean_average_precision):
-    value = mean_average_precision(found_all, true_all)
-    assert value is not None, "return a number"
-    expected = float(reference["precision"].mean())
-    assert abs(value - expected) < 1e-6, f"expected {expected:.4f}, got {value:.4f}"
+    def value_of(found, truth):
+        value = mean_average_precision(found, truth)
+        assert isinstance(value, float | torch.Tensor), "return one number"
+        return float(value)
+
     extra = [[*row, Detection("unicorn", (0, 0, 9, 9), 1.0)] for row in found_all]
-    assert abs(mean_average_precision(extra, true_all) - expected) < 1e-6, "no unicorn is there"
+    with_extra, value = value_of(extra, true_all), value_of(found_all, true_all)
+    assert value == value, "your value is NaN"
+    assert with_extra == with_extra, "NaN, where a unicorn is seen and none is there"
+    assert abs(with_extra - value) < 1e-6, "a unicorn that isn't there changes your value"
+    bee = [[Detection("bee", (0, 0, 10, 10))]]
+    assert abs(value_of(bee, bee) - 1) < 1e-6, "other pictures have other kinds: here one bee"
+    near = [[Detection("bee", (0, 0, 10, 9.52))]]  # IoU 0.952
+    assert abs(value_of(near, bee) - 1) < 1e-6, "an IoU of 0.952 is enough for all ten bounds"
+    near = [[Detection("bee", (0, 0, 10, 9.2))]]  # IoU 0.92
+    assert abs(value_of(near, bee) - 0.9) < 1e-6, "an IoU of 0.92 is enough for all bounds but one"
+    theirs = float(reference["precision"].mean())
+    assert abs(value - theirs) < 1e-6, "pycocotools has another value for the 30 pictures"
 
 
 check(test_2, mean_average_precision)
@@ -985,6 +927,7 @@ check(test_2, mean_average_precision)
 
 
 # %% tags=["solution"]
+# The kinds come from the truth: only there does a recall make sense.
 def mean_average_precision(found, truth):
     kinds = {detection.label for row in truth for detection in row}
     bounds = [0.5 + 0.05 * k for k in range(10)]
@@ -997,9 +940,9 @@ check(test_2, mean_average_precision)
 # %% [markdown]
 # ### Exercise 3 (extend): say it once
 #
-# Models repeat themselves: two boxes on one cat, the second a false positive. Write non-maximum
-# suppression: go from sure to unsure and drop a detection that overlaps a kept one *of the same
-# label* with an IoU above `limit`. Return the kept ones, surest first.
+# Models repeat themselves: two boxes on one cat. Write non-maximum suppression: go from sure to unsure
+# and drop a detection that overlaps a kept one *of the same label* with an IoU above `limit`. Return
+# the kept ones, surest first.
 
 
 # %% tags=["exercise"]
@@ -1013,10 +956,20 @@ def test_3(say_once):
     b = Detection("cat", (0, 0, 10, 11), 0.9)
     c = Detection("dog", (0, 0, 10, 10), 0.5)
     d = Detection("cat", (20, 0, 30, 10), 0.95)
-    assert say_once([a, b, c, d]) == [d, b, c], "a repeats b; c is a dog; d is elsewhere"
+    kept = say_once([a, b, c, d])
+    assert isinstance(kept, list), "return a list of detections"
+    assert all(isinstance(d, Detection) for d in kept), "return detections, not their parts"
+    assert a not in kept, "two boxes on one cat: the less sure one is still there"
+    assert b in kept, "two boxes on one cat: the surer one is gone"
+    assert c in kept, "a dog is gone because a cat lies in the same place"
+    assert d in kept, "a cat is gone that overlaps nothing"
+    assert kept == sorted(kept, key=lambda d: -d.score), "the surest comes first"
     assert say_once([]) == [], "nothing in, nothing out"
     chain = [Detection("cat", (4 * k, 0, 4 * k + 10, 10), 0.9 - 0.1 * k) for k in range(3)]
-    assert say_once(chain, 0.4) == [chain[0], chain[2]], "compare with kept ones only"
+    kept = say_once(chain, 0.4)
+    assert chain[1] not in kept, "`limit` is not obeyed: 0.43 is above 0.4"
+    assert chain[2] in kept, "one is gone that overlaps only a box which was dropped itself"
+    assert say_once(chain) == chain, "`limit` is not obeyed: 0.43 is below 0.7"
 
 
 check(test_3, say_once)
@@ -1030,6 +983,7 @@ check(test_3, say_once)
 
 
 # %% tags=["solution"]
+# Each is compared with those that stay, not with all: what is dropped drops nobody.
 def say_once(detections, limit=0.7):
     kept = []
     for d in sorted(detections, key=lambda d: -d.score):
@@ -1044,10 +998,9 @@ check(test_3, say_once)
 # %% [markdown]
 # ## Summary
 #
-# - A box is four words, y0 x0 y1 x1, `round(v · 1023)` of the picture's height or width.
+# - A box is four location tokens, y0 x0 y1 x1, `round(v · 1023)` of the picture's height or width.
 # - A model's answer is untrusted: search for objects, keep the good, name the broken.
-# - The probabilities of an object's words make its score, place and name apart; the score decides
-#   who matches first.
+# - The probabilities of an object's tokens make its score, place and name apart.
 # - IoU measures one box; AP measures a list with its order.
 # - Test with pictures that are not square.
 
@@ -1058,18 +1011,18 @@ check(test_3, say_once)
 #
 # <details><summary>Answer</summary>
 #
-# Nothing. AP uses scores only to sort. A bound such as "show everything above 0.5" would of course show
-# nothing any more.
+# Nothing. AP uses scores only to sort.
 #
 # </details>
 
 # %% [markdown]
-# **2.** Why may a correct box have a low score here, when all its words are nearly right?
+# **2.** A colleague multiplies the shares by 224, the side of the square that the model saw. The
+# photograph has 1800 × 1200 pixels. What does she see?
 #
 # <details><summary>Answer</summary>
 #
-# `<loc0484>` and `<loc0485>` are different words. A model that is unsure by a pixel or two shares its
-# probability among neighbours, so each gets little. The box is good all the same.
+# All boxes are small, and they huddle in the upper left corner. The right factors are the given
+# picture's own width and height.
 #
 # </details>
 
@@ -1079,9 +1032,8 @@ check(test_3, say_once)
 #
 # <details><summary>Answer</summary>
 #
-# `int` cuts off up to one step, where rounding errs by half of one; and at $v = 1$ it gives 1024, for
-# which there is no word. In 448 pixels a step is 0.44: invisible on large objects, and enough to
-# lower the IoU of small ones.
+# `int` cuts off up to one step, where rounding errs by half of one: 0.44 of 448 pixels, which lowers the
+# IoU of small objects. And at $v = 1$ it gives 1024, for which there is no token.
 #
 # </details>
 
@@ -1089,7 +1041,7 @@ check(test_3, say_once)
 # ## References
 #
 # - Lucas Beyer et al., *PaliGemma: A versatile 3B VLM for transfer*, 2024, section 3.2 (the 1024
-#   location words).
+#   location tokens).
 # - Ting Chen et al., *Pix2seq: A Language Modeling Framework for Object Detection*, 2022.
 # - Tsung-Yi Lin et al., *Microsoft COCO: Common Objects in Context*, 2014; pycocotools, `cocoeval.py`.
 # - big_vision: `pp/proj/paligemma`, the published preprocessing of boxes.
