@@ -313,7 +313,7 @@ print(f"{len(texts)} texts, sense and nonsense: all ids are those of the shipped
 # %% [markdown]
 # ## The module
 #
-# PaliGemma took Gemma's 256,000 pieces and added 1,153 tokens at the end: 1024 **location tokens** `<loc0000>` … `<loc1023>`, 128 **mask tokens** `<seg000>` … `<seg127>`, and `<image>`, which stands where the picture's vectors go.
+# PaliGemma took Gemma's 256,000 pieces and added 1,153 tokens at the end: 1024 **location tokens** `<loc0000>` … `<loc1023>`, 128 tokens for masks `<seg000>` … `<seg127>`, and `<image>`, which stands where the picture's vectors go.
 
 # %%
 #| export
@@ -618,7 +618,7 @@ print(f"<loc> and <seg>: {len(ADDED) / 257_216:.2%} of the rows; unused rows: {2
 assert 257_216 % 64 == 0 and 0.17 < count / whole < 0.2 and len(ADDED) / 257_216 < 0.005
 
 # %% [markdown]
-# Nearly a fifth of all parameters is this one table. To read a token is to copy its row. All location and mask tokens together take less than half a per cent of it: a cheap way to teach a language model geometry.
+# Nearly a fifth of all parameters is this one table. To read a token is to copy its row. All `<loc>` and `<seg>` together take less than half a per cent of it: a cheap way to teach a language model geometry.
 
 # %% [markdown]
 # ## Exercises
