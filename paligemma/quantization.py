@@ -1,6 +1,7 @@
 # Exported from notebooks/22_quantization.ipynb — edit there, then run `make sync`.
 """Weights in eight or four bits: a smaller model that decodes faster, because it reads less."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,28 +16,36 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round each row to whole numbers from -127 to 127 times a scale of its own.
 
     Args:
-        weight: `float[N, K]`, one row for each output.
+        weight: `float[out, in]`, one row for each output.
 
     Returns:
-        codes `int8[N, K]` and scales `float32[N]`; weight ≈ codes · scales[:, None].
+        codes `int8[out, in]` and scales `float32[out]`; weight ≈ codes · scales[:, None].
     """
     weight = weight.float()
     scales = (weight.abs().amax(1) / 127).clamp(min=1e-30)  # a row of zeros: any scale will do
     return (weight / scales[:, None]).round().to(torch.int8), scales
 
 
+def replace_linears(module: nn.Module, new: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put `new(layer)` in the place of each linear layer inside a module."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, new(layer))
+
+
 def quantize_int4(weight: torch.Tensor, group_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
     """Round each group of a row to 16 evenly spaced values, from its least to its greatest.
 
     Args:
-        weight: `float[N, K]`, K a multiple of the group size.
+        weight: `float[out, in]`, `in` a multiple of the group size.
         group_size: neighbours along the input that share a scale and a zero.
 
     Returns:
-        codes `uint8[N, K]`, 0 to 15, and `float32[N, K / group_size, 2]`, scale and zero;
+        codes `uint8[out, in]`, 0 to 15, and scale and zero `float32[out, in / group_size, 2]`;
         weight ≈ (codes - 8) · scale + zero.
     """
-    groups = weight.float().unflatten(1, (-1, group_size))  # (N, K/g, g)
+    groups = weight.float().unflatten(1, (-1, group_size))  # [out, in / g, g]
     low, high = groups.amin(-1), groups.amax(-1)
     scales = ((high - low) / 15).clamp(min=1e-30)  # all equal: the zero says it all
     codes = ((groups - low[..., None]) / scales[..., None]).round()
@@ -46,26 +55,26 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 64) -> tuple[torch.Ten
 def pack_int4(codes: torch.Tensor, block: int = 64) -> torch.Tensor:
     """Two codes a byte, in the order that PyTorch's CPU kernel reads.
 
-    A block of rows lies together, column by column; the low half of a byte is a row of the
-    block's first half, the high half is the row block / 2 below.
+    A block of rows lies together, column by column; the high half of a byte is the code that
+    stands block / 2 rows below that of the low half.
 
     Args:
-        codes: `uint8[N, K]`, 0 to 15; N a multiple of the block.
+        codes: `uint8[out, in]`, 0 to 15; `out` a multiple of the block.
         block: rows in a block, 64 for AVX-512 and 32 for AVX2.
 
     Returns:
-        `uint8[N, K / 2]`, the bytes of all blocks one after another.
+        `uint8[out, in / 2]`, the bytes of all blocks one after another.
     """
-    n, k = codes.shape
-    low, high = codes.view(n // block, 2, block // 2, k).unbind(1)  # (N/block, block/2, K)
-    return (low | high << 4).transpose(1, 2).reshape(n, k // 2)
+    rows, columns = codes.shape
+    low, high = codes.view(rows // block, 2, block // 2, columns).unbind(1)
+    return (low | high << 4).transpose(1, 2).reshape(rows, columns // 2)
 
 
 def unpack_int4(packed: torch.Tensor, block: int = 64) -> torch.Tensor:
-    """The inverse of `pack_int4`: `uint8[N, K / 2]` → `uint8[N, K]`."""
-    n, half = packed.shape
-    pairs = packed.view(n // block, 2 * half, block // 2)  # (N/block, K, block/2)
-    return torch.cat([pairs & 15, pairs >> 4], -1).transpose(1, 2).reshape(n, 2 * half)
+    """The inverse of `pack_int4`: `uint8[out, in / 2]` → `uint8[out, in]`."""
+    rows, half = packed.shape
+    pairs = packed.view(rows // block, 2 * half, block // 2)
+    return torch.cat([pairs & 15, pairs >> 4], -1).transpose(1, 2).reshape(rows, 2 * half)
 
 
 @cache
@@ -87,13 +96,8 @@ class QuantizedLinear(nn.Module):
 
     Few rows in bfloat16 on a CPU (decoding) go to a kernel that reads the packed weights. In all
     other cases a chunk of W after another is unpacked and multiplied as usual: for many rows
-    (prefill), in other types and on other devices that is faster.
-
-    Args:
-        in_features, out_features: int K and N.
-        bias: does it have one.
-        dtype: of scales, bias and inputs.
-        multiple: K is filled up with zeros to a multiple of this.
+    (prefill), in other types and on other devices that is faster. `in_features` is filled up with
+    zeros to a multiple of `multiple`; `dtype` is the type of scales, bias and inputs.
     """
 
     few: int = 0  # most rows for which the kernel is faster
@@ -109,44 +113,30 @@ class QuantizedLinear(nn.Module):
         self.fill = -in_features % multiple
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype) if bias else None)
 
-    @classmethod
-    def from_weight(cls, weight: torch.Tensor, bias=None, group_size: int = 64):
-        """Quantise `float[N, K]`, a chunk at a time; on the meta device there are only shapes.
+    def set_rows(self, part: slice, weight: torch.Tensor) -> None:
+        """Quantise `float32[rows, in]` into one slice of the rows."""
+        raise NotImplementedError
 
-        Raises:
-            ValueError: the weight holds NaN or infinity.
-        """
-        n, k = weight.shape
-        new = cls(k, n, bias is not None, weight.dtype, group_size).to(weight.device)
-        new.bias = None if bias is None else bias.detach()
-        for part in [] if weight.is_meta else new.chunks():
-            rows = weight[part].float()
-            if not bool(rows.isfinite().all()):
-                raise ValueError("the weight holds NaN or infinity; check the checkpoint")
-            missing = new.qweight[part].shape[0] - rows.shape[0]
-            new.set_rows(part, F.pad(rows, (0, new.fill, 0, missing)))
-        return new
+    def kernel(self, x: torch.Tensor) -> torch.Tensor:
+        """`bfloat16[rows, in]` → `bfloat16[rows, out]`, straight from the codes."""
+        raise NotImplementedError
+
+    def multiply(self, x: torch.Tensor, part: slice) -> torch.Tensor:
+        """`float[rows, in]` → the outputs of one slice."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
     def chunks(self) -> list[slice]:
         """W's rows in slices of a few megabytes, and of whole blocks."""
         step = max(64, CHUNK // self.in_features // 64 * 64)
         return [slice(i, i + step) for i in range(0, self.qweight.shape[0], step)]
 
-    def set_rows(self, part: slice, weight: torch.Tensor) -> None:
-        """Quantise `float32[n, K]` into one slice."""
-        raise NotImplementedError
-
-    def kernel(self, rows: torch.Tensor) -> torch.Tensor:
-        """`bfloat16[M, K]` → `bfloat16[M, N]`, straight from the codes."""
-        raise NotImplementedError
-
-    def multiply(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
-        """`float[M, K]` → `float[M, n]`, the outputs of one slice."""
-        raise NotImplementedError
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`float[…, K]` → `float[…, N]`."""
-        rows = F.pad(x.reshape(-1, self.in_features), (0, self.fill))  # (M, K)
+        """`float[…, in]` → `float[…, out]`."""
+        rows = F.pad(x.reshape(-1, self.in_features), (0, self.fill))
         learning = torch.is_grad_enabled() and x.requires_grad  # the kernels have no gradient
         fits = rows.device.type == "cpu" and rows.dtype == self.scales.dtype == torch.bfloat16
         if fits and 0 < rows.shape[0] <= self.few and not learning:
@@ -156,9 +146,19 @@ class QuantizedLinear(nn.Module):
         y = y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+    @classmethod
+    def from_weight(cls, weight: torch.Tensor, bias=None, group_size: int = 64):
+        """Quantise `float[out, in]`, a chunk at a time; on the meta device there are only shapes."""
+        n_out, n_in = weight.shape
+        new = cls(n_in, n_out, bias is not None, weight.dtype, group_size).to(weight.device)
+        new.bias = None if bias is None else bias.detach()
+        for part in [] if weight.is_meta else new.chunks():
+            rows = weight[part].float()
+            if not bool(rows.isfinite().all()):
+                raise ValueError("the weight holds NaN or infinity; check the checkpoint")
+            missing = new.qweight[part].shape[0] - rows.shape[0]
+            new.set_rows(part, F.pad(rows, (0, new.fill, 0, missing)))
+        return new
 
 
 class Int8Linear(QuantizedLinear):
@@ -176,12 +176,11 @@ class Int8Linear(QuantizedLinear):
     def set_rows(self, part: slice, weight: torch.Tensor) -> None:
         self.qweight[part], self.scales[part] = quantize_int8(weight)
 
-    def kernel(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int8pack_mm(rows, self.qweight, self.scales)
+    def kernel(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, self.qweight, self.scales)
 
-    def multiply(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
-        # Whole numbers up to 127 are exact in every float type.
-        return rows @ self.qweight[part].to(rows.dtype).T * self.scales[part].to(rows.dtype)
+    def multiply(self, x: torch.Tensor, part: slice) -> torch.Tensor:
+        return x @ self.qweight[part].to(x.dtype).T * self.scales[part].to(x.dtype)
 
 
 class Int4Linear(QuantizedLinear):
@@ -189,30 +188,34 @@ class Int4Linear(QuantizedLinear):
 
     def __init__(self, in_features, out_features, bias=False, dtype=None, group_size=64):
         super().__init__(in_features, out_features, bias, dtype, multiple=group_size)
-        n, k = out_features + -out_features % 64, in_features + self.fill  # whole blocks
+        rows, columns = out_features + -out_features % 64, in_features + self.fill  # whole blocks
         self.group_size, self.block = group_size, kernel_block() or 64
         self.few = 64 if kernel_block() else 0
-        self.register_buffer("qweight", torch.empty(n, k // 2, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(k // group_size, n, 2, dtype=dtype))
+        self.register_buffer("qweight", torch.empty(rows, columns // 2, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(columns // group_size, rows, 2, dtype=dtype))
 
     def set_rows(self, part: slice, weight: torch.Tensor) -> None:
         codes, scales = quantize_int4(weight, self.group_size)
         self.qweight[part] = pack_int4(codes, self.block)
         self.scales[:, part] = scales.transpose(0, 1)
 
-    def kernel(self, rows: torch.Tensor) -> torch.Tensor:
+    def kernel(self, x: torch.Tensor) -> torch.Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
-        return multiply(rows, self.qweight, self.group_size, self.scales)
+        return multiply(x, self.qweight, self.group_size, self.scales)
 
-    def multiply(self, rows: torch.Tensor, part: slice) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, part: slice) -> torch.Tensor:
         groups, block = self.scales.shape[0], self.block
         pairs = self.qweight[part].view(-1, groups, self.group_size, block // 2)
-        codes = torch.cat([pairs & 15, pairs >> 4], -1).view(torch.int8) - 8  # (n/b, K/g, g, b)
+        codes = torch.cat([pairs & 15, pairs >> 4], -1).view(torch.int8) - 8  # [·, in/g, g, block]
         scales = self.scales[:, part].unflatten(1, (-1, block)).permute(3, 1, 0, 2)
         # One addcmul rounds once; it is twice as fast when scale and zero lie contiguously.
-        scale, zero = scales[:, :, :, None].to(rows.dtype).contiguous()  # (n/b, K/g, 1, b) each
-        weight = torch.addcmul(zero, codes.to(rows.dtype), scale).flatten(1, 2)  # (n/b, K, b)
-        return rows @ weight.transpose(0, 1).flatten(1)  # Wᵀ: (K, n)
+        scale, zero = scales[:, :, :, None].to(x.dtype).contiguous()  # [·, in/g, 1, block] each
+        weight = torch.addcmul(zero, codes.to(x.dtype), scale).flatten(1, 2)  # [·, in, block]
+        return x @ weight.transpose(0, 1).flatten(1)  # Wᵀ: [in, rows]
+
+
+MODES = {"int8": Int8Linear, "int4": Int4Linear}
+GROUP_SIZES = (32, 64, 128, 256)  # what the int4 kernel knows
 
 
 def check_one_type(model: nn.Module) -> None:
@@ -222,31 +225,17 @@ def check_one_type(model: nn.Module) -> None:
         raise ValueError(f"the weights are {' and '.join(sorted(floats))}; give one dtype for all")
 
 
-MODES = {"int8": Int8Linear, "int4": Int4Linear}
-GROUP_SIZES = (32, 64, 128, 256)  # what the int4 kernel knows
-
-
 @torch.no_grad()
 def quantize_model(
-    model: PaliGemma,
-    mode: str = "int8",
-    group_size: int = 64,
-    dtype: torch.dtype | None = None,
+    model: PaliGemma, mode: str = "int8", group_size: int = 64, dtype: torch.dtype | None = None
 ) -> PaliGemma:
     """Quantise the linear layers of the language model, and a copy of the embedding as its head.
 
-    The vision tower sees many rows once for each picture, where few bits save no time: it stays,
-    except that beside four bits, where it would be a third of the memory, it takes eight.
-    Projector and norms are small; of the embedding only the prompt's rows are read. They stay.
-
     Args:
-        model: changed in place.
-        mode: "int8" or "int4".
+        model: changed in place, and returned.
+        mode: "int8" or "int4"; beside four bits the vision tower takes eight.
         group_size: for int4: 32, 64, 128 or 256.
         dtype: to compute in afterwards; None: the type of the weights, which have to have one.
-
-    Returns:
-        The same model.
 
     Raises:
         ValueError: an unknown mode or group size, a model that is quantised already, adapters
@@ -264,10 +253,9 @@ def quantize_model(
         check_one_type(model)
     language, kind = model.language_model, MODES[mode]
     language.head = kind.from_weight(language.embed_tokens.weight, None, group_size)
-    kinds = {"language_model": kind} | ({"vision_tower": Int8Linear} if mode == "int4" else {})
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and (part := name.split(".")[0]) in kinds:
-            parent, _, child = name.rpartition(".")
-            new = kinds[part].from_weight(layer.weight, layer.bias, group_size)
-            setattr(model.get_submodule(parent), child, new)
+    replace_linears(language, lambda old: kind.from_weight(old.weight, old.bias, group_size))
+    if mode == "int4":
+        replace_linears(
+            model.vision_tower, lambda old: Int8Linear.from_weight(old.weight, old.bias)
+        )
     return model.to(dtype=dtype)
