@@ -24,5 +24,5 @@ class GeGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`float[B, L, D]` → `float[B, L, D]`."""
-        gate = F.gelu(self.gate_proj(x), approximate="tanh")  # (B, L, intermediate)
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")  # [B, L, M]
         return self.down_proj(gate * self.up_proj(x))
