@@ -5,8 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from zipfile import BadZipFile
-from zlib import error as ZlibError
 
 import numpy as np
 import torch
@@ -16,16 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from paligemma.support.files import open_tensors, replacing
+from paligemma.support.tensors import match_tensors
 
 
 def mask_iou(a, b) -> np.ndarray:
-    """Intersection over union of two masks, or of each pair of two stacks.
-
-    Args:
-        a, b: bool[..., H, W], arrays or tensors.
+    """Intersection over union of masks, bool[..., height, width], arrays or tensors.
 
     Returns:
-        float64[...], 0 (apart) to 1 (equal); 0 where both are empty.
+        float64[...], 0 (apart, or both empty) to 1 (equal).
     """
     a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     shared, together = (a & b).sum((-1, -2)), (a | b).sum((-1, -2))
@@ -61,94 +57,71 @@ class Codebook(nn.Module):
         self._embedding = nn.Parameter(torch.randn(codes, width))
 
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
-        """Number of the nearest vector: `float32[..., width]` → `int64[...]`."""
+        """Number of the nearest row: `float32[..., width]` → `int64[...]`."""
         e = self._embedding
         return (e.square().sum(1) - 2 * z @ e.T).argmin(-1)  # |z|² is the same for all
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """The vectors of codes: `int64[...]` → `float32[..., width]`."""
+        """The rows of codes: `int64[...]` → `float32[..., width]`."""
         return F.embedding(codes, self._embedding)
+
+
+def make_encoder(widths: Sequence[int], code_width: int, blocks: int = 1) -> nn.Sequential:
+    """Strided convolutions of these widths, residual blocks, and a 1 × 1 to the codebook's width."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise((1, *widths)):
+        layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+    layers += [ResidualBlock(widths[-1]) for _ in range(blocks)]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], code_width, 1))
 
 
 class MaskCodec(nn.Module):
     """Masks to codes and back: 64 × 64 pixels ↔ sixteen codes, four rows of four.
 
     Args:
-        codes: size of the codebook.
-        code_width: of its vectors.
+        codes, code_width: rows of the codebook, and numbers in each.
         width: channels of the decoder's first layers, a multiple of 8.
-        encoder_widths: channels of the encoder's four strided layers; None: the decoder's,
-            mirrored; empty: no encoder.
-        encoder_blocks: residual blocks of the encoder; the published one has 2.
-        fixed_length: bring the encoder's vectors to length √code_width; the published: False.
 
     Source: Ning et al., *All in Tokens*, 2023; parameters have the names of `vae-oid.npz`.
     """
 
-    def __init__(
-        self,
-        codes: int = 128,
-        code_width: int = 512,
-        width: int = 128,
-        encoder_widths: Sequence[int] | None = None,
-        encoder_blocks: int = 1,
-        fixed_length: bool = True,
-    ):
+    def __init__(self, codes: int = 128, code_width: int = 512, width: int = 128):
         super().__init__()
-        self.codes, self.fixed_length = codes, fixed_length
+        self.codes = codes
         self._vq_vae = Codebook(codes, code_width)
-
         layers = [nn.Conv2d(code_width, width, 1), nn.ReLU()]
         layers += [ResidualBlock(width), ResidualBlock(width)]
         for before, after in pairwise((width, width, width // 2, width // 4, width // 8)):
             layers += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
         self.decoder = nn.Sequential(*layers, nn.Conv2d(width // 8, 1, 1))
-
-        widths = (width // 8, width // 4, width // 2, width)
-        widths = widths if encoder_widths is None else tuple(encoder_widths)
-        self.encoder = None
-        if widths:
-            layers = []
-            for before, after in pairwise((1, *widths)):
-                layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
-            layers += [ResidualBlock(widths[-1]) for _ in range(encoder_blocks)]
-            self.encoder = nn.Sequential(*layers, nn.Conv2d(widths[-1], code_width, 1))
+        widths = (width // 8, width // 4, width // 2, width)  # the decoder's, mirrored
+        self.encoder: nn.Module | None = make_encoder(widths, code_width)
+        self.fixed_length = True  # of the encoder's vectors; the published: False
 
     def encode_vectors(self, masks: torch.Tensor) -> torch.Tensor:
         """What the encoder says: `float32[B, 64, 64]` in [0, 1] → `float32[B, 16, code_width]`."""
         if self.encoder is None:
             raise ValueError("this codec has no encoder: it only decodes; load the whole file")
-        z = self.encoder(2 * (masks[:, None] - 0.5))  # (B, code_width, 4, 4)
-        z = z.flatten(2).transpose(1, 2)  # (B, 16, code_width)
+        z = self.encoder(2 * (masks[:, None] - 0.5))  # [B, code_width, 4, 4]
+        z = z.flatten(2).transpose(1, 2)  # [B, 16, code_width]
         return F.rms_norm(z, z.shape[2:]) if self.fixed_length else z
 
     def decode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         """What the decoder draws: `float32[B, 16, code_width]` → `float32[B, 64, 64]`."""
-        grid = vectors.transpose(1, 2).unflatten(2, (GRID, GRID))  # (B, code_width, 4, 4)
+        grid = vectors.transpose(1, 2).unflatten(2, (GRID, GRID))  # [B, code_width, 4, 4]
         return self.decoder(grid)[:, 0]
 
     def forward(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One pass for training, gradients straight through the choice of codes.
-
-        Returns:
-            what is drawn (`float32[B, 64, 64]`), the codes (`int64[B, 16]`) and how far codebook
-            and encoder are apart (a loss: the codebook moves fully, the encoder by a quarter).
-        """
+        """One pass for training: the drawing, its codes, and how far codebook and encoder are apart."""
         z = self.encode_vectors(masks)
-        codes = self._vq_vae.nearest(z)
+        codes = self._vq_vae.nearest(z)  # [B, 16]
         e = self._vq_vae(codes)
         apart = F.mse_loss(e, z.detach()) + 0.25 * F.mse_loss(z, e.detach())
         return self.decode_vectors(z + (e - z).detach()), codes, apart
 
     @torch.no_grad()
     def encode(self, masks: torch.Tensor) -> torch.Tensor:
-        """Write masks as codes: of each of the encoder's vectors the nearest row of the codebook.
-
-        Args:
-            masks: `float32[B, 64, 64]` in [0, 1] (or bool).
-
-        Returns:
-            `int64[B, 16]`, row by row.
+        """Write masks as codes: `float32[B, 64, 64]` in [0, 1] (or bool) → `int64[B, 16]`, row by row.
 
         Raises:
             ValueError: another shape, values outside 0 to 1, or a codec without an encoder.
@@ -163,13 +136,7 @@ class MaskCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Draw codes.
-
-        Args:
-            codes: `int64[B, 16]`, row by row, each 0 to `self.codes` - 1.
-
-        Returns:
-            `float32[B, 64, 64]` in [-1, 1]; inside the object where above 0.
+        """Draw codes: `int64[B, 16]` → `float32[B, 64, 64]` in [-1, 1], inside the object above 0.
 
         Raises:
             ValueError: another shape or type, or a code that is not in the codebook.
@@ -188,11 +155,7 @@ class MaskCodec(nn.Module):
     def from_state(
         cls, state: Mapping[str, torch.Tensor], source: str | os.PathLike, fixed_length: bool
     ) -> "MaskCodec":
-        """Build the codec whose widths a file's tensors show, and load them, strictly.
-
-        Raises:
-            ValueError: a tensor missing, left over, of the wrong shape or type, or with a NaN.
-        """
+        """Build the codec whose widths a file's tensors show, and load them, strictly."""
         downs = (0, 2, 4, 6) if any(name.startswith("encoder.") for name in state) else ()
         try:
             codes, code_width = state["_vq_vae._embedding"].shape
@@ -204,30 +167,16 @@ class MaskCodec(nn.Module):
             raise ValueError(f"{source}: {codes} codes, width {width}; expected a multiple of 8")
         blocks = sum(f"encoder.{layer}.net.0.bias" in state for layer in range(8, len(state)))
         with torch.device("meta"):  # shapes only, and no random numbers are drawn
-            codec = cls(codes, code_width, width, widths, blocks, fixed_length)
-        expected = codec.state_dict()
-        for name in [*expected, *state]:
-            if name not in state or name not in expected:
-                what = "lacks" if name in expected else "holds, for no part of a mask codec,"
-                raise ValueError(f"{source} {what} {name}; download it again")
-            tensor, shape = state[name], list(expected[name].shape)
-            if list(tensor.shape) != shape:
-                raise ValueError(f"{source}: {name} is {list(tensor.shape)}, expected {shape}")
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                kind = "holds NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype)
-                raise ValueError(f"{source}: {name} {kind}; expected finite floats")
+            codec = cls(codes, code_width, width)
+            codec.encoder = make_encoder(widths, code_width, blocks) if widths else None
+        codec.fixed_length = fixed_length
+        match_tensors(source, state, codec.state_dict(), finite=True)
         codec.load_state_dict({n: t.float() for n, t in state.items()}, assign=True)
         return codec.eval()
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike) -> "MaskCodec":
-        """Read the published codec; other arrays in the file are left alone.
-
-        Args:
-            path: `vae-oid.npz`; without an encoder in it the codec only decodes.
-
-        Returns:
-            The codec in float32 and evaluation mode.
+        """Read the published `vae-oid.npz`; without an encoder in it the codec only decodes.
 
         Raises:
             ValueError: no such file, not an npz, pickled objects, and what `from_state` refuses.
@@ -236,19 +185,13 @@ class MaskCodec(nn.Module):
         try:
             with np.load(path, allow_pickle=False) as file:
                 state = {n: torch.from_numpy(file[n]) for n in file.files if n.startswith(parts)}
-        except (OSError, ValueError, TypeError, RuntimeError, *DAMAGED) as error:
+        except Exception as error:  # NumPy has many for a damaged file
             raise ValueError(f"{path} is not an npz file of arrays ({error})") from None
         return cls.from_state(state, path, fixed_length=False)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> "MaskCodec":
-        """Read a codec that `save_pretrained` wrote.
-
-        Args:
-            path: the file, or the directory that holds `mask_codec.safetensors`.
-
-        Returns:
-            The codec in float32 and evaluation mode.
+        """Read what `save_pretrained` wrote: the file, or the directory that holds it.
 
         Raises:
             ValueError: no such file, truncated, and what `from_state` refuses.
@@ -260,12 +203,7 @@ class MaskCodec(nn.Module):
         return cls.from_state(state, path, fixed_length=about.get("fixed_length", "true") == "true")
 
     def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
-        """Write `mask_codec.safetensors`, whole or not at all.
-
-        Args:
-            path: the file (`….safetensors`), or a directory, made when absent.
-            dtype: of the stored weights.
-        """
+        """Write `mask_codec.safetensors`, whole or not at all, into a directory, made when absent."""
         path = codec_file(path)
         state = {n: t.to("cpu", dtype).contiguous() for n, t in self.state_dict().items()}
         about = {"format": "pt", "fixed_length": str(self.fixed_length).lower()}
@@ -273,28 +211,24 @@ class MaskCodec(nn.Module):
             save_file(state, draft(path.name), metadata=about)
 
 
+def codec_file(path: str | os.PathLike) -> Path:
+    """The file itself, or the one of that name in a directory."""
+    path = Path(path).expanduser()
+    return path if path.suffix == ".safetensors" else path / "mask_codec.safetensors"
+
+
 @torch.no_grad()
 def restart_dead_codes(codec: MaskCodec, masks: torch.Tensor, counts: torch.Tensor) -> int:
-    """Give codes that nobody chooses a new place: on top of what the encoder says now.
+    """Move codes that nobody chose lately on top of what the encoder says now of some masks.
 
     Args:
-        codec: in training.
-        masks: `float32[B, 64, 64]`, a batch to take places from.
-        counts: `int64[codes]`, how often each code was chosen lately.
+        masks: `float32[B, 64, 64]`.
+        counts: `[codes]`, how often each code was chosen.
 
     Returns:
         How many were dead.
     """
     dead = (counts == 0).nonzero()[:, 0]
-    z = codec.encode_vectors(masks).flatten(0, 1)  # (16 B, code_width)
+    z = codec.encode_vectors(masks).flatten(0, 1)  # [16 B, code_width]
     codec._vq_vae._embedding[dead] = z[torch.randint(len(z), (len(dead),), device=z.device)]
     return len(dead)
-
-
-DAMAGED = (AttributeError, EOFError, LookupError, BadZipFile, ZlibError)  # NumPy, on broken files
-
-
-def codec_file(path: str | os.PathLike) -> Path:
-    """The file itself, or the one of that name in a directory."""
-    path = Path(path).expanduser()
-    return path if path.suffix == ".safetensors" else path / "mask_codec.safetensors"
