@@ -19,7 +19,7 @@ SUPPORT = ROOT / "paligemma" / "support"
 OPEN = {"command_line", "adapters"}
 # Tests of the project as a whole; every other test file belongs to one lesson.
 PROJECT = {"toolchain", "notebooks", "staircase", "references", "parity", "readme", "tiny", "bench"}
-PROJECT |= {"train_tiny", "other_renderer"}
+PROJECT |= {"train_tiny", "other_renderer", "exercises", "glossary"}
 
 
 def notebook_code(path):

@@ -17,7 +17,7 @@ PARTS = {  # colour: the lessons of a part, with their numbers
     "11_kv_cache 12_gemma 13_gemma2",
     "together": "14_processor 15_model 16_checkpoint",
     "accent": "17_sampling 18_generation 19_detection 20_mask_codec 21_segmentation "
-    "22_quantization 24_inference",
+    "22_quantization 23_compilation 24_inference",
     "learning": "25_scenes 26_contrastive 27_training 28_evaluation 29_lora",
 }
 STEMS = {name[3:]: colour for colour, names in PARTS.items() for name in names.split()}
@@ -63,7 +63,8 @@ BOXES = (  # stem, left, bottom, width, height, text; a low box has its number b
     ("segmentation", 90, 11.8, 10, 2.8, "masks"),
     ("checkpoint", 12, 4.4, 16.8, 3.2, "checkpoint"),
     ("quantization", 29.8, 4.4, 16.8, 3.2, "quantization"),
-    ("inference", 47.6, 4.4, 16.8, 3.2, "pipeline"),
+    ("compilation", 47.6, 4.4, 16.8, 3.2, "compilation"),
+    ("inference", 65.4, 4.4, 16.8, 3.2, "pipeline"),
     ("scenes", 12, 0.4, 16.8, 3.2, "scenes"),
     ("contrastive", 29.8, 0.4, 16.8, 3.2, "contrastive loss"),
     ("training", 47.6, 0.4, 16.8, 3.2, "training"),
