@@ -158,7 +158,7 @@ def show_heatmap(
     for (row, column), value in np.ndenumerate(values) if annotate else ():
         dark = np.isfinite(value) and sum(image.cmap((float(value) - low) / (high - low))[:3]) < 1.6
         text = format(int(value) if form == "d" else float(value), form)
-        where = {"ha": "center", "va": "center", "fontsize": 8}
+        where = {"ha": "center", "va": "center", "fontsize": 9}
         ax.text(column, row, text, color=COLOURS["paper" if dark else "ink"], **where)
     plt.close(figure)
     return figure
@@ -169,12 +169,12 @@ def show_attention(image, weights, titles=None, columns: int | None = None) -> F
 
     Args:
         image: the picture (what `to_pixels` takes).
-        weights: float[N] or float[M, N], a weight ≥ 0 for each of N patches, row by row.
-        titles: a string for each of the M maps.
+        weights: float[N] or float[maps, N], a weight ≥ 0 for each of N patches, row by row.
+        titles: a string for each of the maps.
         columns: maps in a row.
 
     Returns:
-        Figure with M pictures, each scaled to its own largest weight.
+        Figure with a picture for each map, scaled to its own largest weight.
 
     Raises:
         ValueError: N is not a square number, so that the patches form no square grid.
@@ -183,7 +183,7 @@ def show_attention(image, weights, titles=None, columns: int | None = None) -> F
     side = math.isqrt(maps.shape[-1])
     if maps.ndim != 2 or side * side != maps.shape[-1] or maps.size == 0:
         raise ValueError(
-            f"weights must be [N] or [M, N] with a square number N, got {list(maps.shape)}: "
+            f"weights must be [N] or [maps, N] with a square number N, got {list(maps.shape)}: "
             "choose one head and drop the text tokens"
         )
     pixels = to_pixels(image).astype(float)

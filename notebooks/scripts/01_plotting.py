@@ -19,14 +19,14 @@
 # %% [markdown]
 # # 01 · Pictures: what is a picture to a program?
 #
-# *40 minutes* · part I, Seeing
+# *30 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #
 # - say what every number of a picture means: its row, its column, its channel, its range;
 # - turn a picture from the layout of files into the layout of networks and back, and prove it
 #   right;
-# - look at any tensor: as a picture, as a matrix of colours, as attention on a picture.
+# - look at any tensor: as a picture, as a matrix of colours, as light on a picture.
 
 # %% [markdown]
 # The map below is drawn in every lesson. Follow the arrows: a picture and a prompt come in at the
@@ -41,131 +41,9 @@ model_map("plotting")
 # %% [markdown]
 # ## Setup
 #
-# NumPy and Pillow hold pictures on the way in, PyTorch holds them inside the model, matplotlib
-# draws. Nothing here is random.
-
-# %%
-import time
-
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from PIL import Image
-
-from paligemma.support.course import check, sample_picture, save_figure
-
-# %% [markdown]
-# ## The problem
-#
-# A neural network multiplies and adds. So before a model can see a cat, the cat has to be
-# numbers, in an order on which the code that loads the picture and the code that reads it agree.
-#
-# Nothing fails when they disagree: a wrong order is still a picture, only of something else. This
-# lesson makes the agreement explicit, and gives us the means to look.
-
-# %%
-cat = sample_picture("cat")
-eye = (155, 101, 185, 121)  # left, top, right, bottom, in pixels
-figure, (whole, close) = plt.subplots(1, 2, figsize=(8, 2.7), layout="constrained")
-whole.imshow(cat)
-whole.add_patch(plt.Rectangle(eye[:2], 30, 20, fill=False, edgecolor="white", linewidth=2))
-close.imshow(cat.crop(eye), interpolation="nearest")
-whole.set_title(f"{cat.width} × {cat.height} pixels")
-close.set_title("the white frame: 30 × 20 pixels, one colour each")
-for axis in (whole, close):
-    axis.set_axis_off()
-
-# %% [markdown]
-# **What to notice.** From close up there is no cat and no eye, only small squares of one colour
-# each: *pixels*. A colour is three numbers: how much red, green and blue light. These three are
-# the *channels*.
-
-# %% [markdown]
-# ## By hand
-#
-# A picture small enough to type: 2 rows, 4 columns. Each pixel is (red, green, blue), from 0
-# (dark) to 255 (full). The axes are height, width, channel: **HWC**. The row comes first, so the
-# pixel at x = 2, y = 0 is `tiny[0, 2]`. Boxes are usually written x first: many a box in the
-# wrong place starts here.
-
-# %%
-rows = [
-    [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)],  # red, green, blue, white
-    [(0, 0, 0), (128, 128, 128), (255, 255, 0), (217, 138, 61)],  # black, grey, yellow, cat
-]
-tiny = torch.tensor(rows, dtype=torch.uint8)  # (2, 4, 3): height, width, channel
-print(list(tiny.shape), tiny.dtype)
-print("row 0, column 2:", tiny[0, 2].tolist(), "blue")
-print("row 1, column 3:", tiny[1, 3].tolist(), "the cat's orange")
-print("all reds:", tiny[:, :, 0].tolist())
-
-# %% [markdown]
-# ### One byte a number
-#
-# `uint8` is a whole number in eight bits: 0 to 255. It is what files hold. It does not calculate
-# well: past 255 it starts again at 0, with no warning. Make the grey pixel 200 brighter:
-
-# %%
-grey = tiny[1, 1]
-print("uint8:  ", (grey + 200).tolist())
-print("float32:", (grey.float() + 200).tolist())
-
-# %% [markdown]
-# ### Three ranges
-#
-# So we convert to float before any arithmetic. Three ranges are in use, and a model understands
-# only the one it was trained with. SigLIP, the eye of PaliGemma, wants $[-1, 1]$:
-#
-# $$ x \in [0, 255] \;\to\; \frac{x}{255} \in [0, 1] \;\to\; 2\,\frac{x}{255} - 1 \in [-1, 1] $$
-
-# %%
-orange = tiny[1, 3]
-unit = orange.float() / 255
-signed = unit * 2 - 1
-print("0 … 255:", orange.tolist())
-print("0 … 1:  ", [round(value, 2) for value in unit.tolist()])
-print("-1 … 1: ", [round(value, 2) for value in signed.tolist()])
-
-# %% [markdown]
-# ## As a loop
-#
-# PyTorch's convolutions want the channel first: **CHW**, three grey pictures one behind the
-# other. The plainest way there visits each number once. Its place changes, its value does not.
-
-# %%
-H, W, C = tiny.shape
-planes = torch.zeros(C, H, W, dtype=torch.uint8)
-for row in range(H):
-    for column in range(W):
-        for channel in range(C):
-            planes[channel, row, column] = tiny[row, column, channel]
-print("red:  ", planes[0].tolist())
-print("green:", planes[1].tolist())
-print("blue: ", planes[2].tolist())
-
-# %% [markdown]
-# ## Vectorised
-#
-# `permute(2, 0, 1)` says: the new axes are the old axes 2, 0 and 1. Not one number moves in
-# memory. PyTorch only changes the *strides*, the steps it takes to reach the next channel, row
-# and column.
-
-# %%
-fast = tiny.permute(2, 0, 1)  # (C, H, W)
-assert torch.equal(fast, planes)
-print("strides HWC:", tiny.stride(), " strides CHW:", fast.stride())
-print("same memory:", fast.data_ptr() == tiny.data_ptr())
-
-# %% [markdown]
-# ## The module
-#
-# A learner of vision models looks at tensors all day. Four small functions will do it for the whole
-# course: a picture as pixels, pictures side by side, a matrix as colours, attention on a picture.
-# Cells that begin with `#| export` become [plotting.py](../paligemma/plotting.py), as they stand.
-#
-# ### One door for pictures
-#
-# Pictures arrive as Pillow images, arrays and tensors. The plainest door lets all of them in:
+# NumPy and Pillow hold pictures on the way in, PyTorch holds them inside the model, matplotlib draws.
+# Nothing here is random. Cells that begin with `#| export` become
+# [plotting.py](../paligemma/plotting.py), as they stand.
 
 # %%
 #| export
@@ -182,7 +60,153 @@ from PIL import Image
 from paligemma.support.course import DIVERGING, HEAT
 from paligemma.support.drawing import COLOURS
 
+# %% tags=["setup"]
+import torch
 
+from paligemma.support.course import check, sample_picture, save_figure
+
+# %% [markdown]
+# ## The problem
+#
+# A neural network multiplies and adds. So before a model can see a cat, the cat has to be numbers, in
+# an order on which the code that loads the picture and the code that reads it agree.
+#
+# Nothing fails when they disagree: a wrong order is still a picture, only of something else. This
+# lesson makes the agreement explicit, and gives us the means to look.
+
+# %%
+cat = sample_picture("cat")
+eye = (155, 101, 185, 121)  # left, top, right, bottom, in pixels
+close = cat.crop(eye)
+print("the whole:", cat.width, "×", cat.height, " the eye:", close.width, "×", close.height)
+
+# %% tags=["hide-input"]
+figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+axes[0].imshow(cat)
+axes[0].add_patch(plt.Rectangle(eye[:2], 30, 20, fill=False, edgecolor="white", linewidth=2))
+axes[1].imshow(close, interpolation="nearest")
+axes[0].set_title(f"{cat.width} × {cat.height} pixels")
+axes[1].set_title("the white frame: 30 × 20 pixels, one colour each")
+for axis in axes:
+    axis.set_axis_off()
+
+# %% [markdown]
+# **What to notice.** From close up there is no cat and no eye, only small squares of one colour each:
+# *pixels*. A colour is three numbers: how much red, green and blue light. These three are the
+# **channels**.
+
+# %% [markdown]
+# ## By hand
+#
+# A **tensor** is a block of numbers with a length along each of its axes: a row of numbers has one
+# axis, a table two, a picture three. Here is a picture small enough to type: 2 rows, 4 columns. Each
+# pixel is (red, green, blue), from 0 (dark) to 255 (full).
+
+# %%
+rows = [
+    [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)],  # red, green, blue, white
+    [(0, 0, 0), (128, 128, 128), (255, 255, 0), (217, 138, 61)],  # black, grey, yellow, cat
+]
+tiny = torch.tensor(rows, dtype=torch.uint8)  # [2, 4, 3]: height, width, channel
+print(list(tiny.shape), tiny.dtype)
+
+# %% [markdown]
+# The axes are height, width, channel: **HWC**. The row comes first, so the pixel at x = 2, y = 0 is
+# `tiny[0, 2]`. Boxes are usually written x first: many a box in the wrong place starts here.
+
+# %%
+print("row 0, column 2:", tiny[0, 2].tolist(), "blue")
+print("row 1, column 3:", tiny[1, 3].tolist(), "the cat's orange")
+print("all reds:", tiny[:, :, 0].tolist())
+
+# %% [markdown]
+# ### One byte a number
+#
+# **uint8** is a whole number in eight bits: 0 to 255. It is what files hold. It does not calculate
+# well: past 255 it starts again at 0, with no warning. Make the grey pixel 200 brighter:
+
+# %%
+grey = tiny[1, 1]
+print("uint8:  ", (grey + 200).tolist())
+print("float32:", (grey.float() + 200).tolist())
+
+# %% [markdown]
+# ### Three ranges
+#
+# So we convert to float before any arithmetic. Three ranges are in use, and a model understands only
+# the one it was trained with. SigLIP, the eye of PaliGemma, wants $[-1, 1]$:
+#
+# $$ x \in [0, 255] \;\to\; \frac{x}{255} \in [0, 1] \;\to\; 2\,\frac{x}{255} - 1 \in [-1, 1] $$
+
+# %%
+orange = tiny[1, 3]
+unit = orange.float() / 255
+signed = unit * 2 - 1
+print("0 … 255:", orange.tolist())
+print("0 … 1:  ", [round(value, 2) for value in unit.tolist()])
+print("-1 … 1: ", [round(value, 2) for value in signed.tolist()])
+
+# %% [markdown]
+# ## As a loop
+#
+# PyTorch wants the channel first: **CHW**, three grey pictures one behind the other. The plainest way
+# there visits each number once. Its place changes, its value does not.
+
+# %%
+height, width, channels = tiny.shape
+planes = torch.zeros(channels, height, width, dtype=torch.uint8)
+for row in range(height):
+    for column in range(width):
+        for channel in range(channels):
+            planes[channel, row, column] = tiny[row, column, channel]
+print("red:  ", planes[0].tolist())
+print("green:", planes[1].tolist())
+print("blue: ", planes[2].tolist())
+
+# %% [markdown]
+# ## Vectorised
+#
+# `permute(2, 0, 1)` says: the new axes are the old axes 2, 0 and 1. Not one number moves in memory.
+# PyTorch only changes the *strides*, the steps it takes to reach the next channel, row and column.
+
+# %%
+fast = tiny.permute(2, 0, 1)  # [channel, height, width]
+assert torch.equal(fast, planes)
+print("strides HWC:", tiny.stride(), " strides CHW:", fast.stride())
+print("same memory:", fast.data_ptr() == tiny.data_ptr())
+
+# %% [markdown]
+# ## The module
+#
+# A learner of vision models looks at tensors all day. Four small functions will do it for the whole
+# course: a picture as pixels, pictures side by side, a matrix as colours, light on a picture.
+#
+# ### Any picture as pixels
+#
+# To be drawn, a picture must be `uint8` HWC. Floats in $[0, 1]$ are the other usual kind:
+
+
+# %%
+def to_pixels(image):
+    values = np.asarray(image)
+    return values if values.dtype == np.uint8 else (values * 255).astype(np.uint8)
+
+
+# %% tags=["nbval-ignore-output"]
+signed = tiny.float() / 255 * 2 - 1  # the tiny picture as SigLIP gets it
+print("right:", to_pixels(tiny.float() / 255)[1, 3].tolist())
+print("wrong:", to_pixels(signed)[1, 3].tolist(), "and no error")
+assert np.array_equal(to_pixels(tiny.float() / 255), tiny) and signed[1, 3, 2] < 0
+
+# %% [markdown]
+# This was the cat's orange. Its blue was negative, and eight bits have no sign: what comes out is
+# anything. An error here is worth a day of searching later. So what would have to be guessed is
+# refused: floats outside $[0, 1]$, and a channel-first tensor. First, one door for everything that
+# holds numbers:
+
+
+# %%
+#| export
 def to_array(values) -> np.ndarray:
     """Turn a list, an array, a tensor or a picture into a NumPy array of the same shape.
 
@@ -198,16 +222,6 @@ def to_array(values) -> np.ndarray:
         values = values.detach().cpu()
         values = (values.float() if values.is_floating_point() else values).numpy()
     return np.asarray(values)
-
-
-# %%
-# The same picture, whichever way it comes.
-assert np.array_equal(to_array(tiny), to_array(Image.fromarray(tiny.numpy())))
-print(to_array(tiny).shape, to_array(tiny).dtype, "and from floats:", to_array(tiny / 255).dtype)
-
-# %% [markdown]
-# To be drawn, it must be `uint8` HWC. What would have to be guessed is refused: a channel-first
-# tensor, or floats outside $[0, 1]$. An error here is worth a day of searching later.
 
 
 # %%
@@ -247,20 +261,35 @@ def to_pixels(image) -> np.ndarray:
 
 
 # %%
-assert np.array_equal(to_pixels(tiny), to_pixels(tiny.float() / 255))
-try:
-    to_pixels(fast)
-except ValueError as error:
-    print(error)
+for wrong in (signed, fast):
+    try:
+        to_pixels(wrong)
+    except ValueError as error:
+        print("refused:", error)
 
 # %% [markdown]
 # ### Pictures side by side
 #
-# `show_images` lays pictures out in a grid. It closes the figure before it returns it, so that
-# Jupyter draws it once, as the value of the cell, and not a second time at the cell's end.
+# In its plainest form:
 
 
 # %%
+def show_images(images, titles):
+    figure, axes = plt.subplots(1, len(images))
+    for axis, image, title in zip(axes, images, titles):
+        axis.imshow(to_pixels(image))
+        axis.set_title(title)
+        axis.set_axis_off()
+
+
+show_images([cat, close, tiny], ["the cat", "its eye", "tiny"])
+
+# %% [markdown]
+# That is all the idea. The form that the course uses (folded: unfold it if you are curious) also
+# chooses rows that fill the page, and returns the figure, so that a cell can save it.
+
+
+# %% tags=["hide-input"]
 #| export
 def show_images(images, titles=None, columns: int | None = None, height: float = 2.2) -> Figure:
     """Lay pictures out in a grid, each in its own proportions.
@@ -300,18 +329,16 @@ def show_images(images, titles=None, columns: int | None = None, height: float =
 
 
 # %%
-ear, nose = cat.crop((60, 10, 160, 85)), cat.crop((190, 120, 290, 195))
-show_images([cat, ear, nose], ["whole", "an ear", "the nose"], height=1.8)
+show_images([cat, close, tiny], ["the cat", "its eye", "tiny"])
 
 # %% [markdown]
 # ### Numbers as colours
 #
-# Most tensors are not pictures. `show_heatmap` draws any matrix. Without a `centre`, pale is low
-# and dark is high. With `centre=0`, blue is negative and orange is positive: two colours that
-# nearly everyone can tell apart (Wong, 2011).
+# Most tensors are not pictures. `show_heatmap` draws any matrix: matplotlib's `imshow` with the
+# numbers written in, and names for rows and columns (folded too). Pale is low and dark is high.
 
 
-# %%
+# %% tags=["hide-input"]
 #| export
 def show_heatmap(
     matrix, title=None, rows=None, columns=None, annotate=False, centre=None, ax: Any = None
@@ -370,46 +397,85 @@ def show_heatmap(
     for (row, column), value in np.ndenumerate(values) if annotate else ():
         dark = np.isfinite(value) and sum(image.cmap((float(value) - low) / (high - low))[:3]) < 1.6
         text = format(int(value) if form == "d" else float(value), form)
-        where = {"ha": "center", "va": "center", "fontsize": 8}
+        where = {"ha": "center", "va": "center", "fontsize": 9}
         ax.text(column, row, text, color=COLOURS["paper" if dark else "ink"], **where)
     plt.close(figure)
     return figure
 
 
-# %% [markdown]
-# The tiny picture; its red channel as a file holds it; and the same numbers as SigLIP is given
-# them. White and yellow are as red as red itself, and the cat's orange nearly so.
-
-# %%
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.3, 1.7), layout="constrained")
+# %% tags=["hide-input"]
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 1.9), layout="constrained")
 left.imshow(tiny)
 left.set_title("all three channels")
 left.set_axis_off()
-signed = tiny.float() / 255 * 2 - 1
 show_heatmap(tiny[:, :, 0], "red, uint8", annotate=True, ax=middle)
 show_heatmap(signed[:, :, 0], "red, -1 … 1", annotate=True, ax=right)
 
 # %% [markdown]
-# ### Where a model looks
+# The tiny picture; its red channel as a file holds it; and the same numbers as SigLIP is given them.
+# White and yellow are as red as red itself, and the cat's orange nearly so.
 #
-# A vision transformer does not read pixels one by one. It cuts the picture into square *patches*
-# and gives each a vector ([lesson 03](03_patch_embedding.ipynb)). Attention is then one weight for
-# each patch. `show_attention` lights up the picture where the weights are high.
-
+# Where signs matter, `centre=0` gives each its colour: blue is negative, orange positive, two colours
+# that nearly everyone can tell apart (Wong, 2011). How much redder than blue is each pixel?
 
 # %%
+show_heatmap(signed[:, :, 0] - signed[:, :, 2], "red − blue", annotate=True, centre=0)
+
+# %% [markdown]
+# ### Light on a picture
+#
+# PaliGemma gets a square picture, 224 × 224, and reads it in 16 × 16 small squares of 14 × 14 pixels
+# ([lesson 03](03_patch_embedding.ipynb) takes the second line apart).
+
+# %%
+square = np.array(cat.resize((224, 224), Image.Resampling.BICUBIC))  # [224, 224, 3]
+small = square.reshape(16, 14, 16, 14, 3).swapaxes(1, 2)  # [16, 16, 14, 14, 3]
+print(small[6, 6].shape, "the square in row 6, column 6")
+
+# %% tags=["hide-input"]
+apart = np.full((16 * 18, 16 * 18, 3), 253, dtype=np.uint8)
+for row, column in np.ndindex(16, 16):
+    apart[row * 18 : row * 18 + 14, column * 18 : column * 18 + 14] = small[row, column]
+titles = ["224 × 224 pixels", "256 squares of 14 × 14"]
+save_figure(show_images([square, apart], titles, height=2.8), "01_patches.png")
+
+# %% [markdown]
+# **What to notice.** The cat is narrower than it was: the model sees it so, and has learned with it.
+# One square holds a pupil, or a piece of nose, but never the cat. To find the cat, squares have to be
+# compared. Let us compare them in the simplest way there is, by their pixels: 1 where they are equal,
+# towards 0 the more they differ.
+
+# %%
+pixels = torch.tensor(small.reshape(256, -1)) / 255  # a row for each square
+difference = torch.cdist(pixels, pixels).square() / pixels.shape[1]  # [256, 256], mean square
+likeness = (-difference / 0.01).exp().view(16, 16, 16, 16)  # row, column; row, column of the other
+like_eye, like_nose, like_cloth = likeness[6, 6], likeness[12, 9], likeness[2, 15]
+
+# %% [markdown]
+# How does one *see* a table of 16 × 16 numbers that belong to places? Let the picture be lit by them:
+
+# %%
+light = like_cloth.repeat_interleave(14, dim=0).repeat_interleave(14, dim=1)  # [224, 224]
+lit = torch.tensor(square) / 255 * light[:, :, None]
+show_images([square, lit], ["the picture", "lit where it is like the cloth"])
+
+# %% [markdown]
+# `show_attention` does this for the whole course, with a soft yellow light and a grey picture behind.
+
+
+# %% tags=["hide-input"]
 #| export
 def show_attention(image, weights, titles=None, columns: int | None = None) -> Figure:
     """Show where on a picture attention falls: what it looks at glows.
 
     Args:
         image: the picture (what `to_pixels` takes).
-        weights: float[N] or float[M, N], a weight ≥ 0 for each of N patches, row by row.
-        titles: a string for each of the M maps.
+        weights: float[N] or float[maps, N], a weight ≥ 0 for each of N patches, row by row.
+        titles: a string for each of the maps.
         columns: maps in a row.
 
     Returns:
-        Figure with M pictures, each scaled to its own largest weight.
+        Figure with a picture for each map, scaled to its own largest weight.
 
     Raises:
         ValueError: N is not a square number, so that the patches form no square grid.
@@ -418,7 +484,7 @@ def show_attention(image, weights, titles=None, columns: int | None = None) -> F
     side = math.isqrt(maps.shape[-1])
     if maps.ndim != 2 or side * side != maps.shape[-1] or maps.size == 0:
         raise ValueError(
-            f"weights must be [N] or [M, N] with a square number N, got {list(maps.shape)}: "
+            f"weights must be [N] or [maps, N] with a square number N, got {list(maps.shape)}: "
             "choose one head and drop the text tokens"
         )
     pixels = to_pixels(image).astype(float)
@@ -433,99 +499,71 @@ def show_attention(image, weights, titles=None, columns: int | None = None) -> F
     return show_images(pictures, titles, columns, height=2.4)
 
 
+# %%
+maps = torch.stack([like_eye, like_nose, like_cloth]).view(3, 256)
+show_attention(square, maps, ["like an eye", "like the nose", "like the cloth"])
+
+# %%
+assert like_eye.flatten().argsort()[-2] == 7 * 16 + 11  # next to itself: the other eye
+assert (like_cloth[:, :12] > 0.3).sum() > 30  # many squares left of column 12: of the cat
+
 # %% [markdown]
-# What is no idea of this course stands in plain modules: the colours, the map and the checks of
-# the exercises in [course.py](../paligemma/support/course.py), boxes and masks drawn on a picture
-# in [drawing.py](../paligemma/support/drawing.py). Colours mean the same in every figure: **blue**
-# sees, **orange** reads, **green** joins the two, **purple** answers.
+# **What to notice.** It works a little: the eye finds the other eye. But "like the cloth" in the
+# background finds the cat's fur, too. Equal colours are not equal things. The next four lessons build
+# vectors that compare what squares *show*.
+#
+# Colours mean the same in every figure of this course: **blue** sees, **orange** reads, **green**
+# joins the two, **purple** answers.
 
 # %% [markdown]
 # ## Against the reference
 #
-# Pillow and matplotlib have their own opinion of what the numbers mean, and millions of users.
-# Pillow's `split` gives the three channels of a picture. They must be our three planes. And what
-# matplotlib paints, one to one on an empty canvas, must be the pixels we gave it.
+# Pillow and matplotlib have their own opinion of what the numbers mean, and millions of users. Pillow's
+# `split` gives the three channels of a picture. They must be our three planes.
 
 # %%
-chw = torch.tensor(to_array(cat)).permute(2, 0, 1)  # (3, H, W)
+chw = torch.tensor(to_array(cat)).permute(2, 0, 1)  # [channel, height, width]
 theirs = np.stack([np.asarray(plane) for plane in cat.split()])
-from_pillow = int(np.abs(chw.numpy().astype(int) - theirs).max())
+difference = np.abs(chw.numpy().astype(int) - theirs).max()
+print("largest difference from Pillow:", difference)
+assert difference == 0
+
+# %% [markdown]
+# And what matplotlib paints, one to one on an empty canvas, must be the pixels we gave it.
+
+# %%
 canvas = plt.figure(figsize=(cat.width / 100, cat.height / 100), dpi=100)
 canvas.figimage(chw.permute(1, 2, 0).float().numpy() / 255)
 canvas.canvas.draw()
 painted = np.asarray(canvas.canvas.buffer_rgba())[:, :, :3]
 plt.close(canvas)
-from_matplotlib = int(np.abs(painted.astype(int) - to_pixels(cat)).max())
-print(f"largest difference from Pillow {from_pillow}, from matplotlib {from_matplotlib}")
-assert from_pillow == from_matplotlib == 0
+difference = np.abs(painted.astype(int) - to_pixels(cat)).max()
+print("largest difference from matplotlib:", difference)
+assert difference == 0
 
 # %% [markdown]
-# ## See it
-#
-# What PaliGemma gets is a square: the cat squeezed to 224 × 224, cut into 16 × 16 patches of 14 ×
-# 14 pixels. Here they are pulled apart a little.
-
-# %%
-square = np.asarray(cat.resize((224, 224), Image.Resampling.BICUBIC))
-apart = np.full((16 * 18, 16 * 18, 3), 253, dtype=np.uint8)
-for row in range(16):
-    for column in range(16):
-        patch = square[row * 14 : row * 14 + 14, column * 14 : column * 14 + 14]
-        apart[row * 18 : row * 18 + 14, column * 18 : column * 18 + 14] = patch
-titles = ["224 × 224 pixels", "256 patches of 14 × 14"]
-save_figure(show_images([square, apart], titles, height=2.8), "01_patches.png")
-
-# %% [markdown]
-# **What to notice.** The cat is narrower than it was: the model sees it so, and has learned with
-# it. One patch holds a pupil, or a piece of nose, but never the cat. To find the cat, patches
-# have to be compared. Let us compare them in the simplest way there is: by their pixels.
-
-# %%
-patches = torch.tensor(square).float().view(16, 14, 16, 14, 3)  # row, y, column, x, channel
-patches = patches.transpose(1, 2).reshape(256, -1) / 255  # (N, 14 · 14 · 3)
-distance = torch.cdist(patches, patches).square() / patches.shape[1]  # (N, N) mean squares
-weights = torch.softmax(-distance / 0.01, dim=1)
-chosen = {"an eye": 6 * 16 + 6, "the nose": 12 * 16 + 9, "background": 2 * 16 + 15}
-titles = [f"like {name}" for name in chosen]
-show_attention(square, weights[list(chosen.values())], titles)
-
-# %% [markdown]
-# **What to notice.** It works a little: the eye finds the other eye. But "like the nose" finds
-# orange fur too, and "like background" half the cat. Equal colours are not equal things. The next
-# four lessons build vectors that compare what patches *show*.
-#
 # ## At full size
 #
-# A picture has no parameters, but it has bytes. The published models take three sizes. The number
-# of patches grows with the square of the side, and so does everything after it.
+# A picture has no parameters, but it has bytes. The published models take three sizes. The number of
+# small squares grows with the square of the side, and so does everything after it.
 
 # %%
-print("side  patches   uint8 kB   float32 kB   batch of 32, MB")
+print("side  squares   uint8 kB   float32 kB   batch of 32, MB")
 for side in (224, 448, 896):
-    numbers = side * side * 3
-    count = (side // 14) ** 2
+    numbers, squares = side * side * 3, (side // 14) ** 2
     print(
-        f"{side:4d}  {count:7d}  {numbers / 1e3:9.1f}  {4 * numbers / 1e3:11.1f}"
-        f"  {32 * 4 * numbers / 1e6:16.1f}"
+        f"{side}{squares:9}{numbers / 1e3:11.1f}{4 * numbers / 1e3:13.1f}{32 * 4 * numbers / 1e6:18.1f}"
     )
 
 # %% [markdown]
-# Float32 costs four times what the file's bytes cost. So data loaders keep `uint8` as long as
-# they can, and convert last. What does the conversion cost here? One multiplication and one
-# subtraction for each number, and a walk through memory:
-
-# %% tags=["nbval-ignore-output"]
-batch = torch.tensor(square).expand(32, -1, -1, -1).contiguous()  # (B, H, W, 3) uint8
-start = time.perf_counter()
-ready = (batch.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()  # (B, 3, H, W)
-seconds = time.perf_counter() - start
-print(f"{2 * ready.numel() / 1e6:.1f} million operations in {seconds * 1000:.0f} ms")
+# Float32 costs four times what the file's bytes cost. So data loaders keep `uint8` as long as they can,
+# and convert last.
 
 # %% [markdown]
 # ## A bug people really make
 #
-# Three people wrote the step from HWC to CHW. Two of them are wrong. All three run, and
-# everything one usually prints is the same. Before you read on: which one would you trust?
+# Three people wrote the step from HWC to CHW. Two of them are wrong. All three run, and everything one
+# usually prints is the same. Before you read on: which one would you trust?
 
 # %%
 loaders = {
@@ -536,23 +574,27 @@ loaders = {
 hwc = torch.tensor(to_array(cat))
 for name, load in loaders.items():
     out = load(hwc)
-    mean = out.double().mean().item()
-    print(name, list(out.shape), out.dtype, f"min {out.min()} max {out.max()} mean {mean:.3f}")
+    print(
+        name,
+        list(out.shape),
+        out.dtype,
+        f"{out.min()} to {out.max()}, mean {out.double().mean():.3f}",
+    )
 
 # %% [markdown]
-# The symptom, in practice: training works, only the model is worse than it should be. Nobody
-# looks at its input, since the shapes are right. So look:
+# The symptom, in practice: training works, only the model is worse than it should be. Nobody looks at
+# its input, since the shapes are right. So look:
 
 # %%
-show_images([load(hwc).permute(1, 2, 0) for load in loaders.values()], list(loaders), height=1.6)
+show_images([load(hwc).permute(1, 2, 0) for load in loaders.values()], list(loaders))
 
 # %% [markdown]
-# **B** used `reshape`: the numbers keep their order and are only cut elsewhere, so its "red
-# plane" is the top third of the picture, with the channels in turn. **C** swapped red and blue
-# (BGR, as some libraries load pictures), and its cat still looks like a cat.
+# **B** used `reshape`: the numbers keep their order and are only cut elsewhere, so its "red plane" is
+# the top third of the picture, with the channels in turn. **C** swapped red and blue (BGR, as some
+# libraries load pictures), and its cat still looks like a cat.
 #
-# Looking does not scale; a check does. Give the loader one picture whose answer is known: pure
-# red must light up plane 0 and nothing else.
+# Looking does not scale; a check does. Give the loader one picture whose answer is known: pure red
+# must light up plane 0 and nothing else.
 
 # %%
 red = torch.zeros(2, 4, 3, dtype=torch.uint8)
@@ -575,7 +617,7 @@ answer = None  # your answer: (a + b, (a + b) // 2, b - a)
 
 # %% tags=["check"]
 def test_1(answer):
-    assert answer is not None and len(answer) == 3, "write three numbers: answer = (…, …, …)"
+    assert isinstance(answer, tuple | list) and len(answer) == 3, "write three numbers: (…, …, …)"
     a, b = torch.tensor([200, 100], dtype=torch.uint8)
     assert answer[0] == (a + b).item(), "a + b: the sum has only eight bits to be kept in"
     assert answer[1] == ((a + b) // 2).item(), "(a + b) // 2: the sum is cut before it is halved"
@@ -587,8 +629,8 @@ check(test_1, answer)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# 256 values go round in a circle, like the hours of a clock: after 255 comes 0, and before 0
-# comes 255.
+# 256 values go round in a circle, like the hours of a clock: after 255 comes 0, and before 0 comes
+# 255.
 #
 # </details>
 
@@ -597,80 +639,78 @@ answer = (44, 22, 156)  # 300 - 256; half of that, though the true mean is 150; 
 check(test_1, answer)
 
 # %% [markdown]
-# ### Exercise 2 (fill in): one patch
+# ### Exercise 2 (write): see what the model sees
 #
-# Patches are numbered like words on a page: from left to right, then the next row. Return patch
-# number `index` of a picture. The picture need not be square.
+# You have what goes into SigLIP, `float[3, height, width]` in −1 … 1, and want to look at it. Write the
+# way back to `uint8[height, width, 3]`, exactly. Resizing can leave numbers a little beyond ±1; they
+# must not wrap around.
 
 
 # %% tags=["exercise"]
-def cut_patch(picture, index, size):
-    """picture: uint8[H, W, 3], H and W multiples of size → uint8[size, size, 3]"""
+def to_picture(signed):
     return None  # your code
 
 
 # %% tags=["check"]
-def test_2(cut):
-    for high, wide, size in ((2, 3, 2), (3, 2, 4), (1, 5, 1)):
-        shape = (high * size, wide * size, 3)
-        picture = torch.arange(high * wide * size * size * 3).remainder(251).view(shape)
-        for index in range(high * wide):
-            got = cut(picture, index, size)
-            assert got is not None, "cut_patch returns None"
-            assert got.shape == (size, size, 3), (
-                f"shape {list(got.shape)}, expected {[size, size, 3]}"
-            )
-            strip = picture.split(size, dim=0)[index // wide]
-            right = strip.split(size, dim=1)[index % wide]
-            assert torch.equal(got, right), (
-                f"patch {index} of a {high} × {wide} grid is another one"
-            )
+def test_2(to_picture):
+    hwc = torch.arange(256 * 3).remainder(256).to(torch.uint8).view(16, 16, 3)[:, :12]
+    got = to_picture(hwc.permute(2, 0, 1).float() / 255 * 2 - 1)
+    assert isinstance(got, torch.Tensor), "return a tensor"
+    assert got.dtype == torch.uint8, f"uint8 wanted, not {got.dtype}"
+    assert got.shape == (16, 12, 3), (
+        f"[height, width, 3] = [16, 12, 3] wanted, not {list(got.shape)}"
+    )
+    same = torch.equal(got.flatten().sort().values, hwc.flatten().sort().values)
+    off = (got.int() - hwc.int()).abs().max().item()
+    assert not same or off == 0, "these are the right numbers at the wrong places"
+    assert off != 1, "some numbers are off by one: what becomes of 99.7 when it is made a uint8?"
+    assert off == 0, "the range is wrong: where do -1, 0 and 1 end up?"
+    beyond = to_picture(torch.tensor([-1.02, 1.02]).expand(3, 1, 2))
+    assert beyond[0, :, 0].tolist() == [0, 255], "a little beyond -1 or 1 wraps around"
 
 
-check(test_2, cut_patch)
+check(test_2, to_picture)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# How many patches are in one row? `divmod(index, that)` gives the patch's row and its column.
-# Multiply both by the size.
+# Undo each step in the reverse order: layout, range, type. `round` and `clamp` come before the type.
 #
 # </details>
 
 
 # %% tags=["solution"]
-def cut_patch(picture, index, size):
-    row, column = divmod(index, picture.shape[1] // size)
-    top, left = row * size, column * size
-    return picture[top : top + size, left : left + size]
+def to_picture(signed):
+    # Round, for making a uint8 cuts off; clamp, for a uint8 would start again at the other end.
+    pixels = ((signed + 1) / 2 * 255).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(1, 2, 0)
 
 
-check(test_2, cut_patch)
+check(test_2, to_picture)
 
 # %% [markdown]
 # ### Exercise 3 (break): a test that sees nothing
 #
-# A colleague tests loaders with a picture of their own, and loader C passes. Build such a
-# picture: at least eight different colours, and still no test could tell A from C with it. But it
-# must unmask B.
+# A colleague tests loaders with a picture of their own, and loader C passes. Build such a picture: at
+# least eight different colours, and still no test could tell A from C with it. But it must unmask B.
 
 
 # %% tags=["exercise"]
 def blind_picture():
-    """→ uint8[H, W, 3]"""
+    """→ uint8[height, width, 3]"""
     return None  # your code
 
 
 # %% tags=["check"]
 def test_3(build):
     picture = build()
-    assert picture is not None, "blind_picture returns None"
-    assert picture.dtype == torch.uint8 and picture.ndim == 3, "return a uint8 tensor [H, W, 3]"
-    assert picture.shape[2] == 3, "the last axis must hold the three channels"
+    assert isinstance(picture, torch.Tensor), "return a tensor"
+    assert picture.dtype == torch.uint8, f"uint8 wanted, not {picture.dtype}"
+    assert picture.ndim == 3 and picture.shape[2] == 3, "the last of three axes holds the channels"
     colours = len(picture.reshape(-1, 3).unique(dim=0))
     assert colours >= 8, f"only {colours} different colours, at least 8 are asked for"
     a, b, c = (load(picture) for load in loaders.values())
-    assert torch.equal(a, c), "loader C gives another result than A: the test would catch it"
+    assert torch.equal(a, c), "loader C gives another result than A: a test would catch it"
     assert not torch.equal(a, b), "loader B passes too"
 
 
@@ -709,30 +749,30 @@ check(test_3, blind_picture)
 #
 # <details><summary>Answer</summary>
 #
-# The shape alone cannot say: it may be 3 rows of 4 pixels, or 3 channels of 4 rows with 3
-# columns. That is why functions should state the layout they take instead of guessing it.
+# The shape alone cannot say: it may be 3 rows of 4 pixels, or 3 channels of 4 rows with 3 columns. That
+# is why functions should state the layout they take instead of guessing it.
 #
 # </details>
 
 # %% [markdown]
-# **2.** Why is `image / 255 * 2 - 1` right in NumPy for a `uint8` image, while `image * 2 / 255 -
-# 1` is wrong?
+# **2.** Why is `image / 255 * 2 - 1` right in NumPy for a `uint8` image, while `image * 2 / 255 - 1` is
+# wrong?
 #
 # <details><summary>Answer</summary>
 #
-# Dividing makes floats, and from then on all is well. In the second form `image * 2` is still
-# `uint8`: every value above 127 has already wrapped around.
+# Dividing makes floats, and from then on all is well. In the second form `image * 2` is still `uint8`:
+# every value above 127 has already wrapped around.
 #
 # </details>
 
 # %% [markdown]
-# **3.** A picture grows from 224 to 448 pixels a side. How many patches are there now, and how
-# many pairs of patches does attention compare?
+# **3.** A picture grows from 224 to 448 pixels a side. How many small squares are there now, and how
+# many pairs of squares are there to compare?
 #
 # <details><summary>Answer</summary>
 #
-# Four times as many patches: 1024 instead of 256. Attention compares each with each, so sixteen
-# times as many pairs: about a million instead of 65,536.
+# Four times as many squares: 1024 instead of 256. Each is compared with each, so sixteen times as many
+# pairs: about a million instead of 65,536.
 #
 # </details>
 
