@@ -13,6 +13,45 @@ from paligemma.kv_cache import KVCache
 from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
 
 
+def prefix_lm_mask(
+    attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None, length: int
+) -> torch.Tensor:
+    """Who may look at whom: prefix at prefix in both directions, suffix only backwards.
+
+                         is looked at
+                    image  prompt  suffix
+        image       1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+        prompt      1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+        suffix      1 1 1   1 1    1 0 0
+                    1 1 1   1 1    1 1 0
+                    1 1 1   1 1    1 1 1
+
+    Args:
+        attention_mask: `int64[B, S + L]`, 0 on padding; S tokens are in the cache already.
+        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all L are prefix when S is 0
+            and all are suffix after that.
+        length: L, the number of new tokens (the queries).
+
+    Returns:
+        `bool[B, 1, L, S + L]`, True where query i may look at key j.
+
+    Source: PaliGemma paper, figure 2; Raffel et al. 2020 (prefix LM).
+    """
+    total = attention_mask.shape[1]
+    past = total - length
+    if token_type_ids is None:
+        token_type_ids = torch.full_like(attention_mask[:, past:], 1 if past else 0)
+    key = torch.arange(total, device=attention_mask.device)
+    query = key[past:, None]  # (L, 1)
+    prefix = F.pad(token_type_ids == 0, (past, 0), value=True)[:, None, None, :]
+    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S + L)
+    # A padded query sees itself: a softmax over nothing would be 0/0.
+    return real & (prefix | (key <= query)) | (key == query)  # (B, 1, L, S + L)
+
+
 @dataclass
 class PaliGemmaConfig:
     """Shape of the whole model; the defaults are PaliGemma 3B at 224 pixels.
@@ -39,46 +78,6 @@ class PaliGemmaOutput:
     def __getitem__(self, index):
         """By place, the loss first where there is one: as in transformers."""
         return tuple(t for t in (self.loss, self.logits) if t is not None)[index]
-
-
-def prefix_lm_mask(
-    attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None, length: int
-) -> torch.Tensor | None:
-    """Who may look at whom: prefix at prefix in both directions, suffix only backwards.
-
-                         is looked at
-                    image  prompt  suffix
-        image       1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
-        prompt      1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
-        suffix      1 1 1   1 1    1 0 0
-                    1 1 1   1 1    1 1 0
-                    1 1 1   1 1    1 1 1
-
-    Args:
-        attention_mask: `int64[B, S + L]`, 0 on padding; S tokens are in the cache already.
-        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all L are prefix when S is 0
-            and all are suffix after that.
-        length: L, the number of new tokens (the queries).
-
-    Returns:
-        `bool[B, 1, L, S + L]`, True where query i may look at key j; None when all may.
-
-    Source: PaliGemma paper, figure 2; Raffel et al. 2020 (prefix LM).
-    """
-    total = attention_mask.shape[1]
-    past = total - length
-    if token_type_ids is None:
-        token_type_ids = torch.full_like(attention_mask[:, past:], 1 if past else 0)
-    key = torch.arange(total, device=attention_mask.device)
-    query = key[past:, None]  # (L, 1)
-    prefix = F.pad(token_type_ids == 0, (past, 0), value=True)[:, None, None, :]
-    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S + L)
-    # A padded query sees itself: a softmax over nothing would be 0/0.
-    mask = real & (prefix | (key <= query)) | (key == query)  # (B, 1, L, S + L)
-    return None if bool(mask.all()) else mask
 
 
 class PaliGemmaProjector(nn.Module):
@@ -119,16 +118,6 @@ class PaliGemma(nn.Module):
         self.language_model = (
             Gemma2Model(text) if isinstance(text, Gemma2Config) else GemmaModel(text)
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.language_model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights and of the cache."""
-        return self.language_model.embed_tokens.weight.dtype
 
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`float[P, 3, H, W]` → `float[P, N, D]`, the vectors that stand for P pictures."""
@@ -213,6 +202,16 @@ class PaliGemma(nn.Module):
         logits = self.language_model.logits(hidden[:, -keep:])  # (B, keep, V)
         loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
         return PaliGemmaOutput(logits, loss)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.language_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of the cache."""
+        return self.language_model.embed_tokens.weight.dtype
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens."""

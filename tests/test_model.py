@@ -129,11 +129,6 @@ def tensors(batch):
     return real, types
 
 
-def filled(mask, batch, length, total):
-    everything = torch.ones(batch, 1, length, total, dtype=torch.bool)
-    return everything if mask is None else mask
-
-
 @settings(max_examples=150, deadline=None)
 @given(batch=rows(), data=st.data())
 def test_mask_is_its_definition_for_any_number_of_cached_tokens(batch, data):
@@ -151,8 +146,7 @@ def test_mask_is_its_definition_for_any_number_of_cached_tokens(batch, data):
             for r, t in zip(real.tolist(), types.tolist(), strict=True)
         ]
     )[:, None]
-    assert torch.equal(filled(mask, len(batch), total - past, total), expected)
-    assert (mask is None) == bool(expected.all())
+    assert torch.equal(mask, expected)
 
 
 @settings(max_examples=100, deadline=None)
@@ -161,7 +155,7 @@ def test_mask_is_transitive_and_nobody_is_blind(batch):
     """What holds in one layer then holds in any number of layers."""
     real, types = tensors(batch)
     total = real.shape[1]
-    mask = filled(prefix_lm_mask(real, types, total), len(batch), total, total)[:, 0].float()
+    mask = prefix_lm_mask(real, types, total)[:, 0].float()
     assert torch.equal(((mask @ mask) > 0).float(), mask)
     assert mask.diagonal(dim1=1, dim2=2).all()
     for row, (pad, prefix, _) in enumerate(batch):
@@ -173,7 +167,7 @@ def test_mask_is_transitive_and_nobody_is_blind(batch):
 
 def test_without_types_all_is_prefix_then_suffix():
     real = torch.ones(2, 5, dtype=torch.int64)
-    assert prefix_lm_mask(real, None, 5) is None
+    assert prefix_lm_mask(real, None, 5).all()
     real[1, 0] = 0
     mask = prefix_lm_mask(real, None, 5)
     assert torch.equal(mask[1, 0, 2], torch.tensor([False, True, True, True, True]))
@@ -187,8 +181,8 @@ def test_padding_on_the_right_is_not_seen_either():
     assert not mask[:3, 3:].any() and mask[:3, :3].all()
 
 
-def test_one_new_token_needs_no_mask():
-    assert prefix_lm_mask(torch.ones(2, 9, dtype=torch.int64), None, 1) is None
+def test_one_new_token_sees_everything():
+    assert prefix_lm_mask(torch.ones(2, 9, dtype=torch.int64), None, 1).all()
 
 
 # ------------------------------------------------------------------ placing pictures

@@ -19,13 +19,13 @@
 # %% [markdown]
 # # 15 · PaliGemma: how do a picture and a sentence become one sequence?
 #
-# *60 minutes* · part III, Together
+# *50 minutes* · part III, Together
 #
 # **What you will be able to do**
 #
 # - join a vision tower and a language model with one linear layer and one replacement;
 # - write the prefix-LM mask from one rule, for padding and for a cache as well;
-# - say what the whole model costs: parameters, operations and bytes, at 224, 448 and 896 pixels;
+# - make the trained model write, and see which patches each word comes from;
 # - expose a loss that is too good, and a mask that no loss shows to be wrong.
 
 # %% tags=["map"]
@@ -36,10 +36,9 @@ model_map("model")
 # %% [markdown]
 # ## Setup
 #
-# This is where everything meets: the vision tower ([lesson 05](05_siglip.ipynb)), the decoder ([lesson 12](12_gemma.ipynb)), the cache
-# ([lesson 11](11_kv_cache.ipynb)), and in the notebook also `ImageProcessor`
-# ([lesson 02](02_image_processor.ipynb)) and `collate` ([lesson 14](14_processor.ipynb)). The cells
-# that begin with `#| export` become [model.py](../paligemma/model.py).
+# Here everything meets: the vision tower ([lesson 05](05_siglip.ipynb)), the decoder
+# ([lesson 12](12_gemma.ipynb)), the cache ([lesson 11](11_kv_cache.ipynb)) and the processor
+# ([lesson 14](14_processor.ipynb)). The result is [model.py](../paligemma/model.py).
 
 # %%
 #| export
@@ -58,31 +57,29 @@ from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
 
 # %% tags=["setup"]
 import math
-import time
+from importlib import resources
 
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from paligemma.image_processor import ImageProcessor
-from paligemma.plotting import show_heatmap
-from paligemma.processor import collate
+from paligemma.plotting import show_heatmap, show_images
+from paligemma.processor import Processor, collate
 from paligemma.support.course import add_to_class, check, sample_picture, save_figure
 from paligemma.support.drawing import COLOURS
 
+TINY = resources.files("paligemma") / "assets" / "tiny"  # the trained model of this course
 _ = torch.manual_seed(15)
 
 # %% [markdown]
 # ## The problem
 #
-# A vision tower turns a picture into vectors. A language model turns vectors into the next word.
-# Both are trained and finished. How do you make the second *read* what the first has seen?
-#
-# PaliGemma's answer is almost shamefully simple: put the picture's vectors at the front of the
-# sentence, as if they were words.
+# A vision tower turns a picture into vectors, a language model vectors into the next token. Both are
+# trained and finished. How do you make the second *read* what the first has seen? PaliGemma's answer is
+# almost shamefully simple: put the picture's vectors at the front of the sentence, as if they were words.
 
-# %%
+# %% tags=["hide-input"]
 words = "what animal ? ↵ a cat ■".split()
 names = [*[f"{i}" for i in range(9)], "▸", *words]
 kinds = ["image"] * 9 + ["prompt"] * 5 + ["suffix"] * 3
@@ -98,7 +95,7 @@ looks = {  # who looks → how many tokens it may see, from the left
     "“a” sees": (14, 15),
     "“cat” sees": (15, 16),
 }
-fig, ax = plt.subplots(figsize=(7, 2.3), layout="constrained")
+fig, ax = plt.subplots(figsize=(9.6, 3.1), layout="constrained")
 cat = sample_picture("cat").resize((300, 300))
 for i, (name, kind) in enumerate(zip(names, kinds)):
     if kind == "image":
@@ -106,45 +103,51 @@ for i, (name, kind) in enumerate(zip(names, kinds)):
         ax.imshow(cat.crop((x, y, x + 100, y + 100)), extent=(i - 0.45, i + 0.45, 0, 0.9))
     else:
         ax.add_patch(plt.Rectangle((i - 0.46, 0), 0.92, 0.9, color=KIND_COLOURS[kind], alpha=0.25))
-        ax.text(i, 0.45, name, ha="center", va="center", fontsize=6.8)
+        ax.text(i, 0.45, name, ha="center", va="center", fontsize=9)
 for row, (label, (i, seen)) in enumerate(looks.items()):
     y = -0.75 - 0.75 * row
-    ax.text(-0.8, y, label, ha="right", va="center", fontsize=8)
-    ax.scatter(range(seen), [y] * seen, s=24, color=[KIND_COLOURS[k] for k in kinds[:seen]])
-    ax.scatter(range(seen, 17), [y] * (17 - seen), s=6, color=COLOURS["muted"])
-    ax.scatter(i, y, s=95, facecolor="none", edgecolor=COLOURS["ink"], linewidth=1.3)
-ax.set(xlim=(-3.8, 16.6), ylim=(-3.4, 1.1), aspect="equal")
+    ax.text(-0.8, y, label, ha="right", va="center", fontsize=9)
+    ax.scatter(range(seen), [y] * seen, s=34, color=[KIND_COLOURS[k] for k in kinds[:seen]])
+    ax.scatter(range(seen, 17), [y] * (17 - seen), s=8, color=COLOURS["muted"])
+    ax.scatter(i, y, s=125, facecolor="none", edgecolor=COLOURS["ink"], linewidth=1.3)
+ax.set(xlim=(-3.3, 16.6), ylim=(-3.4, 1.1), aspect="equal")
 ax.set_axis_off()
 save_figure(fig, "15_sequence.png")
 
 # %% [markdown]
-# Nine patches (the real model has 256) and the **prompt** from bos (▸) to newline (↵): the
-# **prefix**, given at once, open to itself. Then the answer, the **suffix**, up to eos (■), which
-# must not see its own future. A ring marks who looks.
+# Nine patches (the real model has 256) and the prompt from bos (▸) to newline (↵) are the prefix,
+# given at once, open to itself. Then comes the suffix, up to eos (■), which must not see its own future.
+# A ring marks who looks.
 #
 # Three questions are left. **Width**: a picture's vector has 1152 numbers, a word's 2048. **Place**:
 # how do the vectors get there, and at what scale? **View**: how does one matrix say who sees whom?
 
 # %% [markdown]
-# ## By hand: width and place
+# ## By hand: width
 #
 # Two picture vectors of width 3, a language model of width $D = 4$. Width is the work of one matrix,
-# the **projector**. For the place, the ids hold a placeholder for each picture vector: here id 9.
-#
-# Our word table is easy to recognise: row $i$ is filled with $i$. Gemma multiplies **words** by
-# $\sqrt D$, here 2 ([lesson 12](12_gemma.ipynb)). The picture's vectors enter **as they are**.
+# the **projector**. What comes out of it, a vector that stands among words and is no word, is called
+# a **soft token**.
 
 # %%
 seen = torch.tensor([[1.0, 0, 2], [0, 1, 1]])  # (N, 3), from the vision tower
 projector = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])  # (D, 3)
 features = seen @ projector.T  # (N, D)
+print(features)
 
+# %% [markdown]
+# ### By hand: place
+#
+# The ids hold a placeholder for each picture vector: here id 9. Our word table is easy to recognise:
+# row $i$ is filled with $i$. Gemma multiplies **words** by $\sqrt D$, here 2
+# ([lesson 12](12_gemma.ipynb)). The picture's vectors enter **as they are**.
+
+# %%
 IMAGE, D = 9, 4
 ids = torch.tensor([[IMAGE, IMAGE, 4, 5, 6, 1]])  # image image | animal ? | cat eos
 table = torch.arange(8.0)[:, None].repeat(1, D)  # (V, D): row i holds i
 by_hand = torch.tensor([[1.0, 0, 2, 3], [0, 1, 1, 2], [8] * 4, [10] * 4, [12] * 4, [2] * 4])
 assert torch.equal(by_hand[:2], features)
-print(by_hand)
 
 # %% [markdown]
 # ### By hand: view
@@ -153,8 +156,6 @@ print(by_hand)
 # a pencil first: four rows are the same, and two have one more 1 than the row above.
 
 # %%
-tokens = ["image 0", "image 1", "animal", "?", "cat", "■"]
-token_kinds = ["image", "image", "prompt", "prompt", "suffix", "suffix"]
 grid = [
     [1, 1, 1, 1, 0, 0],
     [1, 1, 1, 1, 0, 0],
@@ -164,22 +165,25 @@ grid = [
     [1, 1, 1, 1, 1, 1],
 ]
 
+# %% tags=["hide-input"]
+tokens = ["image 0", "image 1", "animal", "?", "cat", "■"]
+token_kinds = ["image", "image", "prompt", "prompt", "suffix", "suffix"]
+
 
 def draw_mask(ax, mask, kinds, names=None, title=None):
-    """Each allowed pair in the colour of the token looked at; the diagonal outlined."""
+    """Each allowed pair in the colour of the token looked at; a dot on the diagonal."""
     mask = torch.as_tensor(mask).bool()
     pale, size = torch.tensor(to_rgb("#ece7dd")), len(kinds)
     colours = torch.tensor([to_rgb(KIND_COLOURS[kind]) for kind in kinds])  # (S, 3)
-    cells = torch.where(mask[..., None], colours, pale)
-    ax.imshow(cells)
+    ax.imshow(torch.where(mask[..., None], colours, pale))
     for edge in range(1, size):
         ax.axhline(edge - 0.5, color=COLOURS["paper"], linewidth=0.8)
         ax.axvline(edge - 0.5, color=COLOURS["paper"], linewidth=0.8)
     for i in range(size):
         ax.plot(i, i, ".", color=COLOURS["ink"], markersize=2.5)
-    ax.set_title(title or "", fontsize=9)
-    ax.set_yticks(range(size) if names else [], names or [], fontsize=8)
-    ax.set_xticks(range(size) if names else [], names or [], fontsize=8, rotation=90)
+    ax.set_title(title or "")
+    ax.set_yticks(range(size), names, fontsize=9)
+    ax.set_xticks(range(size), names, fontsize=9, rotation=90)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
@@ -190,9 +194,9 @@ ax.set(xlabel="is looked at", ylabel="looks")
 save_figure(fig, "15_by_hand")
 
 # %% [markdown]
-# Blue and orange columns are full: the prefix is open to everybody. The purple corner is a
-# staircase: a suffix token is open to itself and to those after it. So the columns decide: what
-# matters is whether the token **looked at** belongs to the prefix.
+# This is the **prefix-LM mask**. Blue and orange columns are full: the prefix is open to everybody. The
+# purple corner is a staircase: a suffix token is open to itself and to those after it. So what matters is
+# whether the token *looked at* belongs to the prefix.
 
 # %% [markdown]
 # ## As a loop
@@ -202,18 +206,14 @@ save_figure(fig, "15_by_hand")
 
 # %%
 def merge_loop(ids, table, features):
-    """One token at a time: int64[B, L], float[V, D], float[B, N, D] → float[B, L, D]."""
-    pictures = iter(features.flatten(0, 1))
-    rows = []
-    for row in ids:
-        rows.append(
-            [next(pictures) if i == IMAGE else table[i] * table.shape[1] ** 0.5 for i in row]
-        )
-    return torch.stack([torch.stack(row) for row in rows])
+    """One row, one token at a time: int64[L], float[V, D], float[N, D] → float[L, D]."""
+    pictures, rows = iter(features), []
+    for i in ids.tolist():
+        rows.append(next(pictures) if i == IMAGE else table[i] * D**0.5)
+    return torch.stack(rows)
 
 
-assert torch.equal(merge_loop(ids, table, features[None])[0], by_hand)
-print("equal to the pencil")
+assert torch.equal(merge_loop(ids[0], table, features), by_hand)
 
 # %% [markdown]
 # Looking: one rule for one pair. `real` is 0 for padding, `types` is 0 for the prefix and 1 for the
@@ -228,23 +228,18 @@ def may_look(i, j, real, types):
 
 
 def mask_loop(real, types):
-    """int64[B, L] twice → bool[B, L, L], one pair at a time."""
-    length = real.shape[1]
-    return torch.tensor(
-        [
-            [[may_look(i, j, r, t) for j in range(length)] for i in range(length)]
-            for r, t in zip(real.tolist(), types.tolist())
-        ]
-    )
+    """One row, one pair at a time: int64[L] twice → bool[L, L]."""
+    places = range(len(real))
+    return torch.tensor([[may_look(i, j, real, types) for j in places] for i in places])
 
 
-types = torch.tensor([[0, 0, 0, 0, 1, 1]])
-assert torch.equal(mask_loop(torch.ones_like(ids), types)[0], torch.tensor(grid).bool())
+types = torch.tensor([0, 0, 0, 0, 1, 1])
+assert torch.equal(mask_loop(torch.ones(6), types), torch.tensor(grid).bool())
 print("equal to the pencil")
 
 # %% [markdown]
-# Where does it say that the prefix must not see the suffix? Nowhere. For a suffix key only `j <= i`
-# can help, and every prefix token has a smaller place than any suffix token.
+# Where does it say that the prefix must not see the suffix? Nowhere. For a suffix token only "not later"
+# can help, and every prefix token stands before any suffix token.
 #
 # ## Vectorised
 #
@@ -256,37 +251,35 @@ is_image = ids == IMAGE  # (B, L)
 embeds = F.embedding(ids.masked_fill(is_image, 0), table) * D**0.5  # (B, L, D)
 merged = embeds.masked_scatter(is_image[..., None], features)
 assert torch.equal(merged[0], by_hand)
-print(merged[0, :3])
 
 # %% [markdown]
 # Looking: the same rule, where `i` is a column of numbers, `j` a row, and broadcasting makes all
 # pairs.
 
+
+# %%
+#| export
+def prefix_lm_mask(attention_mask, token_type_ids):
+    """int64[B, L] twice → bool[B, 1, L, L]; the 1 is for the heads."""
+    j = torch.arange(attention_mask.shape[1])
+    i = j[:, None]
+    prefix = (token_type_ids == 0)[:, None, None, :]
+    return attention_mask.bool()[:, None, None, :] & (prefix | (j <= i))
+
+
 # %%
 real = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])  # the second row is padded
 types = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]])
-j = torch.arange(6)
-i = j[:, None]
-mask = real.bool()[:, None, :] & ((types == 0)[:, None, :] | (j <= i))  # (B, L, L)
-assert torch.equal(mask, mask_loop(real, types))
+mask = prefix_lm_mask(real, types)[:, 0]
+for row in range(2):
+    assert torch.equal(mask[row], mask_loop(real[row], types[row]))
 print(mask[1].int())
-
-# %% [markdown]
-# ### Two practical matters
-#
-# **Padding.** Nobody looks at padding, but a padded token still looks, and its result is thrown
-# away. Only an empty *row* is dangerous: a softmax over nothing is 0 divided by 0 in some attention
-# code. So the module lets each token see *itself* in any case.
-#
-# **Cache.** While an answer is written, only the new token asks. So we need only the last rows of
-# the matrix: $L$ queries, $S + L$ keys, $S$ of them already stored.
 
 # %% [markdown]
 # ## The module
 #
-# First the numbers: two configurations, and which ids are special. Their defaults *are* PaliGemma
-# 3B. With a `Gemma2Config` ([lesson 13](13_gemma2.ipynb)) it becomes PaliGemma 2; nothing else
-# changes.
+# First the numbers. The defaults *are* PaliGemma 3B; with a `Gemma2Config` ([lesson 13](13_gemma2.ipynb))
+# it becomes PaliGemma 2, and nothing else changes.
 
 
 # %%
@@ -316,75 +309,10 @@ class PaliGemmaOutput:
 
 
 # %% [markdown]
-# ### The mask
-#
-# Our line, with the last $L$ rows only, and with every token seeing itself. When everything
-# is allowed, which is the usual case while generating, it returns None: attention without a mask
-# is faster.
-
-
-# %%
-#| export
-def prefix_lm_mask(
-    attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None, length: int
-) -> torch.Tensor | None:
-    """Who may look at whom: prefix at prefix in both directions, suffix only backwards.
-
-                         is looked at
-                    image  prompt  suffix
-        image       1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
-        prompt      1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
-        suffix      1 1 1   1 1    1 0 0
-                    1 1 1   1 1    1 1 0
-                    1 1 1   1 1    1 1 1
-
-    Args:
-        attention_mask: `int64[B, S + L]`, 0 on padding; S tokens are in the cache already.
-        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all L are prefix when S is 0
-            and all are suffix after that.
-        length: L, the number of new tokens (the queries).
-
-    Returns:
-        `bool[B, 1, L, S + L]`, True where query i may look at key j; None when all may.
-
-    Source: PaliGemma paper, figure 2; Raffel et al. 2020 (prefix LM).
-    """
-    total = attention_mask.shape[1]
-    past = total - length
-    if token_type_ids is None:
-        token_type_ids = torch.full_like(attention_mask[:, past:], 1 if past else 0)
-    key = torch.arange(total, device=attention_mask.device)
-    query = key[past:, None]  # (L, 1)
-    prefix = F.pad(token_type_ids == 0, (past, 0), value=True)[:, None, None, :]
-    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S + L)
-    # A padded query sees itself: a softmax over nothing would be 0/0.
-    mask = real & (prefix | (key <= query)) | (key == query)  # (B, 1, L, S + L)
-    return None if bool(mask.all()) else mask
-
-
-# %% [markdown]
-# Cached tokens all lie *before* the new ones, so the module can call them prefix: for a key that
-# came earlier, prefix or suffix makes no difference.
-
-# %%
-ours = prefix_lm_mask(real, types, 6)  # (B, 1, L, L)
-padded = (real == 0)[:, None, :] & torch.eye(6, dtype=torch.bool)
-assert torch.equal(ours[:, 0], mask_loop(real, types) | padded)
-assert torch.equal(prefix_lm_mask(real, types[:, 3:], 3), ours[:, :, 3:])
-print("equal to the loop; with 3 cached tokens: its last 3 rows")
-
-# %% [markdown]
-# ### The projector and the loss
-#
-# The projector is one linear layer, 0.1 % of the parameters, and the only part that came from
-# neither parent.
-#
-# The loss compares the logits at place $t$ with the token at place $t + 1$. Labels stand at the
-# *same* place as their token ([lesson 14](14_processor.ipynb)), so somebody has to shift them by one. Here it is done
-# **once, and nowhere else**. Places labelled −100 do not count.
+# The projector is one linear layer, and the only part that came from neither parent. The loss
+# compares the logits at place $t$ with the token at place $t + 1$. Labels stand *at* their token
+# ([lesson 14](14_processor.ipynb)), so somebody has to shift by one. Here it is done **once, and
+# nowhere else**. Places labelled −100 do not count.
 
 
 # %%
@@ -420,8 +348,7 @@ def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # ### The whole
 #
 # Three parts, under the names that the published checkpoint uses. `forward` reads like a summary of
-# the course: see and merge, count places, mask, decode, score. Positions count *real* tokens only,
-# so padding on the left shifts nothing.
+# the course: see, merge, count *real* places, mask, decode, score.
 
 
 # %%
@@ -438,19 +365,8 @@ class PaliGemma(nn.Module):
             Gemma2Model(text) if isinstance(text, Gemma2Config) else GemmaModel(text)
         )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.language_model.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights and of the cache."""
-        return self.language_model.embed_tokens.weight.dtype
-
-    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`float[P, 3, H, W]` → `float[P, N, D]`, the vectors that stand for P pictures."""
-        return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
+    def encode_image(self, pixel_values):
+        return self.multi_modal_projector(self.vision_tower(pixel_values))  # (P, N, D)
 
     def merge(self, input_ids, image_features):
         is_image = input_ids == self.config.image_token_index  # (B, L)
@@ -460,7 +376,7 @@ class PaliGemma(nn.Module):
     def forward(self, input_ids, pixel_values, attention_mask, token_type_ids, labels=None):
         x = self.merge(input_ids, self.encode_image(pixel_values))  # (B, L, D)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, L)
-        mask = prefix_lm_mask(attention_mask, token_type_ids, input_ids.shape[1])
+        mask = prefix_lm_mask(attention_mask, token_type_ids)  # (B, 1, L, L)
         hidden = self.language_model(x, position_ids, mask)  # (B, L, D)
         logits = self.language_model.logits(hidden)  # (B, L, V)
         loss = None if labels is None else suffix_loss(logits, labels)
@@ -468,101 +384,120 @@ class PaliGemma(nn.Module):
 
 
 # %% [markdown]
-# A model small enough to play with: pictures of 42 × 42 pixels (nine patches), width 64, a
-# vocabulary of 32. Three questions about three photographs, of unequal length.
+# That is PaliGemma. Does it work? The trained model of this course has the same parts, only smaller.
+# (Its file names them a little differently; [lesson 16](16_checkpoint.ipynb) is about that.)
 
 # %%
-WORDS = "<pad> ■ ▸ <unk> ↵ what animal ? a cat caption coffee who an astronaut".split()
-WORDS += "grey sleeps on the old sofa".split()
-ID = {word: i for i, word in enumerate(WORDS)}
-IMAGE, N = 31, 9
-vision = SiglipVisionConfig(48, 96, 2, 4, image_size=42)
-text = GemmaConfig(32, 64, 128, 2, 4, 1, 16)
-config = PaliGemmaConfig(vision, text, image_token_index=IMAGE)
-
-
-def ids_of(text):
-    return [ID[word] for word in text.split()]
-
-
-def prefix_of(prompt):
-    return [IMAGE] * N + ids_of(f"▸ {prompt} ↵")
-
-
-prefixes = [prefix_of("what animal ?"), prefix_of("caption"), prefix_of("who ?")]
-suffixes = [ids_of("a cat ■"), ids_of("coffee ■"), ids_of("an astronaut ■")]
-batch = collate(prefixes, suffixes)
-photos = [sample_picture(name) for name in ("cat", "coffee", "astronaut")]
-batch["pixel_values"] = ImageProcessor(42)(photos)
-for name, tensor in batch.items():
-    print(f"{name:15}", tuple(tensor.shape))
-
-model = PaliGemma(config).eval()
-with torch.no_grad():
-    out = model(**batch)
-    features = model.encode_image(batch["pixel_values"])
-    merged = model.merge(batch["input_ids"], features)
-    loop = merge_loop(batch["input_ids"], model.language_model.embed_tokens.weight, features)
-assert torch.allclose(merged, loop)
-assert out.logits.shape == (3, 17, 32) and out.loss.shape == ()
-print("merged", tuple(merged.shape), "→ logits", tuple(out.logits.shape))
+vision = SiglipVisionConfig(128, 512, 4, 4, image_size=112)
+text = GemmaConfig(2240, 128, 256, 4, 4, 1, 32)
+tiny = PaliGemma(PaliGemmaConfig(vision, text, image_token_index=2176)).eval()
+weights = {}
+for name, weight in load_file(TINY / "model.safetensors").items():
+    name = name.replace("vision_model.", "").replace("language_model.model.", "language_model.")
+    weights[name] = weight
+print(tiny.load_state_dict(weights))
 
 # %% [markdown]
-# That is the model. What follows is what a program adds that answers, and trains, for others.
-#
-# ### Ids and pictures that don't fit
-#
-# `masked_scatter` takes as many vectors as there are places, and asks nothing about the rest. A
-# prompt with places for one picture, and two pictures:
-
-# %%
-ids = torch.tensor([prefix_of("what animal ?")])
-with torch.no_grad():
-    one, two = (model.merge(ids, features[:count]) for count in (1, 2))
-assert torch.equal(one, two)
-print("with a second picture, the same sequence:", torch.equal(one, two))
-
-# %% [markdown]
-# The second picture is never seen, and nobody is told. So `merge` counts. It counts over the whole
-# batch: the pictures fill the places **in order over the rows**, and a row may hold several.
+# To answer, take the likeliest next token, append it, and do it all again until eos comes.
 
 
 # %%
-#| export
-@add_to_class(PaliGemma)
-def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-    """One sequence of words, times √D, and of pictures, as they are.
+processor = Processor.from_pretrained(TINY)
+batch = processor(sample_picture("scene"), "caption en")
 
-    Args:
-        input_ids: `int64[B, L]`.
-        image_features: `float[P, N, D]`; they fill the `<image>` places in order over the rows.
 
-    Returns:
-        `float[B, L, D]`.
+def write(batch):
+    """The answer, greedily; the whole sequence anew for each token."""
+    ids, types, start = batch["input_ids"], batch["token_type_ids"], len(batch["input_ids"][0])
+    while ids[0, -1] != tiny.config.eos_token_id and ids.shape[1] < start + 20:
+        with torch.no_grad():
+            logits = tiny(ids, batch["pixel_values"], torch.ones_like(ids), types).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        types = F.pad(types, (0, 1), value=1)  # what it writes is suffix
+    return processor.decode(ids[0, start:])
 
-    Raises:
-        ValueError: not exactly one place for each vector.
-    """
-    is_image = input_ids == self.config.image_token_index  # (B, L)
-    found = int(is_image.sum())
-    given = 0 if image_features is None else image_features.shape[:2].numel()
-    if found != given:
-        raise ValueError(
-            f"input_ids hold {found} <image> tokens and the pictures give {given}; "
-            "make both with the same Processor"
-        )
-    inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # (B, L, D)
-    if image_features is None:
-        return inputs_embeds
-    return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+
+caption = write(batch)
+print(caption)
+assert caption == "a cat and two dogs"
+
+# %% tags=["hide-input"]
+show_images(sample_picture("scene"), height=1.6)
+
+# %% [markdown]
+# After fourteen lessons, the first sentence.
+#
+# ## A bug people really make: a loss that is too good
+#
+# A colleague trains a small model, and the loss falls faster than anybody hoped. To be sure they
+# take the hardest data there is: three **random** words as the answer, drawn anew in each step.
+# Nothing is to be learned from them; the best possible loss is that of guessing.
+
+
+# %%
+config = PaliGemmaConfig(
+    SiglipVisionConfig(48, 96, 2, 4, image_size=42),
+    GemmaConfig(32, 64, 128, 2, 4, 1, 16),
+    image_token_index=31,
+)
+pixel_values = torch.zeros(16, 3, 42, 42)
+prompts = [[31] * 9 + [2, 5, 4]] * 16  # nine image tokens, bos, a word, newline
+
+
+def losses_on_random_answers(change, steps=120):
+    """A fresh small model, trained on answers that nobody can know: its loss, step by step."""
+    torch.manual_seed(1)
+    model, losses = PaliGemma(config), []
+    nn.init.normal_(model.language_model.embed_tokens.weight, std=64**-0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        batch = collate(prompts, torch.randint(5, 21, (16, 3)).tolist())
+        loss = model(pixel_values=pixel_values, **change(batch)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 # %% [markdown]
-# ### Tensors that don't fit each other
-#
-# Three mistakes are common enough to deserve a sentence instead of a stack trace: a mask that does
-# not count the cached tokens, labels of another length, and labels without token types. The last one
-# is the bug of this lesson (below).
+# Their collator makes no `token_type_ids`; what is missing is filled with 0.
+
+
+# %%
+def without_types(batch):
+    return batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}
+
+
+chance = math.log(16)  # sixteen words, all equally likely
+theirs = losses_on_random_answers(without_types)
+print(f"guessing blindly: {chance:.2f}; the colleague's model: {theirs[-1]:.2f}")
+assert theirs[-1] < 0.2
+
+# %% [markdown]
+# It predicts what cannot be predicted. From the answer: type 0 is prefix, and in a prefix everybody sees
+# everybody. The place that has to say the word looks one step ahead, and there it stands. When it has to
+# *write*, there is nothing to copy from, and it has learned nothing else.
+
+# %%
+ours = losses_on_random_answers(lambda batch: batch)
+print(f"with types: {ours[-1]:.2f}, the lowest {min(ours):.2f}")
+assert min(ours) > 0.9 * chance
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")
+ax.axhline(chance, color=COLOURS["muted"], linestyle=":")
+ax.text(120, chance - 0.45, "guessing blindly", color=COLOURS["inside"], ha="right")
+for name, losses, colour in (("without types", theirs, "bad"), ("with types", ours, "good")):
+    ax.plot(losses, color=COLOURS[colour], label=name)
+ax.set(xlabel="step", ylabel="loss on random answers", ylim=(0, 6))
+ax.legend(loc="upper right")
+save_figure(fig, "15_leak")
+
+# %% [markdown]
+# With types the loss stays where it belongs. So the check is: **train on random answers; a loss
+# below guessing means that the answer shows through.** Labels without types are never what anybody
+# wants: the module refuses them, and other tensors that do not fit.
 
 
 # %%
@@ -599,13 +534,126 @@ def check_inputs(
     return attention_mask
 
 
+# %%
+try:
+    check_inputs(batch["input_ids"], 0, None, None, labels=batch["input_ids"])
+except ValueError as error:
+    print(error)
+
 # %% [markdown]
-# ### An answer, word by word
+# ## What else a program adds
 #
-# Three arguments more. With a `cache` only the new tokens come in, and everything old is read from
-# it ([lesson 11](11_kv_cache.ipynb)). `image_features` are pictures encoded before: look once, ask
-# often. `logits_to_keep` spares the head ([lesson 12](12_gemma.ipynb)). The output may be asked for
-# by place too, as transformers' trainer does.
+# ### Ids and pictures that don't fit
+#
+# `masked_scatter` takes as many vectors as there are places and asks nothing about the rest. A prompt
+# for one picture, and two pictures:
+
+# %%
+pictures = processor.image_processor([sample_picture("scene"), sample_picture("scene2")])
+with torch.no_grad():
+    features = tiny.encode_image(pictures)  # (P, N, D)
+    one, two = (tiny.merge(batch["input_ids"], features[:count]) for count in (1, 2))
+print("with a second picture, the same sequence:", torch.equal(one, two))
+assert torch.equal(one, two)
+
+# %% [markdown]
+# The second picture is never seen, and nobody is told. So `merge` counts, over the whole batch: the
+# pictures fill the places **in order over the rows**, and a row may hold several.
+
+
+# %%
+#| export
+@add_to_class(PaliGemma)
+def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
+    """One sequence of words, times √D, and of pictures, as they are.
+
+    Args:
+        input_ids: `int64[B, L]`.
+        image_features: `float[P, N, D]`; they fill the `<image>` places in order over the rows.
+
+    Returns:
+        `float[B, L, D]`.
+
+    Raises:
+        ValueError: not exactly one place for each vector.
+    """
+    is_image = input_ids == self.config.image_token_index  # (B, L)
+    found = int(is_image.sum())
+    given = 0 if image_features is None else image_features.shape[:2].numel()
+    if found != given:
+        raise ValueError(
+            f"input_ids hold {found} <image> tokens and the pictures give {given}; "
+            "make both with the same Processor"
+        )
+    inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # (B, L, D)
+    if image_features is None:
+        return inputs_embeds
+    return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
+
+
+# %% [markdown]
+# ### The mask, for a padded row and for a cache
+#
+# A padded token looks too, and its result is thrown away. But an empty *row* is dangerous: a softmax
+# over nothing is 0 divided by 0. So each token may see *itself* in any case. With a cache only the new
+# tokens ask: $L$ queries, $S + L$ keys. Cached tokens all lie *before* the new ones, so they may be called
+# prefix.
+
+
+# %%
+#| export
+def prefix_lm_mask(
+    attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None, length: int
+) -> torch.Tensor:
+    """Who may look at whom: prefix at prefix in both directions, suffix only backwards.
+
+                         is looked at
+                    image  prompt  suffix
+        image       1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+        prompt      1 1 1   1 1    0 0 0
+                    1 1 1   1 1    0 0 0
+        suffix      1 1 1   1 1    1 0 0
+                    1 1 1   1 1    1 1 0
+                    1 1 1   1 1    1 1 1
+
+    Args:
+        attention_mask: `int64[B, S + L]`, 0 on padding; S tokens are in the cache already.
+        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all L are prefix when S is 0
+            and all are suffix after that.
+        length: L, the number of new tokens (the queries).
+
+    Returns:
+        `bool[B, 1, L, S + L]`, True where query i may look at key j.
+
+    Source: PaliGemma paper, figure 2; Raffel et al. 2020 (prefix LM).
+    """
+    total = attention_mask.shape[1]
+    past = total - length
+    if token_type_ids is None:
+        token_type_ids = torch.full_like(attention_mask[:, past:], 1 if past else 0)
+    key = torch.arange(total, device=attention_mask.device)
+    query = key[past:, None]  # (L, 1)
+    prefix = F.pad(token_type_ids == 0, (past, 0), value=True)[:, None, None, :]
+    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S + L)
+    # A padded query sees itself: a softmax over nothing would be 0/0.
+    return real & (prefix | (key <= query)) | (key == query)  # (B, 1, L, S + L)
+
+
+# %%
+ours = prefix_lm_mask(real, types, 6)  # (B, 1, L, L)
+padded = (real == 0)[:, None, :] & torch.eye(6, dtype=torch.bool)
+assert torch.equal(ours[:, 0], mask | padded)
+assert torch.equal(prefix_lm_mask(real, types[:, 3:], 3), ours[:, :, 3:])
+print("equal to the plain one; with 3 cached tokens: its last 3 rows")
+
+# %% [markdown]
+# ### An answer, token by token
+#
+# Three arguments more. With a `cache` only the new tokens come in ([lesson 11](11_kv_cache.ipynb)).
+# `image_features` are pictures encoded before: look once, ask often. `logits_to_keep` spares the head
+# ([lesson 12](12_gemma.ipynb)). Where nothing is hidden, no mask is made.
 
 
 # %%
@@ -617,6 +665,26 @@ def __getitem__(self, index):
 
 
 @add_to_class(PaliGemma)
+@property
+def device(self) -> torch.device:
+    """Where the weights are."""
+    return self.language_model.embed_tokens.weight.device
+
+
+@add_to_class(PaliGemma)
+@property
+def dtype(self) -> torch.dtype:
+    """Type of the weights and of the cache."""
+    return self.language_model.embed_tokens.weight.dtype
+
+
+@add_to_class(PaliGemma)
+def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    """`float[P, 3, H, W]` → `float[P, N, D]`, the vectors that stand for P pictures."""
+    return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
+
+
+@add_to_class(PaliGemma)
 def make_cache(self, batch_size: int, max_length: int) -> KVCache:
     """An empty cache for `batch_size` rows of up to `max_length` tokens."""
     c = self.config.text_config
@@ -624,6 +692,8 @@ def make_cache(self, batch_size: int, max_length: int) -> KVCache:
     return KVCache(c.num_hidden_layers, *shape, self.device, self.dtype)
 
 
+# %%
+#| export
 @add_to_class(PaliGemma)
 def forward(
     self,
@@ -677,29 +747,28 @@ def forward(
 
 
 # %% [markdown]
-# Word by word through the cache: the same logits as in one pass (the first row of the batch, 14
-# tokens of prefix and 3 of suffix). And two pictures in one prompt: their order counts.
+# Token by token through the cache, and all in one pass: the same logits.
 
 # %%
-row = {name: tensor[:1] for name, tensor in batch.items()}  # it has no padding
-two = torch.tensor([[IMAGE] * 2 * N + ids_of("▸ what animal ? ↵")])
+whole = processor(sample_picture("scene"), "caption en", caption)
+ids, start = whole["input_ids"], batch["input_ids"].shape[1]
 with torch.no_grad():
-    cache = model.make_cache(1, 17)
-    parts = [model(row["input_ids"][:, :14], row["pixel_values"], cache=cache).logits]
-    parts += [model(row["input_ids"][:, [t]], cache=cache).logits for t in (14, 15, 16)]
-    a, b = (model(two, image_features=features[[i, j]]).logits[0, -1] for i, j in ((0, 1), (1, 0)))
-torch.testing.assert_close(torch.cat(parts, dim=1), out.logits[:1], rtol=0, atol=1e-4)
-assert len(cache) == 17 and (a - b).abs().max() > 1e-3
-print("with a cache: the same logits; pictures exchanged: other ones")
+    at_once = tiny(ids, pictures[:1], token_type_ids=whole["token_type_ids"]).logits
+    cache = tiny.make_cache(1, ids.shape[1])
+    tiny(ids[:, :start], pictures[:1], cache=cache)  # the prefix
+    steps = [tiny(ids[:, [t]], cache=cache).logits for t in range(start, ids.shape[1])]
+gap = (torch.cat(steps, dim=1) - at_once[:, start:]).abs().max().item()
+print(f"{len(steps)} steps, largest difference {gap:.0e}")
+assert gap < 1e-3
 
 # %% [markdown]
 # ## Against the reference
 #
 # The file holds a small `PaliGemmaForConditionalGeneration` of transformers with random weights, a
-# padded batch, and what it computes: logits and loss. A test recomputes it. On padded places no
-# value means anything, so we compare the real ones.
+# padded batch, and its logits and loss. On padded places no value means anything, so we compare the real
+# ones.
 
-# %% tags=["nbval-ignore-output"]
+# %%
 stored = load_file("reference/model.safetensors")
 small = PaliGemma(
     PaliGemmaConfig(
@@ -709,144 +778,117 @@ small = PaliGemma(
     )
 )
 small.load_state_dict({name: stored.pop(name) for name in small.state_dict()})
-inputs = {name: stored[name] for name in (*batch, "labels")}
+inputs = {name: stored[name] for name in whole}
 with torch.no_grad():
-    theirs = small(**inputs)
-gap = (theirs.logits - stored["logits"])[inputs["attention_mask"].bool()].abs().max().item()
-loss_gap = (theirs.loss - stored["loss"]).abs().item()
+    out = small(**inputs)
+gap = (out.logits - stored["logits"])[inputs["attention_mask"].bool()].abs().max().item()
+loss_gap = (out.loss - stored["loss"]).abs().item()
 assert gap <= 1e-5 and loss_gap <= 1e-5
 print(f"largest difference: logits {gap:.1e}, loss {loss_gap:.1e}")
 
 # %% [markdown]
-# ## See it: the mask of a real batch
+# ## See it: the mask of a padded batch
 #
-# The batch above, row by row, as `prefix_lm_mask` makes it. Grey is padding.
+# Two rows of unequal length, with nine image tokens (·) each, as `prefix_lm_mask` makes their mask.
+# Grey is padding.
 
-# %%
-mask = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"], 17)[:, 0]
-
-
-def kinds_of(row):
-    """The kind of each token of one row of the batch."""
-    ids, types = batch["input_ids"][row].tolist(), batch["token_type_ids"][row].tolist()
-    return [
-        "padding" if i == 0 else "image" if i == IMAGE else "suffix" if t else "prompt"
-        for i, t in zip(ids, types)
-    ]
-
-
-fig, axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
-for row, (ax, title) in enumerate(zip(axes, ("what animal ?", "caption", "who ?"))):
-    ids = batch["input_ids"][row].tolist()
-    names = ["·" if i == IMAGE else "<pad>" if i == 0 else WORDS[i] for i in ids]
-    draw_mask(ax, mask[row], kinds_of(row), names, title)
-    ax.tick_params(labelsize=6.5)
+# %% tags=["hide-input"]
+rows = ["▸ what animal ? ↵".split(), "▸ who ↵".split()]
+answers = ["a cat ■".split(), "an astronaut ■".split()]
+fake = collate([[9] * (9 + len(row)) for row in rows], [[9] * 3] * 2)
+masks = prefix_lm_mask(fake["attention_mask"], fake["token_type_ids"], 17)[:, 0]
+fig, axes = plt.subplots(1, 2, figsize=(9.4, 4.9), layout="constrained")
+for ax, mask, row, answer in zip(axes, masks, rows, answers):
+    pads = 5 - len(row)
+    names = ["<pad>"] * pads + ["·"] * 9 + row + answer
+    kinds = ["padding"] * pads + ["image"] * 9 + ["prompt"] * len(row) + ["suffix"] * 3
+    draw_mask(ax, mask, kinds, names)
+    ax.set(xlabel="is looked at", ylabel="looks")
 save_figure(fig, "15_mask")
 
 # %% [markdown]
-# What to notice: the full block grows and shrinks with the prompt, the staircase with the answer.
-# A padded *column* is pale but for one grey cell: nobody else looks there. What a padded *row*
-# sees does not matter. All three end at the same place, so their next tokens share one new column.
+# What to notice: a padded *column* is pale but for one grey cell: nobody else looks there. What a padded
+# *row* sees does not matter. Both end at the same place, so their next tokens share one new column.
 
 # %% [markdown]
-# ### Does the model obey?
+# ### Does the model obey, and where does it look?
 #
-# A mask is a plan. We *measure* who influences whom through all layers: the gradient of each output
-# with respect to each input vector. No mask is read here, only numbers that come out.
-
+# A mask is a plan. We *measure*, in the trained model with its caption, how strongly each input vector
+# influences the likeliest next token: the gradient of that token's logit, through all layers.
 
 # %%
-def influence(model, batch, row):
-    """float[L, L]: how strongly output i depends on input vector j, in one row of a batch."""
-    one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-    real = one["attention_mask"]
-    x = model.merge(one["input_ids"], model.encode_image(one["pixel_values"])).detach()
-    x.requires_grad_()
-    mask = prefix_lm_mask(real, one["token_type_ids"], x.shape[1])
-    hidden = model.language_model(x, (real.cumsum(-1) - 1).clamp(min=0), mask)[0]
-    probe = torch.linspace(-1, 1, hidden.shape[1])
-    rows = [torch.autograd.grad(h @ probe, x, retain_graph=True)[0][0].norm(dim=1) for h in hidden]
-    return torch.stack(rows)
-
-
-measured = influence(model, batch, 1)
-assert torch.equal(measured > 0, mask[1])
-print("zero exactly where the mask is False:", torch.equal(measured == 0, ~mask[1]))
-fig, axes = plt.subplots(1, 2, figsize=(7, 3.4), layout="constrained")
-names = ["<pad>"] * 3 + ["·"] * 9 + "▸ caption ↵ coffee ■".split()
-draw_mask(axes[0], mask[1], kinds_of(1), names, "the plan: the mask")
-axes[0].set(xlabel="is looked at", ylabel="looks")
-title = "measured: influence (log)"
-show_heatmap(measured.log10().clamp(min=-4), title, rows=names, columns=names, ax=axes[1])
-axes[1].set_xticks(range(len(names)), names, rotation=90)
-for ax in axes:
-    ax.tick_params(labelsize=6.5)
-fig
+x = tiny.merge(ids, tiny.encode_image(pictures[:1])).detach().requires_grad_()  # (1, L, D)
+mask = prefix_lm_mask(torch.ones_like(ids), whole["token_type_ids"], ids.shape[1])
+hidden = tiny.language_model(x, torch.arange(ids.shape[1])[None], mask)
+best = tiny.language_model.logits(hidden)[0].max(-1).values  # (L,)
+gradients = [torch.autograd.grad(logit, x, retain_graph=True)[0] for logit in best]
+influence = torch.cat(gradients).norm(dim=-1)  # (L, L): of input j on the token after place i
+assert torch.equal(influence > 0, mask[0, 0])
+print("zero exactly where the mask is False")
 
 # %% [markdown]
-# Two layers deep, and still the same pattern. That is not luck: if $i$ may look at $j$ and $j$ at
-# $k$, then $i$ may look at $k$. A rule with this property keeps its promise through any number of
-# layers. Most hand-made sparse masks do not have it.
+# Four layers deep, and still the same pattern: if $i$ may look at $j$ and $j$ at $k$, then $i$ may look
+# at $k$. So the rule keeps its promise through any number of layers.
+#
+# And the 64 columns of the picture, each back in its place:
+
+# %%
+said = [processor.tokenizer.sp.id_to_piece(i) for i in ids[0, start:].tolist()]
+maps = influence[start - 1 : -1, :64].view(-1, 8, 8)  # one for each token of the answer
+share = {}
+for word, m in zip(said, maps):
+    cat, dogs = m[4:7, :3].sum() / m.sum(), (m[2:4, 3:6].sum() + m[4:7, 5:].sum()) / m.sum()
+    share[word] = cat, dogs
+    print(f"{word:6} the cat's patches {cat:4.0%}, the dogs' patches {dogs:4.0%}")
+assert share["▁cat"][0] > 1.5 * share["▁cat"][1] and share["▁dogs"][1] > 1.5 * share["▁dogs"][0]
+
+# %% tags=["hide-input"]
+fig, axes = plt.subplots(1, 6, figsize=(9.8, 1.95), layout="constrained")
+axes[0].imshow(sample_picture("scene"))
+axes[0].set_axis_off()
+for ax, word, m in zip(axes[1:], said, maps):
+    show_heatmap(m, f"“{word.lstrip('▁')}”", ax=ax)
+save_figure(fig, "15_words.png")
 
 # %% [markdown]
+# “cat” comes from the cat's patches, “dogs” from both dogs. Nobody told the language model where to look.
+#
 # ## At full size
 #
-# The default configuration is the real model. On the meta device it has shapes and no numbers, so
+# The default configuration is the real model. On PyTorch's device "meta" it has shapes and no numbers, so
 # 3 billion parameters cost nothing. Which parts hold them?
 
 # %%
 with torch.device("meta"):
     full = PaliGemma(PaliGemmaConfig())
-groups = {
-    "vision tower": ("vision_tower",),
-    "projector": ("multi_modal_projector",),
-    "embedding = head": ("embed_tokens",),
-    "decoder: attention": ("self_attn",),
-    "decoder: MLP": ("mlp",),
-    "decoder: norms": ("norm",),
-}
-sizes = dict.fromkeys(groups, 0)
+parts = ("vision_tower", "projector", "embed_tokens", "self_attn", "mlp", "norm")
+sizes = dict.fromkeys(parts, 0)
 for name, weight in full.named_parameters():
-    keys = [g for g, parts in groups.items() if any(part in name for part in parts)]
-    sizes[keys[0]] += weight.numel()
+    sizes[next(part for part in parts if part in name)] += weight.numel()
 total = sum(sizes.values())
-assert total == sum(p.numel() for p in full.parameters())
-print(f"{total:,} parameters")
-fig, ax = plt.subplots(figsize=(7, 2.3), layout="constrained")
-colours = [COLOURS["vision"], COLOURS["together"], *[COLOURS["language"]] * 4]
-ax.barh(list(sizes), [size / 1e9 for size in sizes.values()], color=colours)
-for y, size in enumerate(sizes.values()):
-    ax.text(size / 1e9 + 0.02, y, f"{size:,}  ({size / total:.1%})", va="center", fontsize=8)
-ax.invert_yaxis()
-ax.set(xlim=(0, 2.6), xlabel="billions of parameters")
-save_figure(fig, "15_parameters")
+for part, size in sizes.items():
+    print(f"{part:12} {size:13,}  {size / total:6.1%}")
+print(f"{'together':12} {total:13,}")
+assert total == 2_923_466_480 and round(total / sizes["vision_tower"]) == 7
+assert 0.6 < sizes["mlp"] / total < 0.65 and sizes["projector"] < total / 1000
 
 # %% [markdown]
-# The eye is a seventh of the model, the joint a thousandth. Three fifths are the decoder's MLPs.
-#
-# Now the flow of one picture of 224 pixels and a prompt of eight tokens, with the shapes taken from
-# the meta model itself.
+# The eye is a seventh of the model, the joint less than a thousandth. Three fifths are the decoder's
+# MLPs. (The vision tower's own attention and MLPs are in its row; the embedding is the head, too.) One picture of 224 pixels and a prompt of eight tokens flow through it like this:
 
-# %%
+# %% tags=["hide-input"]
 with torch.device("meta"):
     pixels, prompt = torch.empty(1, 3, 224, 224), torch.empty(1, 8, dtype=torch.int64)
-    stages = {
-        "patches": full.vision_tower.embeddings(pixels),
-        "seen": full.vision_tower(pixels),
-        "projected": full.encode_image(pixels),
-        "embedding": full.language_model.embed(prompt),
-    }
-    together = torch.cat([stages["projected"], stages["embedding"]], dim=1)
-    stages["merged"] = together
-    stages["decoded"] = full.language_model(together, torch.arange(264)[None])
-    stages["logits"] = full.language_model.logits(stages["decoded"][:, -1:])
-for name, tensor in stages.items():
-    print(f"{name:10}", tuple(tensor.shape))
+    stages = {"patches": full.vision_tower.embeddings(pixels)}
+    stages["seen"] = full.vision_tower(pixels)
+    stages["projected"] = full.encode_image(pixels)
+    words = full.language_model.embed(prompt)
+    stages["merged"] = torch.cat([stages["projected"], words], dim=1)
+    stages["decoded"] = full.language_model(stages["merged"], torch.arange(264)[None])
 
-# %%
-fig, ax = plt.subplots(figsize=(7, 3.1), layout="constrained")
+fig, ax = plt.subplots(figsize=(9.8, 3.7), layout="constrained")
 ax.imshow(sample_picture("cat").resize((448, 448)), extent=(-345, -45, 0, 300))
-ax.text(-195, -60, "1 × 3 × 224 × 224\npixels", ha="center", va="top", fontsize=7.5)
+ax.text(-195, -60, "1 × 3 × 224 × 224\npixels", ha="center", va="top", fontsize=9)
 x = 110
 for name in ("patches", "seen", "projected", "merged", "decoded"):
     _, length, width = stages[name].shape
@@ -854,18 +896,18 @@ for name in ("patches", "seen", "projected", "merged", "decoded"):
     ax.add_patch(plt.Rectangle((x, 0), 256, width / 4, color=colour, alpha=0.75))
     if length > 256:
         ax.add_patch(plt.Rectangle((x + 256, 0), 8, width / 4, color=COLOURS["language"]))
-    ax.text(x + 128, width / 4 + 14, name, ha="center", fontsize=8)
-    ax.text(x + 128, -60, f"{length} × {width}", ha="center", va="top", fontsize=7.5)
+    ax.text(x + 128, width / 4 + 14, name, ha="center", fontsize=9)
+    ax.text(x + 128, -60, f"{length} × {width}", ha="center", va="top", fontsize=9)
     ax.annotate("", (x - 8, 140), (x - 82, 140), arrowprops={"arrowstyle": "->", "color": "#555"})
     x += 350
 ax.annotate("", (x - 8, 140), (x - 76, 140), arrowprops={"arrowstyle": "->", "color": "#555"})
 ax.add_patch(plt.Rectangle((x + 30, 0), 8, 590, color=COLOURS["accent"]))
 for y in (585, 600, 615):
     ax.plot(x + 34, y + 20, ".", color=COLOURS["accent"], markersize=3)
-ax.text(x + 34, 655, "logits", ha="center", fontsize=8)
-ax.text(x + 34, -60, "1 × 257216", ha="center", va="top", fontsize=7.5)
+ax.text(x + 34, 655, "logits", ha="center", fontsize=9)
+ax.text(x + 34, -60, "1 × 257216", ha="center", va="top", fontsize=9)
 ax.annotate(
-    "8 tokens × √D", (1160 + 262, 520), (1160 + 20, 640), fontsize=8, color=COLOURS["language"],
+    "8 tokens × √D", (1160 + 262, 520), (1160 + 20, 640), fontsize=9, color=COLOURS["language"],
     arrowprops={"arrowstyle": "->", "color": COLOURS["language"]},
 )  # fmt: skip
 ax.set(xlim=(-360, x + 150), ylim=(-170, 720), aspect="equal")
@@ -873,193 +915,44 @@ ax.set_axis_off()
 save_figure(fig, "15_shapes.png")
 
 # %% [markdown]
-# Width across is tokens, height is numbers in each token; blocks are to scale (the logits would go
-# on, 126 times as high as a token). The words are the thin orange edge: to the decoder a picture *is* 256 words, so
-# most of what it reads is picture.
-
-# %% [markdown]
-# ### What it costs
-#
-# PyTorch's counter, on the meta model: operations to read picture and prompt (**prefill**, with
-# logits for the last place only) and to write one more token. A multiplication and its addition are
-# two operations.
+# Width across is tokens, height is numbers in each token, to scale (but for the logits). The words are
+# the thin orange edge: to the decoder a picture *is* 256 words. What does reading cost? (A multiplication
+# and its addition are two operations.)
 
 
 # %%
-def flops(function, *inputs):
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        function(*inputs)
-    return counter.get_total_flops()
-
-
-print("size  tokens   parameters     see  prefill  one token   weights   cache")
-print("                             GFLOP    GFLOP      GFLOP        GB      MB")
+work = []
 for size in (224, 448, 896):
-    with torch.device("meta"):
-        big = PaliGemma(PaliGemmaConfig(SiglipVisionConfig(image_size=size)))
-        x = torch.empty(1, big.config.vision_config.num_image_tokens + 8, 2048)
-        pixels, places = torch.empty(1, 3, size, size), torch.arange(x.shape[1])[None]
-        count = sum(p.numel() for p in big.parameters())
-    see = flops(big.encode_image, pixels) / 1e9
-    decoder = big.language_model
-    read = flops(lambda: decoder.logits(decoder(x, places)[:, -1:])) / 1e9
-    cache = big.make_cache(1, x.shape[1] + 1)
-    decoder(x, places, None, cache)  # filled; now one more token
-    step = flops(lambda: decoder.logits(decoder(x[:, :1], places[:, :1], None, cache))) / 1e9
-    cache_mb = cache.nbytes / 2 / 1e6  # the meta model counts float32, we want bfloat16
-    print(
-        f"{size:4} {x.shape[1]:7} {count:13,} {see:6,.0f} {read:8,.0f} {step:10.2f}"
-        f" {2 * count / 1e9:9.2f} {cache_mb:7.1f}"
-    )
-    if size == 224:
-        linear = total - sizes["vision tower"] - sizes["projector"] - sizes["decoder: norms"]
-        assert abs(step - 2 * linear / 1e9 - 4 * 18 * 8 * 256 * (x.shape[1] + 1) / 1e9) < 1e-6
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = PaliGemma(PaliGemmaConfig(SiglipVisionConfig(image_size=size)))
+        x = model.encode_image(torch.empty(1, 3, size, size))  # (1, N, 2048)
+        see = counter.get_total_flops() / 1e12
+        model.language_model(x, torch.arange(x.shape[1])[None])
+    work.append(counter.get_total_flops() / 1e12)
+    print(f"{x.shape[1]:4} image tokens: see {see:.2f}, read {work[-1] - see:.2f} TFLOP")
+assert work[1] > 4 * work[0] and work[2] > 4 * work[1]
 
 # %% [markdown]
-# One token costs two operations for each weight of the decoder, plus a little attention. The
-# picture is paid once: four times the tokens, four times the work. And the weights are the same:
-# the sizes differ only in the table of positions.
+# Four times the pixels, at least four times the work: attention, which grows with the square, adds to it.
+# The picture is paid once; what each token of the *answer* costs is told in [lesson 18](18_generation.ipynb).
+
+# %% [markdown]
+# ## A second bug, which no loss shows
 #
-# What does that take here? One block of each tower with 224-pixel shapes, measured, then
-# multiplied by their number.
-
-
-# %% tags=["nbval-ignore-output"]
-def best_seconds(function, *inputs, repeats=1):
-    times = []
-    with torch.no_grad():
-        for _ in range(repeats):
-            start = time.perf_counter()
-            function(*inputs)
-            times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def real_block(block):
-    """A block of the meta model with memory under it; the values do not matter."""
-    block = block.to_empty(device="cpu")
-    for weight in block.parameters():
-        weight.data.fill_(0.01)
-    return block.float()
-
-
-vision_block = real_block(full.vision_tower.encoder.layers[0])
-text_block = real_block(full.language_model.layers[0])
-cos, sin = full.language_model.rotary_emb(torch.arange(264)[None])
-see = 27 * best_seconds(vision_block, torch.rand(1, 256, 1152))
-read = 18 * best_seconds(text_block, torch.rand(1, 264, 2048), cos, sin)
-one = (torch.rand(1, 1, 2048), cos[:, :, :1], sin[:, :, :1])
-write = 18 * best_seconds(text_block, *one, repeats=3)
-print(f"float32: see {see:.1f} s, read {read:.1f} s, write {1e3 * write:.0f} ms a token (no head)")
-
-# %% [markdown]
-# Writing one token takes 264 times fewer operations than reading the prefix, but not 264 times less
-# time: for each token *all* weights have to come from memory once. That is the subject of
-# [lesson 11](11_kv_cache.ipynb), [lesson 18](18_generation.ipynb) and
-# [lesson 22](22_quantization.ipynb).
-
-# %% [markdown]
-# ## A bug people really make: a loss that is too good
-#
-# A colleague trains the small model, and the loss falls faster than anybody hoped. To be sure they
-# take the hardest data there is: three **random** words as the answer, drawn anew in each step.
-# There is nothing to learn in them.
+# Another colleague builds on a language model whose mask is causal ([lesson 10](10_grouped_query_attention.ipynb)),
+# and leaves it so. In our terms: every token has type 1. Nothing is raised, and what the trained model
+# writes is fluent and complete:
 
 # %%
-torch.set_num_threads(1)  # for a model this small, threads mostly wait for each other
-prompts = [prefix_of("caption")] * 16
-
-
-def losses_on_random_answers(loss_of, steps=120):
-    """A fresh small model, trained on answers that nobody can know: its loss, step by step."""
-    torch.manual_seed(1)
-    model, losses = PaliGemma(config), []
-    nn.init.normal_(model.language_model.embed_tokens.weight, std=64**-0.5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(steps):
-        answers = torch.randint(5, len(WORDS), (16, 3)).tolist()
-        loss = loss_of(model, collate(prompts, answers), features[:1].expand(16, -1, -1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def colleague_loss(model, batch, image_features):
-    ids, real = batch["input_ids"], batch["attention_mask"]
-    logits = model(ids, attention_mask=real, image_features=image_features).logits
-    return suffix_loss(logits, batch["labels"])
-
-
-chance = math.log(len(WORDS) - 5)
-theirs = losses_on_random_answers(colleague_loss)
-print(f"guessing blindly: {chance:.2f}; the colleague's model: {theirs[-1]:.2f}")
-assert theirs[-1] < 0.2
+causal = batch | {"token_type_ids": torch.ones_like(batch["input_ids"])}
+for title, one in {"prefix-LM mask": batch, "causal mask": causal}.items():
+    print(f"{title:15} {write(one)}")
+assert write(causal) != caption
 
 # %% [markdown]
-# It predicts what cannot be predicted. Before you read on: where does it know from?
-#
-# From the answer. The colleague passed no `token_type_ids`, so all is prefix, and in a prefix
-# everybody sees everybody. The place that has to say "sofa" looks one step ahead, and there it
-# stands. When it has to *write*, there is nothing to copy from, and it has learned nothing else.
-
-# %%
-ours = losses_on_random_answers(lambda model, batch, x: model(**batch, image_features=x).loss)
-assert min(ours) > 0.9 * chance
-fig, ax = plt.subplots(figsize=(6.4, 2.6), layout="constrained")
-ax.axhline(chance, color=COLOURS["muted"], linestyle=":")
-ax.text(120, chance - 0.45, "guessing blindly", color=COLOURS["muted"], ha="right")
-for name, losses, colour in (("without types", theirs, "bad"), ("with types", ours, "good")):
-    ax.plot(losses, color=COLOURS[colour], label=name)
-ax.set(xlabel="step", ylabel="loss on random answers", ylim=(0, 6))
-ax.legend(loc="upper right")
-save_figure(fig, "15_leak")
-
-# %% [markdown]
-# With types the loss stays where it belongs. So the check is: **train on random answers; a loss
-# below guessing is a leak.** And because labels without types are never what anybody wants, `forward`
-# refuses them.
-
-# %%
-try:
-    model(**{name: tensor for name, tensor in batch.items() if name != "token_type_ids"})
-except ValueError as error:
-    print(error)
-
-# %% [markdown]
-# ### A second one, which no loss and no answer shows
-#
-# Another colleague builds on a language model whose mask is causal, and leaves it so. Nothing leaks.
-# Training works. Answers are fluent and complete. Only questions that need a close look at the picture go
-# wrong a little more often than they should. Here is a measurement: how much do the *picture's*
-# vectors change, inside, when the question changes?
-
-
-# %%
-def picture_after(mask_of, prompt):
-    """What the nine image tokens have become after all layers, for one question."""
-    ids = torch.tensor([prefix_of(prompt)])
-    with torch.no_grad():
-        x = model.merge(ids, model.encode_image(batch["pixel_values"][:1]))
-        places = torch.arange(x.shape[1])[None]
-        return model.language_model(x, places, mask_of(x.shape[1]))[:, :N]
-
-
-masks = {
-    "ours": lambda length: None,
-    "the colleague's": lambda length: torch.ones(1, 1, length, length).tril().bool(),
-}
-for name, mask_of in masks.items():
-    a, b = (picture_after(mask_of, prompt) for prompt in ("what animal ?", "who ?"))
-    print(f"{name:16} largest change {(a - b).abs().max():.2f}")
-
-# %% [markdown]
-# Zero. Under a causal mask the picture stands *before* the question and cannot know it: the model
-# has to keep everything that any question might need. With the prefix mask the picture is read
-# again in each layer, in the light of the question.
-#
-# The check is worth keeping: change one input, ask which outputs may change.
+# It is not true. Under a causal mask the picture stands *before* the question and cannot know it, nor
+# the first patches the last ones. With the prefix-LM mask the picture is read again in each layer, in the
+# light of the question. The check is the one from above: ask which input may change which output.
 
 # %% [markdown]
 # ## Exercises
@@ -1077,14 +970,17 @@ causal_pairs = None  # your answer
 
 # %% tags=["check"]
 def test_1(prefix_lm_pairs, causal_pairs):
-    assert prefix_lm_pairs is not None and causal_pairs is not None, "two numbers, please"
+    numbers = isinstance(prefix_lm_pairs, int) and isinstance(causal_pairs, int)
+    assert numbers, "two whole numbers, please"
     real = torch.tensor([[0] * 2 + [1] * 10])
     types = torch.tensor([[0] * 9 + [1] * 3])
     found = int(prefix_lm_mask(real, types, 12).sum())
     assert prefix_lm_pairs != found - 16, "padded tokens have rows too, even if nobody reads them"
     assert prefix_lm_pairs != found - 14, "a padded token sees itself, and the prefix as well"
-    assert prefix_lm_pairs == found, "the prefix block, the three rows of the suffix, the two pads"
-    assert causal_pairs == 55, "row after row: 1 + 2 + 3 + …"
+    assert prefix_lm_pairs == found, "add up: the prefix block, the suffix's rows, the padded rows"
+    right = int(torch.ones(10, 10).tril().sum())
+    assert causal_pairs != 45, "under a causal mask a token sees itself, too"
+    assert causal_pairs == right, "causal: row after row one more, 1 + 2 + 3 + …"
 
 
 check(test_1, prefix_lm_pairs, causal_pairs)
@@ -1092,12 +988,13 @@ check(test_1, prefix_lm_pairs, causal_pairs)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Seven prefix tokens see seven. The first suffix token sees those seven and itself. The padded rows
-# of the figure above have blue, orange and one grey cell.
+# Seven prefix tokens see seven. The first suffix token sees those and itself. The padded row of the figure
+# above has blue, orange and one grey cell.
 #
 # </details>
 
 # %% tags=["solution"]
+# A full block, rows that grow by one, and for each pad the prefix and itself.
 prefix_lm_pairs = 7 * 7 + (8 + 9 + 10) + 2 * (7 + 1)
 causal_pairs = 10 * 11 // 2
 check(test_1, prefix_lm_pairs, causal_pairs)
@@ -1106,8 +1003,7 @@ check(test_1, prefix_lm_pairs, causal_pairs)
 # ### Exercise 2 (break): a check that catches wrong masks
 #
 # Return True for a right `make_mask(attention_mask, token_type_ids, length)` and False for a wrong
-# one. `check` tries yours on the right function and on four wrong ones. Choose the inputs yourself;
-# `mask_loop` may help.
+# one: the check tries yours on four. Choose the inputs yourself; `mask_loop` (for one row) may help.
 
 
 # %% tags=["exercise"]
@@ -1119,16 +1015,23 @@ def is_right(make_mask):
 def test_2(is_right):
     def wrong(change):
         def make_mask(real, types, length):
-            return change(prefix_lm_mask(real, types, length), real, types)
+            mask = prefix_lm_mask(real, types, length)
+            if mask is None:
+                mask = torch.ones(len(real), 1, length, length, dtype=torch.bool)
+            return change(mask, real, types)
 
         return make_mask
+
+    def seen_by_suffix(suffix):
+        return suffix[:, None, :, None] & suffix[:, None, None, :]
 
     wrong_ones = {
         "causal over the prefix": wrong(lambda m, r, t: m.tril()),
         "inverted: True means hidden": wrong(lambda m, r, t: ~m),
         "padding is seen": wrong(lambda m, r, t: m | (r == 0)[:, None, None, :]),
-        "the suffix sees its future": wrong(lambda m, r, t: m | (t * r == 1)[:, None, :, None]),
+        "the suffix sees its future": wrong(lambda m, r, t: m | seen_by_suffix(t * r == 1)),
     }
+    assert isinstance(is_right(prefix_lm_mask), bool), "return True or False"
     assert is_right(prefix_lm_mask) is True, "rejects prefix_lm_mask"
     for name, make_mask in wrong_ones.items():
         assert is_right(make_mask) is False, f"lets this one through: {name}"
@@ -1139,27 +1042,27 @@ check(test_2, is_right)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# One padded row with at least two prefix and two suffix tokens is enough. Compare only the rows of
-# real tokens.
+# One padded row with two prefix and two suffix tokens is enough. Compare only the rows of real tokens.
 #
 # </details>
 
 
 # %% tags=["solution"]
+# One row with everything in it: a pad, two of the prefix, two of the suffix.
 def is_right(make_mask):
     real, types = torch.tensor([[0, 1, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 1]])
-    mask = make_mask(real, types, 5)[:, 0]
-    return torch.equal(mask[:, 1:], mask_loop(real, types)[:, 1:])
+    mask = make_mask(real, types, 5)[0, 0]
+    return torch.equal(mask[1:], mask_loop(real[0], types[0])[1:])
 
 
 check(test_2, is_right)
 
 # %% [markdown]
-# ### Exercise 3 (extend): two examples in one row
+# ### Exercise 3 (write): two examples in one row
 #
 # Padding wastes work. **Packing** puts several examples into one row: `segments` (int64[B, L]) says
-# which example a token belongs to, 0 for padding. Write the mask: bool[B, L, L], each example a
-# prefix-LM of its own, blind to the others; a padded token sees nothing.
+# which example a token belongs to, 0 for padding. Write the mask, bool[B, L, L]: each example has a
+# prefix-LM mask of its own and is blind to the others; a padded token sees nothing.
 
 
 # %% tags=["exercise"]
@@ -1169,16 +1072,21 @@ def packed_mask(segments, types):
 
 # %% tags=["check"]
 def test_3(packed_mask):
-    segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0]])
-    types = torch.tensor([[0, 0, 1, 0, 0, 1, 1, 0]])
+    segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 2, 2, 2]])
+    types = torch.tensor([[0, 0, 1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 0, 1, 1]])
     found = packed_mask(segments, types)
-    assert found is not None and found.shape == (1, 8, 8), "return bool[B, L, L]"
+    assert isinstance(found, torch.Tensor) and found.shape == (2, 8, 8), "return bool[B, L, L]"
+    assert found.dtype == torch.bool, "return bools, not numbers"
     assert not found[0, :3, 3:7].any(), "the first example looks at the second"
     assert not found[0, 3:7, :3].any(), "the second example looks at the first"
     assert not found[0, 7].any() and not found[0, :, 7].any(), "padding sees or is seen"
-    for part in (slice(0, 3), slice(3, 7)):
-        alone = mask_loop(torch.ones_like(types[:, part]), types[:, part])
-        assert torch.equal(found[:, part, part], alone), "inside, each is a prefix-LM"
+    for row, first, last in ((0, 0, 3), (0, 3, 7), (1, 0, 5), (1, 5, 8)):
+        part = types[row, first:last]
+        alone = mask_loop(torch.ones_like(part), part)
+        inside = found[row, first:last, first:last]
+        assert inside[part == 0][:, part == 0].all(), "a prefix token is not seen by its prefix"
+        assert not (inside & ~alone).any(), "inside an example, one sees a later suffix token"
+        assert torch.equal(inside, alone), "inside an example, one sees too little"
 
 
 check(test_3, packed_mask)
@@ -1186,13 +1094,13 @@ check(test_3, packed_mask)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# The rule of the lesson with one condition in place of `real`: both tokens carry the same segment,
-# and it is not 0.
+# The rule of the lesson, with another condition in place of `real`: both tokens carry the same segment, not 0.
 #
 # </details>
 
 
 # %% tags=["solution"]
+# "Same segment" takes the place of "real": whatever lies outside is as good as padding.
 def packed_mask(segments, types):
     place = torch.arange(segments.shape[1])
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
@@ -1207,9 +1115,9 @@ check(test_3, packed_mask)
 # - A picture enters a language model as vectors at the front of the sentence: one linear layer to
 #   the right width, one replacement.
 # - One rule makes the mask: a token may look at what is real, and in the prefix or not later.
-# - Labels are shifted once, in the loss.
+# - Labels need token types: a loss below guessing on random answers means that they show through.
 # - 86 % of the parameters are language; at 224 pixels nearly all tokens are picture.
-# - Loss and shapes miss the worst bugs: ask which input may change which output.
+# - Ask which input may change which output: loss and shapes miss such bugs.
 
 # %% [markdown]
 # ## Quiz
@@ -1218,19 +1126,19 @@ check(test_3, packed_mask)
 #
 # <details><summary>Answer</summary>
 #
-# It is given, not predicted. A causal mask exists so that a token cannot see what it has to guess;
-# nothing in the prefix is guessed, so hiding its later part only takes information away, most of
-# all from the picture, which stands first.
+# It is given, not predicted. A causal mask exists so that a token cannot see what it has to guess.
+# Nothing in the prefix is guessed: hiding its later part only takes information away, most of all from
+# the picture, which stands first.
 #
 # </details>
 
 # %% [markdown]
-# **2.** Why does each step of generation see a mask of `None`, although the suffix is causal?
+# **2.** Why does a step of answering need no mask, although the suffix is causal?
 #
 # <details><summary>Answer</summary>
 #
 # The one new token is the last. Everything else lies before it, and a causal rule allows all of
-# that. A mask is needed only when a row of the batch is padded.
+# that. Only padding has to be hidden.
 #
 # </details>
 
@@ -1239,17 +1147,16 @@ check(test_3, packed_mask)
 #
 # <details><summary>Answer</summary>
 #
-# No shape changes and nothing is raised. The first norm of each block undoes the size, but the
-# *residual* stream keeps it: what the layers add to an image token becomes 45 times too small
-# beside it, so the picture is hardly processed. Parity with the reference finds it at once.
+# Nothing is raised. The first norm of each block undoes the size, but the *residual* stream keeps it:
+# what the layers add to an image token becomes 45 times too small beside it, so the picture is hardly
+# processed. Parity with the reference finds it at once.
 #
 # </details>
 
 # %% [markdown]
 # ## References
 #
-# - Lucas Beyer et al., *PaliGemma: A versatile 3B VLM for transfer*, 2024, section 3 and figure 2;
-#   the ablations compare masks, and where the loss is taken.
+# - Lucas Beyer et al., *PaliGemma: A versatile 3B VLM for transfer*, 2024, section 3 and figure 2.
 # - Colin Raffel et al., *Exploring the Limits of Transfer Learning with a Unified Text-to-Text
 #   Transformer*, 2020, section 3.2 (prefix LM).
 # - transformers: `models/paligemma/modeling_paligemma.py`, class
