@@ -100,7 +100,7 @@ class GemmaModel(nn.Module):
 
         Args:
             inputs_embeds: `float[B, L, D]`, from `embed` or from pictures.
-            position_ids: `int64[B, L]`, each token's place in its row.
+            position_ids: `int64[B, L]`, each token's position in its row.
             mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
             cache: keys and values of the S tokens before; gains these L.
 

@@ -19,13 +19,13 @@
 # %% [markdown]
 # # 12 · Gemma: how do the pieces become a language model?
 #
-# *55 minutes* · part II, Language
+# *45 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
 # - assemble a decoder from five parts you have built, and say what flows between them;
-# - explain why a word meets the same matrix first and last;
-# - train a small Gemma by heart and watch it recite;
+# - explain why a token meets the same matrix first and last;
+# - see what a trained one would say after each block, and what surprises it;
 # - count parameters, operations and bytes of the real one;
 # - find the first place where a broken model goes wrong.
 
@@ -61,32 +61,33 @@ from paligemma.rope import RotaryEmbedding
 # %% tags=["setup"]
 import copy
 import math
-import time
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
-from paligemma.grouped_query_attention import grouped_attention
+from paligemma.image_processor import ImageProcessor
 from paligemma.plotting import show_heatmap
-from paligemma.support.course import check, save_figure
+from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
+from paligemma.support.course import add_to_class, check, sample_picture, save_figure
 from paligemma.support.drawing import COLOURS
-from paligemma.rope import apply_rope
+from paligemma.tokenizer import Tokenizer
 
 torch.manual_seed(12)
-_ = torch.set_grad_enabled(False)  # switched on for the one cell that trains
+_ = torch.set_grad_enabled(False)  # nothing is trained here
 
 # %% [markdown]
 # ## The problem
 #
-# We have parts that work alone. In which order do they stand, what is added to what, where does a
-# word enter, and how does a vector become a word again?
+# In [lesson 11](11_kv_cache.ipynb) the parts wrote a caption. In which order do they stand?
+# Where does a token enter, and how does a vector become a token again? A model that does this, one
+# next token at a time, is called a **decoder**.
 #
-# The answer is one long line, the **residual stream**: each token has a vector of width $D$ that
-# runs from bottom to top. Parts read it and *add* to it. None replaces it.
+# The answer is one long line, the residual stream: each token has a vector of width $D$ that runs
+# through all blocks. Parts read it and *add* to it. None replaces it.
 
 
-# %%
+# %% tags=["hide-input"]
 def box(ax, x, y, text, colour):
     style = {"boxstyle": "round,pad=0.25", "fc": COLOURS["paper"], "ec": COLOURS[colour], "lw": 1.5}
     ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=style, zorder=3)
@@ -97,7 +98,7 @@ def arrow(ax, start, end, colour="ink", **style):
     ax.annotate("", end, start, arrowprops=style, zorder=1)
 
 
-fig, ax = plt.subplots(figsize=(9, 3.1), layout="constrained")
+fig, ax = plt.subplots(figsize=(9.5, 3.2), layout="constrained")
 arrow(ax, (0.2, 0), (11.6, 0), "language", lw=3)  # the stream
 for x, name in ((3, "attention"), (5.9, "GeGLU")):
     arrow(ax, (x - 0.9, 0), (x - 0.9, 1.35))
@@ -112,106 +113,99 @@ ax.text(7.2, 1.65, "one block × 18", ha="right", color=COLOURS["inside"])
 box(ax, 8.3, 0, "norm", "muted")
 box(ax, 0.75, 0, "row of E\n· √D", "vision")
 box(ax, 10, 0, "product with\nevery row of E", "vision")
-box(ax, 5.4, -1.35, "E: one matrix, a row for each word", "vision")
+box(ax, 5.4, -1.35, "E: one matrix, a row for each token", "vision")
 arrow(ax, (3.85, -1.35), (0.75, -0.4), "vision", ls="--")
 arrow(ax, (6.95, -1.35), (10, -0.4), "vision", ls="--")
-ax.text(0.05, 0, "word", ha="right", va="center")
+ax.text(0.05, 0, "token", ha="right", va="center")
 ax.text(11.7, 0, "scores", ha="left", va="center")
 ax.set(xlim=(-0.6, 12.4), ylim=(-1.7, 2))
 ax.set_axis_off()
 save_figure(fig, "12_decoder")
 
 # %% [markdown]
-# Two things to notice. Each part reads a **normalised** copy (*pre-norm*), while the stream itself
-# is never normalised until the end. And the blue matrix appears twice: it turns words into vectors,
-# and vectors into scores of words.
+# Two things to notice. Each part reads a **normalised** copy (pre-norm,
+# [lesson 05](05_siglip.ipynb)), while the stream itself is never normalised until the end. And the
+# blue matrix appears twice: it turns tokens into vectors, and vectors into scores of tokens. That is
+# a **tied embedding**.
 
 # %% [markdown]
 # ## By hand: a Gemma without blocks
 #
-# Three words, width $D = 4$. What does a model say that has an embedding, a norm and a head, and
-# nothing in between?
+# Three tokens, width $D = 4$. What does a model say that has an embedding, a norm and a head, and
+# nothing in between? Its scores, before any softmax, are called **logits**.
 #
 # With a pencil: "one" is $(1, 1, 0, 0)$, times $\sqrt 4$ gives $(2, 2, 0, 0)$. The mean square is
-# $8/4 = 2$, so the norm divides by $\sqrt 2$. The scores are products with the three rows.
+# $8/4 = 2$, so the norm divides by $\sqrt 2$. The logits are products with the three rows.
 
 # %%
 words = ["one", "two", "three"]
-E = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1], [1, -1, 0, 0]])  # (V, D)
+E = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1], [1, -1, 0, 0]])  # [V, D]
 
 
-def normalise(x):
-    return x / x.square().mean().sqrt()
+def show_logits(x):
+    logits = E @ (x / x.square().mean().sqrt())  # [V]
+    print(x.tolist(), "→", *(f"{word} {s:.2f}" for word, s in zip(words, logits.tolist())))
 
 
-def show_scores(x):
-    scores = E @ normalise(x)  # (V,)
-    print(x.tolist(), "→", *(f"{word} {s:.2f}" for word, s in zip(words, scores.tolist())))
-
-
-show_scores(2 * E[0])
+show_logits(2 * E[0])
 
 # %% [markdown]
 # It says "one" after "one". A vector is most like itself, so **a Gemma without blocks repeats the
-# last word**. That tells us what blocks are for: they turn *which word I am* into *which word comes
+# last token**. That tells us what blocks are for: they turn *which token I am* into *which token comes
 # next*. Adding the right vector does it:
 
 # %%
 added = torch.tensor([-2.0, -2, 3, 3])  # what a block might add after "one"
-show_scores(2 * E[0] + added)
+show_logits(2 * E[0] + added)
 
 # %% [markdown]
 # ### Why times √D?
 #
-# As the head, a row of $E$ meets a normalised vector of length $\sqrt D$. For scores of moderate
+# As the head, a row of $E$ meets a normalised vector of length $\sqrt D$. For logits of moderate
 # size its entries should be near $1/\sqrt D$. As the input, such a row would be a whisper beside
 # what blocks add (entries near 1). One matrix, two jobs, two sizes; the factor $\sqrt D$ stands
 # between them.
 
+
 # %%
+def size(t):
+    return t.square().mean().sqrt().item()  # root mean square
+
+
 D = 2048
 table = torch.randn(1000, D) / D**0.5
-size = lambda t: t.square().mean().sqrt().item()
 print(f"entries of a row: {size(table):.3f}, times √D: {size(table * D**0.5):.2f}")
-print(f"scores of a random normalised vector: {size(table @ torch.randn(D)):.1f}")
-
-# %% [markdown]
-# The published weights were trained with the factor rounded to *their* type. In bfloat16, which
-# keeps 8 significant bits, $\sqrt{2048}$ is another number, and the reference multiplies by that
-# one. (Positions must not be rounded so: bfloat16 cannot count above 256, [lesson 09](09_rope.ipynb).)
-
-# %%
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    print(f"{dtype}: {torch.tensor(D**0.5, dtype=dtype).item()}")
+print(f"logits of a random normalised vector: {size(table @ torch.randn(D)):.1f}")
 
 # %% [markdown]
 # ## As a loop
 #
-# A whole Gemma, as plainly as possible: one token, one layer, one head at a time, and no class.
-# The weights are a dictionary; its names are those of the published files. All sizes differ, so
-# that none can be mistaken for another. Then norm and rotation (lessons [07](07_rms_norm.ipynb) and [09](09_rope.ipynb)), in a line or two.
+# A whole Gemma, as plainly as possible: one token, one layer, one head at a time, and no class. Its
+# weights are a dictionary: those of the small model that ships. Their names are the published ones.
 
 # %%
-V, D, WIDE, LAYERS, H, K, Dh = 11, 16, 40, 2, 4, 2, 6
-shapes = {"embed_tokens": (V, D), "norm": (D,)}
-for i in range(LAYERS):
-    shapes |= {
-        f"layers.{i}.{name}": (D,) for name in ("input_layernorm", "post_attention_layernorm")
-    }
-    shapes |= {
-        f"layers.{i}.self_attn.{p}_proj": (n * Dh, D) for p, n in (("q", H), ("k", K), ("v", K))
-    }
-    shapes |= {f"layers.{i}.self_attn.o_proj": (D, H * Dh), f"layers.{i}.mlp.down_proj": (D, WIDE)}
-    shapes |= {f"layers.{i}.mlp.{p}_proj": (WIDE, D) for p in ("gate", "up")}
-weights = {
-    f"{name}.weight": torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()
-}
-print(len(weights), "tensors,", sum(w.numel() for w in weights.values()), "numbers")
+tiny = {n: t.float() for n, t in load_file("../paligemma/assets/tiny/model.safetensors").items()}
+
+
+def part(tensors, prefix):
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+# %%
+weights = part(tiny, "language_model.model.")
+V, D = weights["embed_tokens.weight"].shape
+LAYERS, H, K, Dh = 4, 4, 1, 32  # layers, query heads, key/value heads, width of a head
+for name, tensor in part(weights, "layers.0.").items():
+    print(f"{name:33} {tuple(tensor.shape)}")
+
+# %% [markdown]
+# Norm ([lesson 07](07_rms_norm.ipynb)) and rotation ([lesson 09](09_rope.ipynb)), in a line or two:
 
 
 # %%
 def norm(x, weight):
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weight)
+    return x / (x.square().mean() + 1e-6).sqrt() * (1 + weight)
 
 
 def turn(x, position):
@@ -222,20 +216,20 @@ def turn(x, position):
 
 # %% [markdown]
 # One block for one token. `kept` is the list of keys and values of this layer, one entry for each
-# token so far: [lesson 11](11_kv_cache.ipynb)'s table. The loop is causal by construction: what comes later is not in
-# the list yet.
+# token so far: [lesson 11](11_kv_cache.ipynb)'s table. The loop is causal by construction: what comes
+# later is not in the list yet.
 
 
 # %%
 def block_loop(w, x, position, kept):
     h = norm(x, w["input_layernorm.weight"])
-    q, k, v = ((w[f"self_attn.{p}_proj.weight"] @ h).split(Dh) for p in "qkv")
+    q, k, v = ((w[f"self_attn.{p}_proj.weight"] @ h).split(Dh) for p in "qkv")  # Dh a head
     kept.append(([turn(key, position) for key in k], v))
     found = []
     for head in range(H):
-        keys = torch.stack([ks[head // (H // K)] for ks, _ in kept])  # (S, Dh)
-        values = torch.stack([vs[head // (H // K)] for _, vs in kept])
-        looks = (keys @ turn(q[head], position) / Dh**0.5).softmax(0)  # (S,)
+        keys = torch.stack([ks[head // (H // K)] for ks, _ in kept])  # [S, Dh]
+        values = torch.stack([vs[head // (H // K)] for _, vs in kept])  # [S, Dh]
+        looks = (keys @ turn(q[head], position) / Dh**0.5).softmax(0)  # [S]
         found.append(looks @ values)
     x = x + w["self_attn.o_proj.weight"] @ torch.cat(found)  # added to the stream
     h = norm(x, w["post_attention_layernorm.weight"])
@@ -248,66 +242,32 @@ def block_loop(w, x, position, kept):
 
 
 # %%
-def of_layer(w, i):
-    prefix = f"layers.{i}."
-    return {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
-
-
 def gemma_loop(w, ids):
-    kept, scores = [[] for _ in range(LAYERS)], []
-    for position, word in enumerate(ids):
-        x = w["embed_tokens.weight"][word] * D**0.5  # (D,)
+    kept, logits = [[] for _ in range(LAYERS)], []
+    for position, token in enumerate(ids):
+        x = w["embed_tokens.weight"][token] * D**0.5  # [D]
         for i in range(LAYERS):
-            x = block_loop(of_layer(w, i), x, position, kept[i])
-        scores.append(w["embed_tokens.weight"] @ norm(x, w["norm.weight"]))  # (V,)
-    return torch.stack(scores)  # (L, V)
+            x = block_loop(part(w, f"layers.{i}."), x, position, kept[i])
+        logits.append(w["embed_tokens.weight"] @ norm(x, w["norm.weight"]))  # [V]
+    return torch.stack(logits)  # [L, V]
 
-
-ids = [3, 1, 4, 1, 5, 9, 2]
-slow = gemma_loop(weights, ids)
-print(tuple(slow.shape), "best next words:", slow.argmax(-1).tolist())
 
 # %% [markdown]
-# That is all of Gemma: some thirty lines.
-#
-# ## Vectorised
-#
-# All tokens at once. The order of the lines is the same; the list of keys becomes an axis, and "not
-# in the list yet" becomes the causal mask.
-
+# That is all of Gemma: some thirty lines. It reads a caption, for now without its picture.
 
 # %%
-def causal(new, old=0):
-    return torch.ones(1, 1, new, old + new, dtype=torch.bool).tril(diagonal=old)
-
-
-def gemma_batched(w, ids):
-    x = w["embed_tokens.weight"][ids] * D**0.5  # (B, L, D)
-    cos, sin = RotaryEmbedding(Dh)(torch.arange(ids.shape[1])[None])
-    for i in range(LAYERS):
-        m = {name.removesuffix(".weight"): t for name, t in of_layer(w, i).items()}
-        h = norm(x, m["input_layernorm"])
-        q, k, v = (F.linear(h, m[f"self_attn.{p}_proj"]) for p in "qkv")
-        q, k, v = (t.unflatten(-1, (-1, Dh)).transpose(1, 2) for t in (q, k, v))  # (B, H, L, Dh)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        found = grouped_attention(q, k, v, causal(ids.shape[1]))
-        x = x + F.linear(found.transpose(1, 2).flatten(2), m["self_attn.o_proj"])
-        h = norm(x, m["post_attention_layernorm"])
-        gate = F.gelu(F.linear(h, m["mlp.gate_proj"]), approximate="tanh")
-        x = x + F.linear(gate * F.linear(h, m["mlp.up_proj"]), m["mlp.down_proj"])
-    return norm(x, w["norm.weight"]) @ w["embed_tokens.weight"].T  # (B, L, V)
-
-
-fast = gemma_batched(weights, torch.tensor([ids, ids[::-1]]))
-torch.testing.assert_close(fast[0], slow, rtol=1e-4, atol=1e-4)
-print("row 0 equals the loop;", tuple(fast.shape))
+tokenizer = Tokenizer("../paligemma/assets/tiny/tokenizer.model")
+question = [tokenizer.bos_id, *tokenizer.encode("caption en"), tokenizer.newline_id]
+ids = question + tokenizer.encode("a cat and two")
+slow = gemma_loop(weights, ids)
+print(tuple(slow.shape), "a cat and two …", tokenizer.decode([slow[-1].argmax()]))
 
 # %% [markdown]
 # ## The module
 #
-# Three pieces. First the **config**: the numbers that tell one Gemma from another. The defaults are
-# the language model inside PaliGemma 3B. It holds numbers and no logic: a size that fits no
-# attention is refused by attention, a width that cannot be turned by RoPE.
+# Norm, attention and GeGLU were vectorised in their own lessons, so the whole can be put together at
+# once, in three pieces. First the **config**: the numbers that tell one Gemma from another. The
+# defaults are the language model inside PaliGemma 3B.
 
 
 # %%
@@ -331,8 +291,7 @@ class GemmaConfig:
 
 
 # %% [markdown]
-# Then the **block**, two lines of arithmetic. Read them as "stream plus what attention found, plus
-# what the GeGLU made of it".
+# Then the **block**. Its parts:
 
 
 # %%
@@ -353,42 +312,48 @@ class GemmaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GeGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+
+# %% [markdown]
+# And two lines of arithmetic. Read them as "stream plus what attention found, plus what the GeGLU
+# made of it".
+
+
+# %%
+#| export
+@add_to_class(GemmaDecoderLayer)
+def forward(
+    self,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    cache: KVCache | None = None,
+) -> torch.Tensor:
+    """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GroupedQueryAttention`."""
+    x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    return x + self.mlp(self.post_attention_layernorm(x))
 
 
 # %% [markdown]
 # A block can only add. If the last matrix of both parts is zero it adds nothing and lets the stream
-# pass unchanged. This is why deep stacks can be trained: a block starts as a small correction.
+# pass unchanged:
 
 # %%
-sizes = {"hidden_size": D, "intermediate_size": WIDE, "head_dim": Dh}
-heads = {"num_attention_heads": H, "num_key_value_heads": K}
-config = GemmaConfig(vocab_size=V, num_hidden_layers=LAYERS, **sizes, **heads)
+config = GemmaConfig(2240, 128, 256, LAYERS, H, K, Dh)  # the small model's sizes
 block = GemmaDecoderLayer(config, layer_idx=0)
+block.self_attn.o_proj.weight.zero_()
+block.mlp.down_proj.weight.zero_()
 x = torch.randn(2, 5, D)
 cos, sin = RotaryEmbedding(Dh)(torch.arange(5)[None])
-print("shape kept:", block(x, cos, sin).shape == x.shape)
-for part in (block.self_attn.o_proj, block.mlp.down_proj):
-    part.weight.zero_()
 print("passes unchanged:", torch.equal(block(x, cos, sin), x))
 
 # %% [markdown]
-# Last the **model**. Embedding, blocks and head are three methods, not one, because PaliGemma will
-# put vectors of a picture into the stream that come from no embedding, and because the head is
-# costly and rarely needed for every position. Its scores, before any softmax, are called **logits**.
+# Last the **model**. Embedding, blocks and head are three methods, not one, because PaliGemma puts
+# vectors of a picture into the stream that come from no embedding, and because the head is costly
+# and rarely needed for every position.
 #
-# Two things are left open for later: [lesson 13](13_gemma2.ipynb) builds the same model of other
-# blocks, and [lesson 22](22_quantization.ipynb) puts a smaller head in place of the embedding.
+# Two things are left open: [lesson 13](13_gemma2.ipynb) builds the same model of other blocks, and
+# [lesson 22](22_quantization.ipynb) puts a smaller head in place of the embedding.
 
 
 # %%
@@ -412,264 +377,292 @@ class GemmaModel(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.head: nn.Module | None = None  # None: the embedding; a quantised copy may take over
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`int64[B, L]` → `float[B, L, D]`, scaled by √D.
 
-        The factor is rounded to the weights' type first, as the reference does
-        (√2048 = 45.2548… becomes 45.25 in bfloat16).
-        """
-        x = self.embed_tokens(input_ids)
-        return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+# %% [markdown]
+# The three methods in their simplest form:
 
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """Run the blocks.
 
-        Args:
-            inputs_embeds: `float[B, L, D]`, from `embed` or from pictures.
-            position_ids: `int64[B, L]`, each token's place in its row.
-            mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
-            cache: keys and values of the S tokens before; gains these L.
+# %%
+#| export
+@add_to_class(GemmaModel)
+def embed(self, input_ids):
+    return self.embed_tokens(input_ids) * self.config.hidden_size**0.5
 
-        Returns:
-            `float[B, L, D]` after the last norm.
-        """
-        cos, sin = self.rotary_emb(position_ids)
-        x = inputs_embeds
-        for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
-        return self.norm(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`float[B, L, D]` → `float32[B, L, V]` with the embedding as head (tied weights)."""
-        if self.head is not None:
-            return self.head(hidden).float()
-        return F.linear(hidden, self.embed_tokens.weight).float()
+# %%
+#| export
+@add_to_class(GemmaModel)
+def forward(
+    self,
+    inputs_embeds: torch.Tensor,
+    position_ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    cache: KVCache | None = None,
+) -> torch.Tensor:
+    """Run the blocks.
+
+    Args:
+        inputs_embeds: `float[B, L, D]`, from `embed` or from pictures.
+        position_ids: `int64[B, L]`, each token's position in its row.
+        mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
+        cache: keys and values of the S tokens before; gains these L.
+
+    Returns:
+        `float[B, L, D]` after the last norm.
+    """
+    cos, sin = self.rotary_emb(position_ids)
+    x = inputs_embeds
+    for layer in self.layers:
+        x = layer(x, cos, sin, mask, cache)
+    return self.norm(x)
+
+
+# %%
+#| export
+@add_to_class(GemmaModel)
+def logits(self, hidden):
+    return F.linear(hidden, self.embed_tokens.weight)
 
 
 # %% [markdown]
-# Our dictionary fits it name by name, and the scores are those of the vectorised form. There is no
-# tensor for the head: it is the embedding.
+# The dictionary fits it name by name, and it computes what the loop computed. There is no tensor for
+# the head: it is the embedding.
+
+
+# %%
+def causal(new, old=0):
+    return torch.ones(1, 1, new, old + new, dtype=torch.bool).tril(diagonal=old)
+
 
 # %%
 gemma = GemmaModel(config)
 gemma.load_state_dict(weights)
-two = torch.tensor([ids, ids[::-1]])
-places = torch.arange(7).expand(2, -1)
-hidden = gemma(gemma.embed(two), places, causal(7))
-torch.testing.assert_close(gemma.logits(hidden), fast, rtol=1e-4, atol=1e-4)
+x = gemma.embed(torch.tensor([ids]))
+hidden = gemma(x, torch.arange(len(ids))[None], causal(len(ids)))
+torch.testing.assert_close(gemma.logits(hidden)[0], slow, rtol=1e-4, atol=1e-4)
 print("hidden", tuple(hidden.shape), "| logits", tuple(gemma.logits(hidden).shape))
 
+# %% [markdown]
+# ### What a real program adds
+#
+# The published weights were trained with the factor rounded to *their* type. In bfloat16, which
+# keeps 8 significant bits, $\sqrt{2048}$ is another number:
+
 # %%
-# refused by the part that cannot be built
-for change in ({"num_key_value_heads": 3}, {"head_dim": 255}):
-    try:
-        with torch.device("meta"):
-            GemmaModel(GemmaConfig(**change))
-    except ValueError as error:
-        print(error)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    print(f"{dtype}: {torch.tensor(2048**0.5, dtype=dtype).item()}")
+
+# %% [markdown]
+# So the factor is made in the weights' type. The logits are always float32, and a head of its own
+# goes first where there is one.
+
+
+# %%
+#| export
+@add_to_class(GemmaModel)
+def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    """`int64[B, L]` → `float[B, L, D]`, scaled by √D.
+
+    The factor is rounded to the weights' type first, as the reference does
+    (√2048 = 45.2548… becomes 45.25 in bfloat16).
+    """
+    x = self.embed_tokens(input_ids)
+    return x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+
+
+# %%
+#| export
+@add_to_class(GemmaModel)
+def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    """`float[B, L, D]` → `float32[B, L, V]` with the embedding as head (tied weights)."""
+    if self.head is not None:
+        return self.head(hidden).float()
+    return F.linear(hidden, self.embed_tokens.weight).float()
+
 
 # %% [markdown]
 # ## Against the reference
 #
 # The file holds three small models of transformers (`GemmaForCausalLM`; four query heads with 4, 2
-# and 1 key/value heads), words and logits. We compare one full pass, and the same words arriving as
+# and 1 key/value heads), tokens and logits. We compare one full pass, and the same tokens arriving as
 # $4 + 1 + 1$ through a cache. (In half precision a test asks that our mean error is no larger than
 # theirs.)
 
-# %% tags=["nbval-ignore-output"]
+
+# %%
+def in_calls(model, ids, sizes, cache):
+    parts = []
+    for new in ids.split(sizes, dim=1):
+        old, length = len(cache), new.shape[1]
+        positions = torch.arange(old, old + length).expand(len(ids), -1)
+        parts.append(model(model.embed(new), positions, causal(length, old), cache))
+    return model.logits(torch.cat(parts, dim=1))
+
+
+# %%
 reference = load_file("reference/gemma.safetensors")
-words_in, steps = reference["ids"], [4, 1, 1]
 for kind, kv_heads in (("mha", 4), ("gqa", 2), ("mqa", 1)):
     model = GemmaModel(GemmaConfig(24, 12, 20, 2, 4, kv_heads, 6))
-    prefix = f"{kind}.weights."
-    model.load_state_dict(
-        {n[len(prefix) :]: t for n, t in reference.items() if n.startswith(prefix)}
-    )
-    places = torch.arange(6).expand(2, -1)
-    full = model.logits(model(model.embed(words_in), places, causal(6)))
-    cache, parts = KVCache(2, 2, kv_heads, 6, 6), []
-    for part, place in zip(words_in.split(steps, dim=1), places.split(steps, dim=1)):
-        mask = causal(part.shape[1], len(cache))
-        parts.append(model.logits(model(model.embed(part), place, mask, cache)))
-    gaps = [
-        (t - reference[f"{kind}.logits"]).abs().max().item() for t in (full, torch.cat(parts, 1))
-    ]
-    assert max(gaps) <= 1e-5
-    print(f"{kind}: largest difference {gaps[0]:.1e}, with a cache {gaps[1]:.1e}")
+    model.load_state_dict(part(reference, f"{kind}.weights."))
+    for sizes in ([6], [4, 1, 1]):
+        ours = in_calls(model, reference["ids"], sizes, KVCache(2, 2, kv_heads, 6, 6))
+        gap = (ours - reference[f"{kind}.logits"]).abs().max().item()
+        print(f"{kind} in {len(sizes)} calls: largest difference {gap:.1e}")
+        assert gap <= 1e-5
 
 # %% [markdown]
-# ## See it: a Gemma that recites
+# ## See it: with a picture
 #
-# Random weights speak nonsense. So let us train a micro-Gemma, on one nursery rhyme, letter by
-# letter. It will not know English; it will know this by heart. (Jane Taylor, 1806.) The sign `*`
-# stands at both ends and means "begin" and "end".
+# The stream takes any vectors of width $D$. So put the 64 vectors of a picture in front
+# ([lesson 11](11_kv_cache.ipynb)), with the mask for a prefix: picture and question see all of each
+# other.
 
 # %%
-RHYME = """*Twinkle, twinkle, little star,
-How I wonder what you are!
-Up above the world so high,
-Like a diamond in the sky.
-Twinkle, twinkle, little star,
-How I wonder what you are!
-*"""
-LETTERS = sorted(set(RHYME))
-rhyme = torch.tensor([[LETTERS.index(c) for c in RHYME]])  # (1, L + 1)
-print(f"{rhyme.shape[1]} signs, {len(LETTERS)} different ones; guessing: loss {math.log(31):.2f}")
-
-# %% [markdown]
-# A small trap is built in: "what you are!" comes twice. Once "Up above" follows, once the end. To
-# know which, the model must look back further than a line.
-#
-# Three blocks of width 64, one key/value head. The embedding begins with entries near $1/\sqrt D$,
-# as worked out above.
+sizes = SiglipVisionConfig(128, 512, 4, 4, image_size=112)
+tower = SiglipVisionModel(sizes)
+tower.load_state_dict(part(tiny, "vision_tower.vision_model."))
+seen = tower(ImageProcessor(112)(sample_picture("scene")))  # a cat and two dogs
+picture = F.linear(seen, **part(tiny, "multi_modal_projector.linear."))  # [1, 64, D]
 
 
 # %%
-def scores_of(model, ids):
-    """Logits of a plain language model: every token sees those before it and itself."""
-    length = ids.shape[1]
-    return model.logits(model(model.embed(ids), torch.arange(length)[None], causal(length)))
+def prefix_mask(length):
+    mask = causal(length)
+    mask[..., :68] = True  # 64 image tokens and the question
+    return mask
 
-
-def recite(model, steps=200):
-    """Greedy: always the best letter, until the end sign."""
-    ids = rhyme[:, :1]
-    while ids.shape[1] <= steps:
-        ids = torch.cat((ids, scores_of(model, ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
-        if ids[0, -1] == ids[0, 0]:
-            break
-    return "".join(LETTERS[i] for i in ids[0])
-
-
-micro = GemmaModel(GemmaConfig(len(LETTERS), 64, 128, 3, 4, 1, 16))
-nn.init.normal_(micro.embed_tokens.weight, std=64**-0.5)
-repeats = (scores_of(micro, rhyme).argmax(-1) == rhyme).float().mean()
-print(f"untrained, it repeats its last letter in {repeats:.0%} of all places")
-
-# %% [markdown]
-# The pencil was right: untrained blocks add little, so it repeats. Now the training. In each step
-# the model sees the whole rhyme and is asked, at *every* position, for the next letter; the causal
-# mask makes this fair. ([Lesson 27](27_training.ipynb) treats training properly.)
-
-# %% tags=["nbval-ignore-output"]
-threads = torch.get_num_threads()
-torch.set_num_threads(1)  # for a model this small, threads mostly wait for each other
-optimizer = torch.optim.Adam(micro.parameters(), lr=3e-3)
-start = time.perf_counter()
-with torch.enable_grad():
-    for step in range(101):
-        loss = F.cross_entropy(scores_of(micro, rhyme[:, :-1])[0], rhyme[0, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step == 0:
-            first = loss.item()
-        if step % 20 == 0:
-            print(f"step {step:3}: loss {loss.item():.3f}")
-print(f"{time.perf_counter() - start:.1f} s")
-assert first > 2 * math.log(31)
 
 # %%
-said = recite(micro)
-print(said)
-assert said == RHYME
+def logits_after(model, answer):
+    """What comes after the question and after each token of an answer: float[1 + L, V]."""
+    x = torch.cat((picture, model.embed(torch.tensor([question + answer]))), dim=1)
+    length = x.shape[1]
+    hidden = model(x, torch.arange(length)[None], prefix_mask(length))
+    return model.logits(hidden[:, 67:])[0]
+
 
 # %% [markdown]
-# It recites, and stops at the right "are!". One forward pass for each letter, nothing looked up.
-#
-# The first loss was more than twice that of blind guessing. The untrained model isn't undecided: it
-# is *sure* that each letter comes again, and nearly always wrong.
-#
+# Always taking the best token is called **greedy**. ([Lesson 17](17_sampling.ipynb) has other ways.)
+
+
+# %%
+def greedy(model, steps=8):
+    ids = []
+    while len(ids) < steps and tokenizer.eos_id not in ids:
+        ids.append(logits_after(model, ids)[-1].argmax().item())
+    return ids
+
+
+# %%
+caption = greedy(gemma)
+print(repr(tokenizer.decode(caption)))
+assert tokenizer.decode(caption) == "a cat and two dogs"
+
+# %% [markdown]
 # ### What happens between the blocks?
 #
-# The stream has the same width everywhere, so we may send it through the last norm and the head
-# after *any* block, and ask what the model would say if it ended here (the *logit lens*).
+# The stream has the same width everywhere. So we may send it through the last norm and the head
+# after *any* block, and ask what the model would say if it ended here. (This is called the *logit
+# lens*.)
 
 
 # %%
-def stages(model, ids):
-    """The stream after the embedding and after each block, the last norm, the logits."""
-    x = model.embed(ids)
-    found, (cos, sin) = [x], model.rotary_emb(torch.arange(ids.shape[1])[None])
+def stages(model, answer):
+    """The stream after the embedding and after each block: [1 + layers, L, D]."""
+    x = torch.cat((picture, model.embed(torch.tensor([question + answer]))), dim=1)
+    length = x.shape[1]
+    found, (cos, sin) = [x], model.rotary_emb(torch.arange(length)[None])
     for layer in model.layers:
-        x = layer(x, cos, sin, causal(ids.shape[1]))
+        x = layer(x, cos, sin, prefix_mask(length))
         found.append(x)
-    return [*found, model.norm(x), model.logits(model.norm(x))]
+    return torch.cat(found)
 
 
-def visible(text):
-    return text.replace("\n", "↵").replace(" ", "␣")
+# %%
+lens = gemma.logits(gemma.norm(stages(gemma, caption[:-1])))[:, 67:]  # [5, 6, V]
+right = lens.softmax(-1)[:, range(6), caption]  # [5, 6]: probability of what really comes
+given = [question[-1], *caption[:-1]]  # the tokens that go in
+assert lens[0].argmax(-1).tolist() == given  # at first each says itself
+assert lens[4].argmax(-1).tolist() == caption and right[0].max() < 0.01
+three = tokenizer.encode("a cat and three")[-1]
+assert right[2, 1] > 0.5 and lens[1:4, 3].argmax(-1).tolist() == [three] * 3
 
 
-def say(scores):
-    return visible("".join(LETTERS[i] for i in scores.argmax(-1)))
+# %% tags=["hide-input"]
+def shown(token):
+    piece = tokenizer.sp.id_to_piece(int(token))
+    return {"\n": "↵", "<eos>": "(end)"}.get(piece, piece.replace("▁", ""))
 
 
-streams = stages(micro, rhyme[:, :-1])[:4]
-lens = [micro.logits(micro.norm(x))[0] for x in streams]  # (L, V) each
-rows = ["embedding", "block 1", "block 2", "block 3"]
-right = [scores.softmax(-1).gather(1, rhyme[0, 1:, None])[:, 0] for scores in lens]
-
-fig, axes = plt.subplots(2, 1, figsize=(9, 3.6), layout="constrained")
-for ax, start in zip(axes, (0, 144)):
-    part = slice(start, min(start + 28, rhyme.shape[1] - 1))
-    letters_in = visible(RHYME[part])
-    show_heatmap(torch.stack(right)[:, part], rows=rows, columns=letters_in, ax=ax)
-    ax.set(title="the letter that goes in", aspect="auto")
-    ax.xaxis.tick_top()
-    for row, scores in enumerate(lens):
-        for column, letter in enumerate(say(scores[part])):
-            dark = right[row][start + column] > 0.5
-            colour = COLOURS["paper"] if dark else COLOURS["ink"]
-            ax.text(column, row, letter, ha="center", va="center", fontsize=8, color=colour)
-after_k = [i for i, letter in enumerate(RHYME[:-1]) if letter == "k"]
-assert right[1][after_k].mean() > right[1].mean() + 0.1
-print(f"after block 1: {right[1].mean():.2f}, after the letter k {right[1][after_k].mean():.2f}")
+fig, ax = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
+rows = ["embedding", *(f"block {i}" for i in range(1, 5))]
+show_heatmap(right, rows=rows, columns=map(shown, given), ax=ax)
+ax.set(title="the token that goes in", aspect="auto")
+ax.xaxis.tick_top()
+for (row, column), token in zip(
+    ((r, c) for r in range(5) for c in range(6)), lens.argmax(-1).flatten()
+):
+    colour = COLOURS["paper" if right[row, column] > 0.5 else "ink"]
+    ax.text(column, row, shown(token), ha="center", va="center", fontsize=10, color=colour)
 save_figure(fig, "12_logit_lens")
 
 # %% [markdown]
-# Read down a column. At the embedding each letter says *itself*. Block by block the answer moves on
-# to the letter that *comes next*; dark means that the right one is likely. After "k" the next letter
-# is settled earlier than elsewhere: few letters follow it. In the lower part the last column is the
-# trap: after this "!↵" comes the end.
+# Read down a column; dark means that the right next token is likely. At the embedding each token says
+# *itself*, as the pencil said. Block by block the answer moves on to what *comes next*. After "a",
+# "cat" is there in block 2. After "and", blocks 1 to 3 say "three"; only the last one says "two".
 
 # %% [markdown]
 # ### One matrix, used twice
 #
-# The same matrix $E$ of the trained model, at one step. Left: the letter that goes in takes its row.
-# Right: after three blocks the vector is compared with every row, and the best one speaks.
+# A row of $E$ is read when its token goes in and compared when it might come out. So it has to fit
+# both roles. Which rows did training bring close to each other? (1 is the same direction.)
 
 # %%
-at = RHYME.index("w")  # the letter that goes in
-names = list(visible("".join(LETTERS)))
-row_in, scores = rhyme[0, at].item(), lens[-1][at]
-fig, axes = plt.subplots(1, 2, figsize=(8.2, 4.6), width_ratios=[2.3, 1], layout="constrained")
-show_heatmap(
-    micro.embed_tokens.weight, "E, a row for each letter", rows=names, centre=0, ax=axes[0]
-)
-axes[0].set(aspect="auto", xlabel="64 channels")
-edge = {"fill": False, "lw": 2, "ec": COLOURS["bad"]}
-axes[0].add_patch(plt.Rectangle((-0.5, row_in - 0.5), 64, 1, **edge))
-best = scores.argmax().item()
-colours = [COLOURS["language"] if i == best else COLOURS["muted"] for i in range(len(names))]
-axes[1].barh(range(len(names)), scores, color=colours)
-axes[1].set(ylim=(len(names) - 0.5, -0.5), xlabel="score = row · vector")
-axes[1].set(title=f"in: {names[row_in]}, out: {names[best]}")
-axes[1].set_yticks(range(len(names)), names)
-for ax in axes:
-    ax.tick_params(axis="y", labelsize=7)
-save_figure(fig, "12_tied")
+directions = F.normalize(weights["embed_tokens.weight"], dim=-1)
+nearest = {}
+for word in ("a cat", "a dog", "two dogs"):
+    token = tokenizer.encode(word)[-1]
+    values, found = (directions @ directions[token]).topk(4)
+    nearest[word] = [tokenizer.sp.id_to_piece(i).strip("▁") for i in found.tolist()]
+    print(*(f"{name} {v:.2f}" for name, v in zip(nearest[word], values.tolist())), sep=" | ")
+assert nearest["a cat"][1:3] == ["chat", "Katzengesicht"]
+assert nearest["a dog"][1:3] == ["chien", "Hundegesicht"]
+assert nearest["two dogs"][1] == "Hundegesicht" and nearest["two dogs"][2][-1] == "s"
 
 # %% [markdown]
-# In the 3B model this matrix has 257,216 rows of 2,048. Used twice and stored once, it saves half a
-# billion parameters, and each word is learned in both of its roles at the same time.
+# Nobody gave it a dictionary. "cat", the French "chat" and the German "Katzengesicht" were answers to
+# the same pictures, and so their rows became alike. Beside "dogs" stands the German word again (it
+# says "Hundegesicht ×2"), then other plurals.
 #
+# In the 3B model this matrix has 257,216 rows of 2,048. Used twice and stored once, it saves half a
+# billion parameters.
+
+# %% [markdown]
+# ## How wrong is it?
+#
+# A model gave the probability $p$ to the token that really came. Its surprise is $-\log p$: 0 where
+# it was sure, large where it thought it impossible. With the natural logarithm the unit is the
+# **nat**. The mean over all tokens is the **cross-entropy**, the number that training makes small.
+# Trained, untrained, and guessing blindly among 2,240 tokens:
+
+# %%
+untrained = GemmaModel(config)
+nn.init.normal_(untrained.embed_tokens.weight, std=D**-0.5)
+loss = {}
+for name, model in (("trained", gemma), ("untrained", untrained)):
+    logits = logits_after(model, caption[:-1])
+    loss[name] = F.cross_entropy(logits, torch.tensor(caption)).item()
+    print(f"{name:9} {loss[name]:5.2f} nats,", [shown(token) for token in logits.argmax(-1)])
+blind = math.log(V)
+print(f"blind     {blind:5.2f} nats")
+assert loss["trained"] < 0.1 and loss["untrained"] > 1.15 * blind
+assert logits.argmax(-1).tolist() == given
+
+# %% [markdown]
+# The untrained model is *worse* than blind guessing. It isn't undecided: its blocks add little, so it
+# is sure that each token comes again, and always wrong.
+
+# %% [markdown]
 # ## At full size
 #
 # On the `meta` device the default config builds the real model without its 5 GB. Where are its
@@ -681,15 +674,18 @@ with torch.device("meta"):
 parts = dict.fromkeys(("embedding = head", "attention", "GeGLU", "norms"), 0)
 keys = {"embed_tokens": "embedding = head", "self_attn": "attention", "mlp": "GeGLU"}
 for name, p in big.named_parameters():
-    part = next((part for key, part in keys.items() if key in name), "norms")
-    parts[part] += p.numel()
+    where = next((part for key, part in keys.items() if key in name), "norms")
+    parts[where] += p.numel()
+
+# %%
 total = sum(parts.values())
-assert total == 2_508_662_784
-eight = parts["attention"] + 18 * 2 * 7 * 256 * 2048  # as it would be with eight key/value heads
-assert 0.15 < eight / parts["GeGLU"] < 0.2
 for name, count in (*parts.items(), ("total", total)):
     print(f"{name:17} {count:13,} {count / total:7.2%}")
+assert total == 2_508_662_784 and 0.7 < parts["GeGLU"] / total < 0.75
+eight = parts["attention"] + 18 * 2 * 7 * 256 * 2048  # as it would be with eight key/value heads
+assert 1 / 7 < eight / parts["GeGLU"] < 1 / 5
 
+# %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 1.9), layout="constrained")
 ax.barh(list(parts), [n / 1e6 for n in parts.values()], color=COLOURS["language"])
 ax.set(xlabel="million parameters", xlim=(0, 2100))
@@ -707,80 +703,45 @@ save_figure(fig, "12_parameters")
 
 # %%
 matrices = total - parts["norms"]
-context = 18 * 4 * 8 * 256 * 264  # scores and values of 264 tokens, lesson 10
-print(
-    f"operations a token: {2 * matrices / 1e9:.2f} G, attention to 264 tokens {context / 1e9:.2f} G"
-)
-print(f"bytes read a token: {2 * total / 1e9:.2f} GB")
-for bandwidth in (20, 50, 1000, 3000):
-    print(
-        f"   memory of {bandwidth:4} GB/s: at most {bandwidth * 1e9 / (2 * total):6.1f} tokens a second"
-    )
+looking = 18 * 4 * 8 * 256 * 264  # scores and values of 264 tokens, lesson 10
+print(f"a token: {2 * matrices / 1e9:.2f} G operations, {2 * total / 1e9:.2f} GB read")
+print(f"   and {looking / 1e9:.2f} G to look at 264 others")
+assert looking < 0.01 * 2 * matrices
 
 # %% [markdown]
-# For one answer the processor could calculate far more than it gets to read: decoding waits for
-# memory. How fast is this machine? One block of the real width, one token, bfloat16, measured and
-# extended to the whole model.
-
-# %% tags=["nbval-ignore-output"]
-with torch.device("meta"):
-    one = GemmaDecoderLayer(GemmaConfig(), 0).bfloat16()
-one = one.to_empty(device="cpu")
-for p in one.parameters():
-    p.fill_(0.01)
-x, (cos, sin) = (
-    torch.ones(1, 1, 2048, dtype=torch.bfloat16),
-    RotaryEmbedding(256)(torch.zeros(1, 1)),
-)
-torch.set_num_threads(threads)
-times = []
-for _ in range(8):
-    start = time.perf_counter()
-    one(x, cos, sin)
-    times.append(time.perf_counter() - start)
-size = sum(p.nbytes for p in one.parameters())
-print(
-    f"one block: {1e3 * min(times):.1f} ms for {size / 1e6:.0f} MB, {size / min(times) / 1e9:.0f} GB/s"
-)
-print(f"the whole model at this pace: {size / min(times) / (2 * total):.1f} tokens a second")
-del one
-
-# %% [markdown]
-# ### The head during prefill
+# ### The head reads one position
 #
-# While the prompt is read, only the *last* position has to speak. What would it cost to let all 264
+# While the prefix is read, only the *last* position has to speak. What would it cost to let all 264
 # speak?
 
 # %%
-rows, vocabulary, width = 264, 257_216, 2048
-print(
-    f"logits: {rows * vocabulary * 4 / 1e6:.0f} MB in float32 instead of {vocabulary * 4 / 1e6:.0f} MB"
-)
-body = 2 * (matrices - parts["embedding = head"]) * rows
-print(
-    f"work: {2 * rows * vocabulary * width / 1e9:.0f} G operations beside {body / 1e9:.0f} G of all blocks"
-)
+head = 2 * 264 * parts["embedding = head"]
+blocks = 2 * 264 * (matrices - parts["embedding = head"])
+print(f"logits: {264 * 257_216 * 4 / 1e6:.0f} MB instead of {257_216 * 4 / 1e6:.0f} MB")
+print(f"work: {head / 1e9:.0f} G operations beside {blocks / 1e9:.0f} G of all blocks")
+assert 0.25 < head / blocks < 0.3
 
 # %% [markdown]
-# A quarter more work for numbers that nobody reads. So only the positions that count go through the
-# head. The number of them is called `logits_to_keep`, here and in transformers; the whole model
-# ([lesson 15](15_model.ipynb)) takes it as an argument, and all it does is this slice:
+# A quarter more work for numbers that nobody reads. That is why `logits_after` hands only
+# `hidden[:, 67:]` to the head. The number of positions that speak is called `logits_to_keep`, here
+# and in transformers; the whole model ([lesson 15](15_model.ipynb)) takes it as an argument, and all
+# it does is this slice:
 
 # %%
 logits_to_keep = 1
-hidden = gemma(gemma.embed(two), torch.arange(7).expand(2, -1), causal(7))
-last = gemma.logits(hidden[:, -logits_to_keep:])  # (B, 1, V)
+last = gemma.logits(hidden[:, -logits_to_keep:])  # [B, 1, V]
 torch.testing.assert_close(last, gemma.logits(hidden)[:, -1:])
 print(tuple(hidden.shape), "→", tuple(last.shape))
 
 # %% [markdown]
 # ## A bug people really make: three patients
 #
-# Three colleagues each wrote a Gemma and loaded our trained weights. All shapes fit, nothing is
-# raised. Loss on the rhyme, and the first letters they recite:
+# Three colleagues each wrote a Gemma and loaded the trained weights. All shapes fit, nothing is
+# raised. One forgot to scale the embedding, one made a head of its own, one multiplies by $w$
+# instead of $1 + w$ in the norms:
 
 
-# %% tags=["nbval-ignore-output"]
+# %%
 class Unscaled(GemmaModel):
     def embed(self, input_ids):
         return self.embed_tokens(input_ids)
@@ -788,8 +749,8 @@ class Unscaled(GemmaModel):
 
 class Untied(GemmaModel):
     def logits(self, hidden):
-        head = torch.randn(self.embed_tokens.weight.shape, generator=torch.manual_seed(0)) / 8
-        return F.linear(hidden, head)
+        own = torch.randn(V, D, generator=torch.manual_seed(0)) / D**0.5  # never filled
+        return F.linear(hidden, own)
 
 
 def without_one(model):
@@ -800,43 +761,55 @@ def without_one(model):
     return model
 
 
-patients = {"A": Untied(micro.config), "B": without_one(micro), "C": Unscaled(micro.config)}
-patients["A"].load_state_dict(micro.state_dict())
-patients["C"].load_state_dict(micro.state_dict())
-for name, model in {"healthy": micro, **patients}.items():
-    loss = F.cross_entropy(scores_of(model, rhyme[:, :-1])[0], rhyme[0, 1:]).item()
-    print(f"{name:8} loss {loss:.1f}  {recite(model, 24)!r}")
+# %%
+patients = {"A": Untied(config), "B": without_one(gemma), "C": Unscaled(config)}
+patients["A"].load_state_dict(weights)
+patients["C"].load_state_dict(weights)
+for name, model in {"healthy": gemma, **patients}.items():
+    loss = F.cross_entropy(logits_after(model, caption[:-1]), torch.tensor(caption)).item()
+    print(f"{name:8} {loss:5.1f} nats  {tokenizer.decode(greedy(model))!r}")
+    assert (loss > 5) == (name in patients)
 
 # %% [markdown]
-# Guessing blindly gives a loss of 3.4. B guesses, A is worse than that, C stammers. That says
-# "broken", and no more.
-#
-# The better question is **where does it first differ from a healthy one?** Feed both the same
-# letters, compare the stream after each part, and look at the first place that is not zero.
+# All three are sick, and the loss says no more than that. The better question is **where does it
+# first differ from a healthy one?** Feed both the same tokens, compare the stream after each part,
+# and look at the first place that is not zero.
+
 
 # %%
-healthy = stages(micro, rhyme[:, :-1])
-columns = ["embed", "block 1", "block 2", "block 3", "norm", "logits"]
-gaps = [
-    [((a - b).norm() / b.norm()).item() for a, b in zip(stages(model, rhyme[:, :-1]), healthy)]
-    for model in patients.values()
-]
-fig, ax = plt.subplots(figsize=(6, 2.2), layout="constrained")
+def all_places(model):
+    streams = stages(model, caption[:-1])
+    last = model.norm(streams[-1:])
+    return [*streams, last, model.logits(last)]
+
+
+columns = ["embedding", "block 1", "block 2", "block 3", "block 4", "norm", "logits"]
+gaps = torch.tensor(
+    [
+        [((a - b).norm() / b.norm()).item() for a, b in zip(all_places(model), all_places(gemma))]
+        for model in patients.values()
+    ]
+)
+assert (gaps > 0).int().argmax(-1).tolist() == [6, 1, 0]
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(8, 2.3), layout="constrained")
 title = "difference from the healthy model, relative to its size"
-show_heatmap(gaps, title, rows=list(patients), columns=columns, annotate=".1f", ax=ax)
+show_heatmap(gaps, title, rows=list(patients), columns=columns, annotate=".2f", ax=ax)
 ax.set(aspect="auto")
+ax.tick_params(axis="x", rotation=0)
+for label in ax.get_xticklabels():
+    label.set(rotation=0, ha="center")
 save_figure(fig, "12_patients")
 
 # %% [markdown]
-# Before you read on: three bugs are *the embedding is not scaled*, *the head is a matrix of its own*
-# and *the norms multiply by $w$ instead of $1 + w$*. Who has which?
+# Before you read on: who has which bug?
 
 # %% [markdown]
-# - **A** is healthy up to the last norm: a separate head was made and never filled (loading was
-#   not strict, [lesson 16](16_checkpoint.ipynb)).
-# - **B** embeds rightly, then the first block is wrong: $w$ alone is close to 0, so every norm
-#   silences its part, the last one the logits.
-# - **C** is wrong from the first number on: $\sqrt D$ is missing. It never recovers.
+# - **A** is healthy up to the last norm: the head is a matrix of its own that was never filled.
+# - **B** embeds rightly, then the first block is wrong: its first norm is.
+# - **C** is wrong from the first number on: $\sqrt D$ is missing. (A little, as most of the sequence
+#   is picture; it never recovers.)
 #
 # The lesson: loss says *that*, the first difference says *where*.
 
@@ -857,12 +830,12 @@ save_figure(fig, "12_patients")
 # Answer with a string of five letters.
 
 # %% tags=["exercise"]
-answer = None  # your answer, such as "abcde"
+order = None  # your answer, such as "abcde"
 
 
 # %% tags=["check"]
-def test_1(answer):
-    five = isinstance(answer, str) and sorted(answer) == list("abcde")
+def test_1(order):
+    five = isinstance(order, str) and sorted(order) == list("abcde")
     assert five, "give each of the letters a to e once"
     fields = {"a": "vocab_size", "b": "num_hidden_layers", "c": "intermediate_size"}
     fields |= {"d": "num_attention_heads", "e": "num_key_value_heads"}
@@ -871,11 +844,12 @@ def test_1(answer):
         with torch.device("meta"):
             model = GemmaModel(GemmaConfig(**{name: 2 * getattr(GemmaConfig(), name)}))
         added[letter] = sum(p.numel() for p in model.parameters()) - total
-    for left, right in pairwise(answer):
-        assert added[left] >= added[right], f"({right}) adds more than ({left})"
+    for left, right in pairwise(order):
+        pair = " and ".join(sorted((left, right)))
+        assert added[left] >= added[right], f"count {pair} again: which matrices of the bars grow?"
 
 
-check(test_1, answer)
+check(test_1, order)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -887,99 +861,119 @@ check(test_1, answer)
 
 # %% tags=["solution"]
 # b: attention + GeGLU + norms; c: GeGLU; a: embedding; d: q_proj and o_proj; e: k_proj and v_proj
-answer = "bcade"
-check(test_1, answer)
+order = "bcade"
+check(test_1, order)
 
 # %% [markdown]
-# ### Exercise 2 (fill in): recite with a cache
+# ### Exercise 2 (write): a model with a block less
 #
-# `recite` sends the whole text through the model for each letter. Write it with a `KVCache`: the
-# first call gets `ids`, every later one a single letter. Return `int64[1, L + steps]`, the given
-# ids and `steps` new ones. The check counts what is fed.
+# Blocks only add, so the rest still fits together when one is left out. Write the whole way of a
+# Gemma from the stream to the logits, without block number `skip` (counted from 0). `model` has
+# `layers`, `norm`, `rotary_emb` and `logits`; don't change it.
 
 
 # %% tags=["exercise"]
-def recite_cached(model, ids, steps):
-    return None  # your loop
+def logits_without(model, skip, x, position_ids, mask):
+    return None  # float[B, L, V]
 
 
 # %% tags=["check"]
-def test_2(recite_cached):
-    for start, steps in ((1, 60), (40, 20), (120, 30)):
-        fed = []
-        hook = lambda module, args, out: fed.append(args[0].numel())
-        handle = micro.embed_tokens.register_forward_hook(hook)
-        try:
-            given = recite_cached(micro, rhyme[:, :start], steps)
-        finally:
-            handle.remove()
-        assert given is not None, "return the ids"
-        assert given.shape == (1, start + steps), f"expected shape (1, {start + steps})"
-        same = (given == rhyme[:, : start + steps])[0].tolist()
-        assert all(same), f"from {start} letters on: letter {same.index(False)} is wrong"
-        assert sum(fed) <= start + steps, (
-            f"{sum(fed)} letters were fed; {start + steps - 1} suffice"
-        )
+def test_2(logits_without):
     torch.manual_seed(0)
-    wild = GemmaModel(micro.config)  # the rhyme forgives what random weights do not
-    for p in wild.layers.parameters():
-        p.mul_(4)
-    ids = rhyme[:, :40]
-    for _ in range(10):
-        ids = torch.cat((ids, scores_of(wild, ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
-    given = recite_cached(wild, rhyme[:, :40], 10)
-    assert torch.equal(given, ids), "with random weights it differs: who sees whom in the prefill?"
+    x, mask = torch.randn(2, 6, D), causal(6)
+    positions = torch.tensor([[0, 1, 4, 5, 9, 20]] * 2)
+    for skip in (1, 3, 0):
+        mine, model = copy.deepcopy(gemma), copy.deepcopy(gemma)
+        try:
+            given = logits_without(mine, skip, x, positions, mask)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise AssertionError(f"it stopped: {str(error).splitlines()[0]}") from None
+        assert given is not None, "return the logits"
+        assert given.shape == (2, 6, V), f"expected shape [2, 6, {V}], not {list(given.shape)}"
+        kept = len(mine.layers) == LAYERS
+        kept = kept and all(map(torch.equal, mine.parameters(), gemma.parameters()))
+        assert kept, "the model itself was changed: who uses it next misses the block"
+        same = lambda other: torch.allclose(given, other, atol=1e-3)
+        assert not same(gemma.logits(gemma(x, positions, mask))), "no block is left out"
+        del model.layers[skip]
+        right = model.logits(model(x, positions, mask))
+        assert not same(model.logits(model(x, positions))), "who may look at whom? mask"
+        own = model.logits(model(x, torch.arange(6)[None], mask))
+        assert not same(own), "use the positions that are given"
+        model.norm = nn.Identity()
+        assert not same(model.logits(model(x, positions, mask))), (
+            "something stands behind all blocks"
+        )
+        assert same(right), f"skip = {skip}: not what the three other blocks give"
 
 
-check(test_2, recite_cached)
+check(test_2, logits_without)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `KVCache(3, 1, 1, ids.shape[1] + steps, 16)` fits `micro`. Positions run from `len(cache)`, read
-# *before* the call. The first call needs `causal(ids.shape[1])`; later ones need no mask.
+# Look at `GemmaModel.forward`. `enumerate(model.layers)` gives numbers and blocks.
 #
 # </details>
 
 
 # %% tags=["solution"]
-def recite_cached(model, ids, steps):
-    cache, new = KVCache(3, 1, 1, ids.shape[1] + steps, 16), ids
-    for _ in range(steps):
-        old, length = len(cache), new.shape[1]
-        places = torch.arange(old, old + length)[None]
-        hidden = model(model.embed(new), places, causal(length, old), cache)
-        new = model.logits(hidden[:, -1:]).argmax(-1)  # (1, 1)
-        ids = torch.cat((ids, new), dim=1)
-    return ids
+def logits_without(model, skip, x, position_ids, mask):
+    cos, sin = model.rotary_emb(position_ids)
+    for i, layer in enumerate(model.layers):
+        if i != skip:  # the stream passes by a block that is left out
+            x = layer(x, cos, sin, mask)
+    return model.logits(model.norm(x))
 
 
-check(test_2, recite_cached)
+check(test_2, logits_without)
+
+# %% [markdown]
+# Which block does the caption need most?
+
+# %%
+x, lost = stages(gemma, caption[:-1])[:1], []
+for skip in range(LAYERS):
+    logits = logits_without(gemma, skip, x, torch.arange(73)[None], prefix_mask(73))[0, 67:]
+    lost.append(F.cross_entropy(logits, torch.tensor(caption)).item())
+    print(f"without block {skip + 1}: {lost[-1]:.2f} nats, {tokenizer.decode(logits.argmax(-1))!r}")
+assert lost[0] > 5 and lost[1] < 0.2
+
+# %% [markdown]
+# The first: without it nothing is right. The second is hardly missed, here at least.
 
 # %% [markdown]
 # ### Exercise 3 (extend): a model is a proof-reader
 #
-# How surprised is a model by each letter of a text? Surprise is $-\ln p$, with $p$ the probability
-# it gave to the letter that really came. Return `float[L - 1]`: one number for each letter but the
-# first. Where the surprise peaks, there is the misprint.
+# How surprised is a model by each token of an answer? `ids` is a list of tokens, the sign for the end
+# included. Return `float[len(ids)]`, in nats. Where the surprise peaks, there is the mistake.
 
 
 # %% tags=["exercise"]
 def surprise(model, ids):
-    return None  # ids: int64[1, L]
+    return None  # one number a token
 
 
 # %% tags=["check"]
 def test_3(surprise):
-    for at, letter in ((12, "T"), (50, "m"), (100, "g")):
-        text = rhyme.clone()
-        text[0, at] = LETTERS.index(letter)  # a misprint
-        given = surprise(micro, text)
-        assert given is not None and given.shape == (len(RHYME) - 1,), "a number a letter but one"
-        p = scores_of(micro, text)[0].softmax(-1)
-        want = torch.stack([-p[i, text[0, i + 1]].log() for i in range(len(RHYME) - 1)])
-        assert not torch.allclose(given, -want, atol=1e-3), "surprise is not negative: -ln p"
-        assert torch.allclose(given, want, atol=1e-3), "score i is about letter i + 1"
+    for text in ("a cat and two dogs", "a cat and two frogs", "two dogs and a cat"):
+        ids = [*tokenizer.encode(text), tokenizer.eos_id]
+        try:
+            given = surprise(gemma, list(ids))
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise AssertionError(f"it stopped: {str(error).splitlines()[0]}") from None
+        assert given is not None, "return a tensor"
+        shape = tuple(getattr(given, "shape", ()))
+        assert shape == (len(ids),), f"expected one number for each of {len(ids)} tokens: {shape}"
+        logs = logits_after(gemma, ids[:-1]).log_softmax(-1)
+        want = -logs[range(len(ids)), ids]
+        same = lambda other: torch.allclose(given, other, atol=1e-3)
+        assert not same(-want), "surprise is not negative"
+        assert not same(want.neg().exp()), "these are the probabilities"
+        assert not same(want / math.log(2)), "these are bits: nats use the natural logarithm"
+        late = -logits_after(gemma, ids).log_softmax(-1)[1:][range(len(ids)), ids]
+        assert not same(late), "each row must speak about the token that comes after it"
+        assert same(want), "which row speaks about which token? And is it the log of a softmax?"
 
 
 check(test_3, surprise)
@@ -987,34 +981,40 @@ check(test_3, surprise)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `scores_of(model, ids)[0, i]` is about letter $i + 1$. `log_softmax` and `gather`, or
-# `F.cross_entropy` with `reduction="none"`.
+# `logits_after(model, answer)` has one row more than the answer has tokens: the first speaks about its
+# first token. `F.cross_entropy` takes `reduction="none"`.
 #
 # </details>
 
 
 # %% tags=["solution"]
 def surprise(model, ids):
-    return F.cross_entropy(scores_of(model, ids[:, :-1])[0], ids[0, 1:], reduction="none")
+    # the row behind a token speaks about the next one, so the last token is never read
+    return F.cross_entropy(logits_after(model, ids[:-1]), torch.tensor(ids), reduction="none")
 
 
 check(test_3, surprise)
 
 # %%
-typo = RHYME[:31].replace("little", "lattle")
-how = surprise(micro, torch.tensor([[LETTERS.index(c) for c in typo]]))
-fig, ax = plt.subplots(figsize=(7.4, 2), layout="constrained")
-ax.bar(range(1, len(typo)), how, color=COLOURS["language"])
-ax.set_xticks(range(len(typo)), typo)
-_ = ax.set(ylabel="surprise, nats", title="where is the misprint?")
+text = "a dog and two dogs"  # under a picture of a cat and two dogs
+ids = [*tokenizer.encode(text), tokenizer.eos_id]
+how = surprise(gemma, ids)
+assert shown(ids[how.argmax()]) == "dog" and how.max() > 5
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(5.5, 2), layout="constrained")
+ax.bar(range(len(ids)), how, color=COLOURS["language"])
+ax.set_xticks(range(len(ids)), [shown(token) for token in ids])
+ax.set(ylabel="surprise, nats", title="what is wrong with this caption?")
+save_figure(fig, "12_surprise")
 
 # %% [markdown]
 # ## Summary
 #
 # - A decoder is a stream of vectors; attention and GeGLU read normalised copies and add to it.
-# - Without blocks it repeats; blocks move a vector from *which word I am* to *which comes next*.
+# - Without blocks it repeats; blocks move a vector from *which token I am* to *which comes next*.
 # - One matrix is embedding and head; $\sqrt D$ settles the two sizes.
-# - A token costs two operations and, in bfloat16, two bytes for each parameter: memory sets the pace.
+# - A token costs two operations and, in bfloat16, two bytes for each parameter.
 # - Look for the *first* difference from a healthy model.
 
 # %% [markdown]
@@ -1036,7 +1036,7 @@ _ = ax.set(ylabel="surprise, nats", title="where is the misprint?")
 # <details><summary>Answer</summary>
 #
 # The number of rows is rounded up to a multiple of 64, which suits matrix kernels. The spare rows
-# are never looked up, but the head gives them scores. A model that expects 257,152 rows does not fit
+# are never looked up, but the head gives them logits. A model that expects 257,152 rows does not fit
 # the file and has no row for `<image>`.
 #
 # </details>
