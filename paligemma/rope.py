@@ -39,9 +39,9 @@ class RotaryEmbedding(nn.Module):
         """
         # Computed here rather than stored: no buffer to lose on the meta device or to round.
         pair = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32)
-        frequency = 1.0 / self.base ** (pair / self.head_dim)  # (Dh/2,) radians per position
-        angle = positions[:, None, :, None].float() * frequency  # (B, 1, L, Dh/2)
-        angle = torch.cat((angle, angle), dim=-1)  # (B, 1, L, Dh)
+        frequency = 1.0 / self.base ** (pair / self.head_dim)  # [Dh/2] radians per position
+        angle = positions[:, None, :, None].float() * frequency  # [B, 1, L, Dh/2]
+        angle = torch.cat((angle, angle), dim=-1)  # [B, 1, L, Dh]
         return angle.cos(), angle.sin()
 
 
@@ -58,6 +58,6 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
     Source: the "rotate half" form of gemma_pytorch and transformers (not interleaved pairs).
     """
-    first, second = x.chunk(2, dim=-1)  # (B, H, L, Dh/2) each
+    first, second = x.chunk(2, dim=-1)  # [B, H, L, Dh/2] each
     turned = torch.cat((-second, first), dim=-1)  # x after a quarter turn
     return (x * cos + turned * sin).type_as(x)
