@@ -127,6 +127,15 @@ def predict(
     return answers
 
 
+def row_score(row: str, predictions, prompts, truths, asked, codec) -> dict[str, float]:
+    """Percent: "f1" and "iou" for detect, "iou" for segment, "exact" for all other rows."""
+    if row == "detect":
+        return box_metrics(predictions, truths)
+    if row == "segment":
+        return mask_metrics(predictions, prompts, asked, codec)
+    return {"exact": exact_match(predictions, truths)}
+
+
 def evaluate(
     pipeline: Pipeline,
     count: int = 1000,
@@ -153,22 +162,16 @@ def evaluate(
         raise ValueError(f"no row {unknown[0]!r}; expected of {', '.join(ROWS)}")
     if count < 2:
         raise ValueError(f"count is {count}; shuffling needs 2")
-    result, codec = {}, pipeline.codec
-    if "segment" in rows and codec is None:
+    if "segment" in rows and pipeline.codec is None:
         raise ValueError("segment needs a mask codec, and this model has none; leave the row out")
+    result = {}
     for row in rows:
         asked, prompts, truths = row_questions(row, count)
         images, scores = [scene.image for scene in asked], []
         for shown in (images, images[1:] + images[:1]):
             predictions = predict(pipeline, shown, prompts)
-            if row == "detect":
-                scores.append(box_metrics(predictions, truths))
-            elif row == "segment" and codec is not None:
-                scores.append(mask_metrics(predictions, prompts, asked, codec))
-            else:
-                scores.append({"exact": exact_match(predictions, truths)})
-        shuffled = next(iter(scores[1].values()))
-        metrics = {"scenes": count} | scores[0] | {"shuffled": shuffled}
+            scores.append(row_score(row, predictions, prompts, truths, asked, pipeline.codec))
+        metrics = {"scenes": count} | scores[0] | {"shuffled": next(iter(scores[1].values()))}
         if "exact" in metrics:
             metrics["blind"] = 100 * Counter(truths).most_common(1)[0][1] / count
         result[row] = metrics

@@ -7,7 +7,7 @@ import other_renderer
 import pytest
 
 from paligemma import scenes
-from paligemma.detection import encode_boxes
+from paligemma.detection import box_iou, encode_boxes, parse_detections
 from paligemma.evaluation import (
     ROWS,
     box_metrics,
@@ -92,6 +92,30 @@ def test_who_overlaps_most_chooses_first():
     truth, prediction = (" ; ".join(f"{w} cat" for w in encode_boxes(b, 200, 200))
                          for b in (true, said))  # fmt: skip
     assert box_metrics([prediction], [truth])["f1"] == 100
+
+
+def best_matching(ious, threshold):
+    """The most pairs that any assignment reaches, by trying all."""
+    ious = ious if ious.shape[0] <= ious.shape[1] else ious.T
+    columns = itertools.permutations(range(ious.shape[1]), ious.shape[0])
+    return max(sum(ious[i, j] >= threshold for i, j in enumerate(order)) for order in columns)
+
+
+def test_choosing_in_turn_finds_as_many_pairs_as_trying_all():
+    rng = np.random.default_rng(1)
+    for index in range(60):  # true boxes, against themselves moved by a little
+        boxes = scenes.make_scene(index, "test").boxes
+        moved = boxes + rng.integers(-4, 5, boxes.shape)
+        truth, said = (
+            " ; ".join(f"{w} cat" for w in encode_boxes(b, scenes.SIZE, scenes.SIZE))
+            for b in (boxes, moved)
+        )
+        true, found = (
+            [d.box for d in parse_detections(text, 1023, 1023)] for text in (truth, said)
+        )
+        most = best_matching(box_iou(found, true).numpy(), 0.5) if found else 0
+        right = box_metrics([said], [truth])["f1"] * (len(found) + len(true)) / 200
+        assert round(right) == most
 
 
 def test_boxes_are_counted_over_all_scenes():
