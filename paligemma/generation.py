@@ -22,9 +22,6 @@ class GenerationConfig:
         temperature: 0 is greedy.
         top_p, top_k: see `sample`.
         eos_token_id: ends a row; -1: nothing does.
-
-    Raises:
-        ValueError: an option out of range.
     """
 
     max_new_tokens: int = 100
@@ -55,16 +52,13 @@ def generate_steps(
     """Read pictures and prompts once (prefill), then one token a row and the cache (decode).
 
     Args:
-        model: in evaluation mode.
         input_ids: `int64[B, L]`, padded on the left, from `Processor`.
         pixel_values: `float32[P, 3, H, W]`, the pictures in the order of the rows.
         attention_mask: `int64[B, L]`, 0 on padding; None: no padding.
-        config: how tokens are chosen and when to stop.
         generator: source of randomness for a temperature above 0.
-        image_features: `float[P, N, D]` from `model.encode_image`, instead of `pixel_values`: a
-            picture that is asked about often is looked at once.
+        image_features: `float[P, N, D]` from `model.encode_image`, instead of `pixel_values`.
         log_probs: a list; each step appends `float32[B]`, how likely the model found its token,
-            whatever the temperature (natural logarithm; 0 for a row that has ended).
+            whatever the temperature (a logarithm; 0 for a row that has ended).
 
     Yields:
         `int64[B]`, the next token of every row, until all have ended; 0 in a row that has.
@@ -83,9 +77,9 @@ def generate_steps(
                 cache=cache,
                 image_features=image_features,
                 logits_to_keep=1,
-            ).logits[:, -1]  # (B, V)
+            ).logits[:, -1]  # [B, V]
             token = sample(logits, config.temperature, config.top_k, config.top_p, generator)
-            token = token.masked_fill(done, 0)  # (B,)
+            token = token.masked_fill(done, 0)  # [B]
             if log_probs is not None:
                 log_prob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
                 log_probs.append(log_prob.masked_fill(done, 0))
@@ -113,13 +107,8 @@ def generate(
 ) -> torch.Tensor:
     """Answer a batch of prompts: all steps of `generate_steps`, side by side.
 
-    Args: as in `generate_steps` and `GenerationConfig`.
-
     Returns:
         `int64[B, ≤ max_new_tokens]`, the new tokens, eos included, 0 after it.
-
-    Raises:
-        ValueError: an option out of range.
     """
     config = GenerationConfig(max_new_tokens, temperature, top_p, top_k, eos_token_id)
     steps = generate_steps(
@@ -129,20 +118,12 @@ def generate(
 
 
 def stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Turn the tokens of one row into text as they come.
+    """Turn the tokens of one row, up to eos, into text as they come.
 
-    A character of several byte pieces is held back until it is whole, so the pieces are always
+    A character of several byte tokens is held back until it is whole, so the pieces are always
     valid text; joined they equal `tokenizer.decode` of all ids.
-
-    Args:
-        ids: token ids, up to and possibly including eos.
-        tokenizer: spells them.
-
-    Yields:
-        Non-empty pieces of text.
     """
-    seen, sent = [], 0
-    text = ""
+    seen, sent, text = [], 0, ""
     for token in ids:
         if token == tokenizer.eos_id:
             break

@@ -19,14 +19,14 @@
 # %% [markdown]
 # # 18 · Generation: how does one forward pass become an answer?
 #
-# *50 minutes* · part IV, Answering
+# *45 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
 # - write the loop that turns a model of one next token into a model of answers;
-# - say why the first token waits for arithmetic and every other one for memory;
 # - answer a batch in which each row ends in its own time;
-# - show text while it is being written, without ever showing half a character.
+# - show text while it is being written, without ever showing half a character;
+# - say why the first token waits for arithmetic and every other one for memory.
 
 # %% tags=["map"]
 from paligemma.support.course_map import model_map
@@ -36,10 +36,9 @@ model_map("generation")
 # %% [markdown]
 # ## Setup
 #
-# The whole model comes from [lesson 15](15_model.ipynb), its weights through
-# [16](16_checkpoint.ipynb), prompts through [14](14_processor.ipynb), the choice of a token from
-# [17](17_sampling.ipynb). The cells that begin with `#| export` become
-# [generation.py](../paligemma/generation.py); this is its opening.
+# The whole model comes from [lesson 15](15_model.ipynb), its weights through [16](16_checkpoint.ipynb),
+# prompts through [14](14_processor.ipynb), the choice of a token from [17](17_sampling.ipynb). The
+# `#| export` cells become [generation.py](../paligemma/generation.py).
 
 # %%
 #| export
@@ -57,31 +56,28 @@ from paligemma.sampling import check_sampling, sample
 from paligemma.tokenizer import Tokenizer
 
 # %% tags=["setup"]
+import re
 import time
 from importlib import resources
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import LogLocator
 from safetensors.torch import load_file
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.checkpoint import load_model
-from paligemma.gemma import GemmaConfig, GemmaDecoderLayer
-from paligemma.grouped_query_attention import grouped_attention
+from paligemma.gemma import GemmaConfig
 from paligemma.model import PaliGemmaConfig
-from paligemma.support.course import check, sample_picture, save_figure
-from paligemma.support.drawing import COLOURS
+from paligemma.plotting import show_images
 from paligemma.processor import Processor
 from paligemma.siglip import SiglipVisionConfig
+from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.drawing import COLOURS, draw_boxes
 
 _ = torch.set_grad_enabled(False)  # we only answer here; nothing is trained
 
 # %% [markdown]
-# The model is the tiny PaliGemma that ships with this course: 112-pixel pictures, 64 image tokens,
-# four decoder layers, trained on scenes of emoji. Everything below is what the 3B model does,
-# only faster.
+# The model is the tiny PaliGemma that ships with this course: 64 image tokens, four decoder layers.
 
 # %%
 TINY = resources.files("paligemma") / "assets" / "tiny"
@@ -95,17 +91,17 @@ print("prompt:", tokenizer.decode(ids[0]).strip(), "| tokens:", ids.shape[1], "|
 # %% [markdown]
 # ## The problem
 #
-# The model of [lesson 15](15_model.ipynb) gives, for a picture and some words, the scores of **one** next token. An
-# answer has many. And nobody tells us how many: the model itself says "the end", with the token
-# `eos`.
+# The model of [lesson 15](15_model.ipynb) gives, for a picture and some text, the logits of **one** next
+# token. An answer has many. And nobody tells us how many: the model itself says "the end", with the
+# **end-of-sequence** token, `eos`.
 #
-# So we call it again and again, each time with one more word. What goes into each call?
+# So we call it again and again, each time with one more token. What goes into each call?
 
 
 # %% tags=["hide-input"]
 def draw_calls(ax, image, prompt, answer, side=8):
     """One column for each call: what is read (box), and what comes out (above)."""
-    box = {"ha": "center", "va": "center", "fontsize": 8}
+    box = {"ha": "center", "va": "center", "fontsize": 9}
     ax.imshow(image, extent=(0, side, 0, side), zorder=1)
     for i in range(side + 1):
         ax.plot([i, i], [0, side], color="white", lw=0.7, zorder=2)
@@ -134,19 +130,18 @@ def draw_calls(ax, image, prompt, answer, side=8):
     ax.set_axis_off()
 
 
-fig, ax = plt.subplots(figsize=(8.6, 3.1), layout="constrained")
+fig, ax = plt.subplots(figsize=(9.4, 3.3), layout="constrained")
 draw_calls(ax, scene, ["bos", *"caption en".split(), "\\n"], "a cat and two dogs".split())
 save_figure(fig, "18_calls.png")
 
 # %% [markdown]
-# The first call reads all that is known, the picture (64 patches here) and the prompt: the **prefill**.
-# Each later call reads the one token that just came out: **decode**. Two kinds of call, of very different
-# shape.
+# The first call reads all that is known, the picture (64 patches here) and the prompt: the prefill. Each
+# later call, a decode step, reads the one token that just came out.
 #
 # ## By hand
 #
-# A pencil-sized "model": a table. Row: the last token. Columns: the scores of the next one. (A real
-# model looks at all tokens.) Start after the prompt and follow the largest score.
+# A pencil-sized "model": a table. Row: the last token (a real model looks at all). Columns: the scores of
+# the next one. Start after the prompt and follow the largest score.
 
 # %%
 WORDS = ["eos", "prompt", "a", "cat", "and", "two", "dogs"]
@@ -161,6 +156,8 @@ TABLE = torch.tensor(
         [8, 0, 0, 0, 4, 0, 0],  # after "dogs"
     ]
 )
+
+# %%
 word, said = 1, []
 while word != 0:
     word = int(TABLE[word].argmax())
@@ -168,85 +165,142 @@ while word != 0:
 print(" → ".join(said))
 
 # %% [markdown]
-# Note `cat`: eos has 5, `and` has 6. One point more and the answer would be "a cat". The end is not
-# a rule of grammar; it is one of the tokens, chosen like any other.
-#
-# And a table with a loop in it would never stop. That is why every generator has a second brake:
-# `max_new_tokens`.
+# Note `cat`: eos has 5, `and` has 6. Two points more and the answer would be "a cat". The end is not a
+# rule of grammar; it is one of the tokens, chosen like any other. And a table with a loop in it would
+# never stop. That is why every generator has a second brake: `max_new_tokens`.
 
 # %% [markdown]
 # ## As a loop
 #
-# The plainest code that is right: everything so far goes in, picture included; the scores after the
+# The plainest code that is right: everything so far goes in, picture included; the logits after the
 # last token decide; the token is appended; once more from the start.
 #
-# One thing must be said to the model each time: which tokens are **prefix** (0: picture and prompt,
-# all see all) and which are answer (1: they look back only).
+# One thing must be said to the model each time: which tokens are prefix (0: picture and prompt, all see
+# all) and which are answer (1: they look back only).
 
 
 # %%
 def answer_plain(model, ids, pixels, steps):
     start, types = ids.shape[1], torch.zeros_like(ids)
     for _ in range(steps):
-        scores = model(ids, pixels, token_type_ids=types).logits[:, -1]  # (1, V)
-        token = scores.argmax(-1, keepdim=True)  # (1, 1)
-        ids, types = torch.cat((ids, token), 1), torch.cat((types, torch.ones_like(token)), 1)
+        logits = model(ids, pixels, token_type_ids=types).logits[:, -1]  # [1, V]
+        token = logits.argmax(-1, keepdim=True)  # [1, 1]
+        ids = torch.cat((ids, token), 1)
+        types = torch.cat((types, torch.ones_like(token)), 1)
         if token.item() == EOS:
             break
     return ids[:, start:]
 
 
+# %%
 slow = answer_plain(model, ids, pixels, 16)
 print("tokens:", slow[0].tolist())
 print("answer:", tokenizer.decode(slow[0]))
 
 # %% [markdown]
+# ## The same picture, the wrong sequence
+#
+# [Lesson 14](14_processor.ipynb) has a bug cell with sequences that read right and are wrong. Now we can
+# see what they do. The loop answers all of them, without a word of complaint:
+
+
+# %%
+def sequences(prompt):
+    image, words = [tokenizer.image_id] * 64, tokenizer.encode(prompt)
+    bos, newline = [tokenizer.bos_id], [tokenizer.newline_id]
+    return {
+        "as trained": image + bos + words + newline,
+        "a space after the picture": image + tokenizer.encode(" ") + bos + words + newline,
+        "bos twice": image + bos + bos + words + newline,
+        "a space before the prompt": image + bos + tokenizer.encode(" " + prompt) + newline,
+        "no newline": image + bos + words,
+    }
+
+
+# %%
+said = {}
+for prompt, name in (("caption en", "scene3"), ("detect dog", "scene")):
+    seen = processor(sample_picture(name), prompt)["pixel_values"]
+    for what, row in sequences(prompt).items():
+        answer = answer_plain(model, torch.tensor([row]), seen, 24)[0]
+        said[prompt, what] = processor.decode(answer).strip()
+        print(f"{prompt:10} | {what:25} | {said[prompt, what][:42]}")
+
+# %% [markdown]
+# In the captions only the missing newline shows: it loses a balloon. Boxes are less forgiving: after a
+# space before the prompt the model no longer knows what it is asked for. And how far to the left does
+# one token too many move the dog?
+
+# %%
+numbers = {what: re.findall(r"<loc(\d+)>", text) for (_, what), text in said.items()}
+left = {
+    what: int(numbers[what][1]) for what in ("as trained", "a space after the picture", "bos twice")
+}
+print(left, "| one patch:", 1024 // 8)
+for what in ("a space after the picture", "bos twice"):
+    assert abs(left["as trained"] - left[what] - 128) < 20
+right, wrong = (said["caption en", what] for what in ("as trained", "no newline"))
+assert right == "a rocket and two balloons" and wrong == "a rocket and a balloon"
+
+# %% tags=["hide-input"]
+views = []
+for what in ("as trained", "bos twice"):
+    edges = torch.tensor([int(n) for n in numbers[what]]).view(-1, 4) * 280 / 1023
+    views.append(draw_boxes(scene.resize((280, 280)), edges[:, [1, 0, 3, 2]], ["dog"] * len(edges)))
+fig = show_images(views, ["as trained", "bos twice: nobody complains"], height=3.0)
+save_figure(fig, "18_sequences.png")
+
+# %% [markdown]
+# By one patch, an eighth of the picture. It fits: rotations ([lesson 09](09_rope.ipynb)) tell the model
+# only *how far back* a patch stands, and with one token too many each stands where its left neighbour
+# stood in training. So compare ids, all of them.
+
+# %% [markdown]
 # ## With a cache
 #
-# [Lesson 11](11_kv_cache.ipynb) showed that nothing of this has to be computed twice. The loop now has two phases, and
-# they are the same line of code with other arguments: first the prompt and the picture, then the
-# newest token and no picture. (With a filled cache, what is new counts as answer; no types needed.)
+# [Lesson 11](11_kv_cache.ipynb) showed that nothing has to be computed twice. Prefill and decode step are
+# the same line with other arguments: first the prompt and the picture, then the newest token alone.
+# (With a filled cache, what is new counts as answer; no types needed.)
 
 
 # %%
 def answer_cached(model, ids, pixels, steps):
-    cache = model.make_cache(1, ids.shape[1] + steps - 1)
+    cache = model.make_cache(1, ids.shape[1] + steps - 1)  # the last token is never fed
     said = []
     for _ in range(steps):
-        scores = model(ids, pixels, cache=cache, logits_to_keep=1).logits[:, -1]
-        ids, pixels = scores.argmax(-1, keepdim=True), None  # next call: this token, no picture
+        logits = model(ids, pixels, cache=cache, logits_to_keep=1).logits[:, -1]
+        ids, pixels = logits.argmax(-1, keepdim=True), None  # next: this token, no picture
         said.append(ids)
         if ids.item() == EOS:
             break
     return torch.cat(said, 1)
 
 
+# %%
 assert torch.equal(answer_cached(model, ids, pixels, 16), slow)
 print("the same", slow.shape[1], "tokens")
 
 # %% [markdown]
-# Two details that save work:
-#
-# - `logits_to_keep=1`: the head projects to all V words. During prefill only the last position
-#   decides, so only the last one is projected.
-# - The room is `length + steps - 1`: the last token is chosen and never fed.
-#
-# Equal tokens are a weak test; a small error may not change an argmax. So compare the scores.
+# (`logits_to_keep=1`: of the prompt only the last position decides, so only that one is projected to the
+# vocabulary.) Equal tokens are a weak test; so compare the logits:
 
 # %%
 full = torch.cat((ids, slow[:, :-1]), 1)
 types = (torch.arange(full.shape[1]) >= ids.shape[1]).long()[None]
 at_once = model(full, pixels, token_type_ids=types).logits[:, ids.shape[1] - 1 :]
+
+# %%
 cache = model.make_cache(1, full.shape[1])
 steps = [model(ids, pixels, cache=cache).logits[:, -1:]]
 steps += [model(token, cache=cache).logits for token in slow[:, :-1].split(1, dim=1)]
-torch.testing.assert_close(torch.cat(steps, 1), at_once, rtol=1e-4, atol=1e-4)
-print("scores of all", at_once.shape[1], "steps equal one full pass")
+gap = (torch.cat(steps, 1) - at_once).abs().max().item()
+print(f"{at_once.shape[1]} steps with a cache, and one full pass: within 1e-4, {gap < 1e-4}")
+assert gap < 1e-4
 
 # %% [markdown]
 # ## A batch: every row ends in its own time
 #
-# Three questions at once. Prompts differ in length, so short ones get pads on the **left**: the
+# Three questions at once, a **batch**. Prompts differ in length, so short ones get pads on the left: the
 # next token of every row then stands in the same column, the last one.
 
 # %%
@@ -254,24 +308,22 @@ prompts = ["caption en", "answer en how many dogs are there?", "answer en how ma
 images = [sample_picture(name) for name in ("scene3", "scene", "scene2")]
 three = processor(images, prompts)
 three.pop("token_type_ids")
-print("columns:", three["input_ids"].shape[1])
+
+# %%
 for prompt, real in zip(prompts, three["attention_mask"]):
     print(f"{prompt:36} {int((real == 0).sum())} pads, {int(real.sum())} tokens")
 
 # %% [markdown]
-# Answers differ in length too. "2" has ended when a caption has just begun, but the batch goes on,
-# and the model produces *something* for the ended row too. Who has ended must be remembered, row by
-# row: `done`. An ended row yields pad (0) from then on. Again with the table, two rows, one starting
-# at `prompt` and one at `two`:
+# Answers differ in length too. "2" has ended when a caption has just begun, but the batch goes on, and
+# the model produces *something* for the ended row too. So who has ended is remembered: `done`. An ended
+# row yields pad (0). With the table, two rows, one starting at `prompt` and one at `two`:
 
 # %%
 token, done = torch.tensor([1, 5]), torch.tensor([False, False])
-for _ in range(8):
+while not done.all():
     token = TABLE[token].argmax(-1).masked_fill(done, 0)  # here 0 is eos and pad
     done = done | (token == 0)
     print([WORDS[t] for t in token], "done:", done.tolist())
-    if done.all():
-        break
 
 # %% [markdown]
 # The order matters: first hide what an ended row says, then see who has ended *now*. The eos itself
@@ -283,8 +335,7 @@ for _ in range(8):
 # %% [markdown]
 # ## The module
 #
-# First the options, in one place and checked once. `frozen` means that nobody changes them behind the
-# check's back.
+# First the options, in one place and checked once.
 
 
 # %%
@@ -298,9 +349,6 @@ class GenerationConfig:
         temperature: 0 is greedy.
         top_p, top_k: see `sample`.
         eos_token_id: ends a row; -1: nothing does.
-
-    Raises:
-        ValueError: an option out of range.
     """
 
     max_new_tokens: int = 100
@@ -319,9 +367,9 @@ class GenerationConfig:
 
 
 # %% [markdown]
-# Then the loop, as a Python *generator*: a function that hands out a value with `yield` and sleeps
-# until the next one is wanted. Whoever wants all tokens collects them; whoever wants to show text at
-# once takes them as they come; whoever has seen enough stops asking.
+# Then the loop, as a Python *generator*: a function that hands out a value with `yield` and sleeps until
+# the next one is wanted. It is the loop with a cache, with `done`, with a mask that grows, and with
+# `sample` ([lesson 17](17_sampling.ipynb)) instead of argmax.
 
 
 # %%
@@ -339,16 +387,13 @@ def generate_steps(
     """Read pictures and prompts once (prefill), then one token a row and the cache (decode).
 
     Args:
-        model: in evaluation mode.
         input_ids: `int64[B, L]`, padded on the left, from `Processor`.
         pixel_values: `float32[P, 3, H, W]`, the pictures in the order of the rows.
         attention_mask: `int64[B, L]`, 0 on padding; None: no padding.
-        config: how tokens are chosen and when to stop.
         generator: source of randomness for a temperature above 0.
-        image_features: `float[P, N, D]` from `model.encode_image`, instead of `pixel_values`: a
-            picture that is asked about often is looked at once.
+        image_features: `float[P, N, D]` from `model.encode_image`, instead of `pixel_values`.
         log_probs: a list; each step appends `float32[B]`, how likely the model found its token,
-            whatever the temperature (natural logarithm; 0 for a row that has ended).
+            whatever the temperature (a logarithm; 0 for a row that has ended).
 
     Yields:
         `int64[B]`, the next token of every row, until all have ended; 0 in a row that has.
@@ -367,9 +412,9 @@ def generate_steps(
                 cache=cache,
                 image_features=image_features,
                 logits_to_keep=1,
-            ).logits[:, -1]  # (B, V)
+            ).logits[:, -1]  # [B, V]
             token = sample(logits, config.temperature, config.top_k, config.top_p, generator)
-            token = token.masked_fill(done, 0)  # (B,)
+            token = token.masked_fill(done, 0)  # [B]
             if log_probs is not None:
                 log_prob = logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
                 log_probs.append(log_prob.masked_fill(done, 0))
@@ -383,13 +428,12 @@ def generate_steps(
 
 
 # %% [markdown]
-# `torch.inference_mode()` switches off all bookkeeping for gradients. It is left before each
-# `yield`: otherwise the *reader's* code would run in it too, and a training loop that samples
-# between two steps would silently stop learning.
+# `torch.inference_mode()` switches off all bookkeeping for gradients. It is left before each `yield`:
+# otherwise the *reader's* code would run in it too, and a training loop that samples between two steps
+# would silently stop learning. `log_probs` says how sure the model was
+# ([lesson 19](19_detection.ipynb)).
 #
-# `log_probs` is a list that tells the caller how sure the model was ([lesson 19](19_detection.ipynb)).
-#
-# And whoever wants the whole answer:
+# Whoever wants the whole answer collects:
 
 
 # %%
@@ -409,13 +453,8 @@ def generate(
 ) -> torch.Tensor:
     """Answer a batch of prompts: all steps of `generate_steps`, side by side.
 
-    Args: as in `generate_steps` and `GenerationConfig`.
-
     Returns:
         `int64[B, ≤ max_new_tokens]`, the new tokens, eos included, 0 after it.
-
-    Raises:
-        ValueError: an option out of range.
     """
     config = GenerationConfig(max_new_tokens, temperature, top_p, top_k, eos_token_id)
     steps = generate_steps(
@@ -440,51 +479,30 @@ for row, image, prompt in zip(together, images, prompts):
 # %% [markdown]
 # ## Streaming: never half a character
 #
-# A reader likes to see words as they come. Easy: decode each token and print it? Most tokens are
-# words or parts of words. But a character that the vocabulary lacks is spelled in **bytes**, one
-# token each, and a byte is not a character.
+# A reader likes to see words as they come: **streaming**. Easy: decode each token and print it? But a
+# character that the vocabulary lacks is spelled in bytes, one token each ([lesson 06](06_tokenizer.ipynb)),
+# and a byte is not a character. Left, each token by itself; right, all tokens so far:
 
 # %%
 bee = tokenizer.encode("a bee 🐝!")
-print("pieces:", [tokenizer.sp.id_to_piece(i) for i in bee])
-print("bytes: ", "🐝".encode().hex(" "))
-print("naive: ", [tokenizer.decode([i]) for i in bee])
-
-# %% [markdown]
-# The bee became four `�`, the sign for "not a character", and no later token can mend what is already
-# on the screen. (Many tokenizers also drop the space before a word that is decoded alone.)
-#
-# So decode **all** tokens each time and print what is new. Look at the text after each token:
-
-# %%
 for n in range(1, len(bee) + 1):
-    print(n, repr(tokenizer.decode(bee[:n])))
+    print(f"{tokenizer.decode(bee[n - 1 : n])!r:8} {tokenizer.decode(bee[:n])!r}")
 
 # %% [markdown]
-# While the character is incomplete, the text ends in `�`, one for each byte, and then three of them
-# vanish. The rule: **hold back while the text ends in `�`**; when it ends well, hand out what is new.
-#
-# In UTF-8 (the usual way to write characters as bytes) a complete character never changes when more
-# bytes follow, so what was handed out stays right.
+# By itself each byte becomes `�`, the sign for "not a character", and no later token can mend what is
+# already on the screen. In all tokens so far they vanish when the character is whole. The rule: **hold
+# back while the text ends in `�`**; when it ends well, hand out what is new.
 
 
 # %%
 #| export
 def stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Turn the tokens of one row into text as they come.
+    """Turn the tokens of one row, up to eos, into text as they come.
 
-    A character of several byte pieces is held back until it is whole, so the pieces are always
+    A character of several byte tokens is held back until it is whole, so the pieces are always
     valid text; joined they equal `tokenizer.decode` of all ids.
-
-    Args:
-        ids: token ids, up to and possibly including eos.
-        tokenizer: spells them.
-
-    Yields:
-        Non-empty pieces of text.
     """
-    seen, sent = [], 0
-    text = ""
+    seen, sent, text = [], 0, ""
     for token in ids:
         if token == tokenizer.eos_id:
             break
@@ -498,9 +516,8 @@ def stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 # %% [markdown]
-# The last two lines of the function matter as well: an answer may end in mid-character, because
-# `max_new_tokens` was reached. Then the rest comes out as it is, so that the pieces always join to
-# exactly what `decode` gives. Put together, model and stream:
+# The last two lines matter as well: an answer may end in mid-character, because `max_new_tokens` was
+# reached. Then the rest comes out as it is, so that the pieces always join to what `decode` gives.
 
 # %%
 print(list(stream(bee, tokenizer)))
@@ -508,8 +525,11 @@ print(list(stream(bee[:5], tokenizer)), "← the model stopped in mid-character"
 for cut in range(len(bee) + 1):
     assert "".join(stream(bee[:cut], tokenizer)) == tokenizer.decode(bee[:cut])
 
-steps = generate_steps(model, ids, pixels)
-pieces = list(stream((int(token) for token in steps), tokenizer))
+# %% [markdown]
+# And the model itself, piece by piece:
+
+# %%
+pieces = list(stream((int(token) for token in generate_steps(model, ids, pixels)), tokenizer))
 print(pieces)
 assert "".join(pieces) == processor.decode(slow[0])
 
@@ -530,6 +550,8 @@ text = GemmaConfig(**dict(zip(names.split(), text)))
 small = PaliGemma(PaliGemmaConfig(vision, text, image_token_index=60)).eval()
 small.load_state_dict({n[8:]: t for n, t in reference.items() if n.startswith("weights.")})
 inputs = {name: reference[name] for name in ("input_ids", "pixel_values", "attention_mask")}
+
+# %%
 ours = generate(small, **inputs, max_new_tokens=12, eos_token_id=int(reference["eos"]))
 print(ours)
 assert torch.equal(ours, reference["tokens"])
@@ -540,8 +562,8 @@ print(ours.numel(), "tokens with eos and", free.numel(), "without: all equal")
 # %% [markdown]
 # ## See it: the clock of an answer
 #
-# The tiny model on its picture, measured: when does each word appear? The vision tower's share of
-# the prefill is measured on its own.
+# The tiny model on its picture: when does each token appear? The vision tower's share of the prefill is
+# measured on its own; of several runs the fastest counts.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -553,18 +575,17 @@ def clock(model, ids, pixels, repeats=7):
         model.encode_image(pixels)
         vision.append(time.perf_counter() - start)
         stamps = [time.perf_counter()]
-        for _ in generate_steps(model, ids, pixels):
-            stamps.append(time.perf_counter())
+        stamps += [time.perf_counter() for _ in generate_steps(model, ids, pixels)]
         calls.append([b - a for a, b in pairwise(stamps)])
     return min(vision), [min(times) for times in zip(*calls)]
 
 
+# %% tags=["nbval-ignore-output"]
 seconds, calls = clock(model, ids, pixels)
-print(f"first word after {1e3 * calls[0]:.1f} ms, then one every {1e3 * min(calls[1:]):.1f} ms")
-assert calls[0] > min(calls[1:]) > calls[0] / ids.shape[1]
+print(f"first token after {1e3 * calls[0]:.1f} ms, then one every {1e3 * min(calls[1:]):.1f} ms")
 
 # %% tags=["hide-input", "nbval-ignore-output"]
-fig, ax = plt.subplots(figsize=(8, 1.9), layout="constrained")
+fig, ax = plt.subplots(figsize=(9, 2.1), layout="constrained")
 ends, words = 1e3 * torch.tensor(calls).cumsum(0), [tokenizer.decode([t]) for t in slow[0]]
 ax.barh(0, 1e3 * seconds, color=COLOURS["vision"], height=0.6)
 ax.barh(0, ends[0] - 1e3 * seconds, left=1e3 * seconds, color=COLOURS["language"], height=0.6)
@@ -582,31 +603,27 @@ ax.spines["left"].set_visible(False)
 save_figure(fig, "18_clock")
 
 # %% [markdown]
-# What to notice: a silence, then words at a steady pace. People who serve models measure the two
-# apart: **time to first token** and **time per token**. The silence is there because of the picture,
-# whatever the answer; the pace is the same for a clever word and for "a".
+# A silence, then words at a steady pace. People who serve models measure the two apart: *time to first
+# token* and *time per token*.
 #
-# And the pace is too slow. A decode call reads one token, the prefill read 68. It should take a
-# sixty-eighth of the prefill's time, and takes longer.
+# And the pace is too slow. A decode step reads one token, the prefill read 68. It should take a
+# sixty-eighth of the prefill's time, and takes longer. Why?
 
 # %% [markdown]
-# ## Why is a thin call not cheap?
+# ## What a step costs
 #
-# For our tiny model the reason is dull: a call is a long list of small operations, and Python needs
-# some microseconds for each, however few tokens there are. A large model doesn't notice that. It
-# waits for something else: a weight must come from **memory** before it multiplies. Take a
-# $4 \times 4$ matrix, two bytes a number:
+# A weight must come from **memory** before it multiplies. Take a $4 \times 4$ matrix, two bytes a number:
 #
 # - one token: $2 \cdot 16 = 32$ operations, 32 bytes to read;
 # - eight tokens: 256 operations, the *same* 32 bytes.
 #
-# Operations a byte are the **arithmetic intensity**. With $P$ operations and $W$ bytes a second a call
-# takes at least
+# A call takes at least
 #
-# $$\max\left(\frac{\text{operations}}{P},\ \frac{\text{bytes}}{W}\right).$$
+# $$\max\left(\frac{\text{operations}}{\text{operations a second}},\ \frac{\text{bytes}}{\text{bytes a
+# second}}\right).$$
 #
-# Below $P / W$ it waits (**memory bound**), above it is busy (**compute bound**). Seen on one matrix of
-# the 3B model, in two types of number:
+# If the left is larger, it is *compute bound*, busy; if the right is, *memory bound*, waiting. One matrix
+# of the 3B model, in two types of number:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -620,57 +637,36 @@ def best_ms(function, repeats=5):
     return 1e3 * min(times[1:])
 
 
+# %% tags=["nbval-ignore-output"]
 weight = torch.randn(16384, 2048)  # gate_proj of one layer of PaliGemma 3B
 tokens, times = [1, 2, 4, 8, 16, 32, 64, 128], {}
 for name, w in {"float32": weight, "bfloat16": weight.bfloat16()}.items():
     rows = [torch.randn(n, 2048, dtype=w.dtype) for n in tokens]
     times[name] = [best_ms(lambda: F.linear(x, w)) for x in rows]
-    for n, ms in zip(tokens, times[name]):
-        print(f"{name:8} {n:3} tokens take {ms / times[name][0]:4.1f} times as long as one")
-assert times["float32"][-1] < 128 / 2 * times["float32"][0]
-
-# %% tags=["nbval-ignore-output"]
-rates = []  # and the whole tiny model: tokens a second with 1, 2, … answers at once
-config = GenerationConfig(max_new_tokens=14, eos_token_id=-1)
-for rows in tokens:
-    many = ids.repeat(rows, 1), pixels.repeat(rows, 1, 1, 1)
-    stamps = [time.perf_counter() for _ in generate_steps(model, *many, config=config)]
-    rates.append(rows / min(b - a for a, b in pairwise(stamps[2:])))
-print("tokens a second:", {n: round(rate) for n, rate in zip(tokens, rates)})
-assert max(rates) > 2 * rates[0]
+    print(f"{name:8} {[f'{ms / times[name][0]:.1f}' for ms in times[name]]} times one token's")
 
 # %% tags=["hide-input", "nbval-ignore-output"]
-fig, (ax, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 for (name, ms), colour in zip(times.items(), ("language", "vision")):
     ax.loglog(tokens, ms, "o-", color=COLOURS[colour], label=name)
-first = times["float32"][0]
-ax.loglog(tokens, [first * n for n in tokens], ":", color=COLOURS["muted"])
-ax.text(1.1, first * 30, "if each token cost\nas much as the first", color=COLOURS["muted"])
-ax.legend(loc="lower right")
-ax.set(xlabel="tokens in one call", ylabel="milliseconds", title="one matrix of the 3B model")
-right.loglog(tokens, rates, "o-", color=COLOURS["together"])
-right.set(xlabel="answers at once", ylabel="tokens a second", title="the tiny model, decoding")
-right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-right.yaxis.set_major_formatter("{x:,.0f}")
-for panel in (ax, right):
-    panel.set_xticks(tokens, tokens)
-    panel.minorticks_off()
+    ax.loglog(tokens, [ms[0] * n for n in tokens], ":", color=COLOURS[colour])
+ax.set(xlabel="tokens in one call", ylabel="milliseconds")
+ax.set_title("dotted: if each token cost as much as the first")
+ax.set_xticks(tokens, tokens)
+ax.minorticks_off()
+ax.legend(loc="upper left")
 save_figure(fig, "18_tokens_per_call")
 
 # %% [markdown]
-# Left: the matrix is read once a call, however many tokens wait for it. The first pays for the trip; a
-# hundred and twenty-eight together take less than half the time of as many calls. How flat the line
-# begins depends on the type and on the processor: bfloat16 has half the bytes, and some processors
-# multiply it much faster than float32. Decode stands at the far left, prefill at the right.
-#
-# Right: answering many at once gives more tokens a second, here because Python's list of operations
-# is walked once for all rows, until arithmetic says stop.
+# The matrix is read once a call, however many tokens wait for it. The first pays for the trip; a hundred
+# and twenty-eight together take much less than as many calls. How flat the line begins depends on the
+# type and on the processor. Decode stands at the far left, prefill at the right.
 
 # %% [markdown]
 # ## At full size
 #
-# The 3B model on the `meta` device: shapes, no numbers. PyTorch counts the operations of a call
-# while it "runs". Bytes: the weights of the parts that take part, once, in bfloat16, and the cache.
+# The 3B model on the meta device: shapes, no numbers. PyTorch counts the operations of a call while it
+# "runs". Bytes: the weights of the parts that take part, once, in bfloat16, and the cache.
 
 # %%
 with torch.device("meta"):
@@ -684,17 +680,17 @@ def count(function):
     return counter.get_total_flops()
 
 
+# %%
 def decoder_call(new, old=0, rows=1):
     """Operations and bytes of one call of the 3B decoder: `new` tokens a row after `old` ones."""
     cache = large.make_cache(rows, old + new)
     for layer in range(18 if old else 0):
         cache.update(layer, *torch.empty(2, rows, 1, old, 256, device="meta").bfloat16())
     x = torch.empty(rows, new, 2048, device="meta").bfloat16()
-    places = torch.arange(old, old + new, device="meta").expand(rows, -1)
+    positions = torch.arange(old, old + new, device="meta").expand(rows, -1)
     text = large.language_model
-    run = lambda: text.logits(text(x, places, None, cache)[:, -1:])
-    weights = sum(p.nbytes for p in text.parameters())
-    return count(run), weights + cache.nbytes
+    run = lambda: text.logits(text(x, positions, None, cache)[:, -1:])
+    return count(run), sum(p.nbytes for p in text.parameters()) + cache.nbytes
 
 
 # %%
@@ -707,96 +703,58 @@ CALLS = {
     "decode, 8 rows": decoder_call(1, 264, 8),
     "decode, 64 rows": decoder_call(1, 264, 64),
 }
-print(f"{'':22} {'Gflop':>8} {'GB read':>8} {'a byte':>8}")
+
+# %%
 for name, (flop, size) in CALLS.items():
-    print(f"{name:22} {flop / 1e9:8.0f} {size / 1e9:8.2f} {flop / size:8.1f}")
+    print(f"{name:20} {flop / 1e9:5.0f} Gflop, {size / 1e9:.2f} GB read, {flop / size:5.1f} a byte")
 prefill, one, eight = (CALLS[name] for name in list(CALLS)[1:4])
 assert round(prefill[1] / 1e9) == round(one[1] / 1e9) == 5 and 200 < prefill[0] / one[0] < 260
 assert eight[1] < 1.02 * one[1]
 
 # %% [markdown]
 # Prefill and decode read the same five gigabytes. Prefill does more than two hundred times as much with
-# them. And eight rows read hardly more than one: the weights are the same, only the cache is eight times
-# as large.
+# them. And eight rows read hardly more than one: only the cache is eight times as large.
 #
-# Now the two limits of two machines: this one, as it multiplies and reads right now, and an H100 (its
-# data sheet).
+# Now the two limits, for an H100 (its data sheet):
 
-# %% tags=["nbval-ignore-output"]
-wide, rows = torch.randn(16384, 2048).bfloat16(), torch.randn(264, 2048).bfloat16()
-multiply, read = lambda: F.linear(rows, wide), lambda: wide.view(torch.int32).max()
-here = 1e3 * count(multiply) / best_ms(multiply), 1e3 * wide.nbytes / best_ms(read)
-MACHINES, least = {"this machine": here, "H100": (989e12, 3350e9)}, {}
-for machine, (peak, width) in MACHINES.items():
-    print(f"{machine}: memory bound below {peak / width:.0f} operations a byte")
-    for name, (flop, size) in CALLS.items():
-        compute, memory = 1e3 * flop / peak, 1e3 * size / width
-        least[machine, name] = max(compute, memory)
-        bound = "compute" if compute > memory else "memory"
-        print(f"   {name:22} at least {max(compute, memory):8.1f} ms, bound by {bound}")
-assert least["H100", "decode, 8 rows"] < 1.02 * least["H100", "decode, 1 row"]
-assert one[0] / one[1] < 0.01 * 989e12 / 3350e9 and prefill[0] / prefill[1] < 989e12 / 3350e9
-
-# %% tags=["hide-input", "nbval-ignore-output"]
-fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-intensity = torch.logspace(-0.5, 3.3, 200)
-for (machine, (peak, width)), colour in zip(MACHINES.items(), ("language", "vision")):
-    roof = (intensity * width).clamp(max=peak) / 1e12
-    ax.loglog(intensity, roof, color=COLOURS[colour])
-    ax.text(1900, peak / 1e12 * 1.25, machine, color=COLOURS[colour], ha="right")
-    for flop, size in CALLS.values():
-        x = flop / size
-        ax.plot(x, min(x * width, peak) / 1e12, "o", color=COLOURS[colour], markersize=5)
+# %%
+operations_a_second, bytes_a_second = 989e12, 3350e9
+print(f"memory bound below {operations_a_second / bytes_a_second:.0f} operations a byte")
+least = {}
 for name, (flop, size) in CALLS.items():
-    ax.axvline(flop / size, color=COLOURS["muted"], lw=0.6, ls=":", zorder=0)
-    ax.text(flop / size, 4e-5, name, rotation=90, ha="right", va="bottom", fontsize=9)
-ax.set(xlabel="operations a byte", ylabel="Tflop/s, at most", ylim=(3e-5, 4e3), xlim=(0.5, 2000))
+    compute, memory = 1e3 * flop / operations_a_second, 1e3 * size / bytes_a_second
+    least[name] = max(compute, memory)
+    print(f"{name:20} busy {compute:5.3f} ms, reading {memory:4.2f} ms")
+    assert memory > compute
+assert one[0] / operations_a_second < 0.01 * one[1] / bytes_a_second
+assert least["decode, 8 rows"] < 1.02 * least["decode, 1 row"]
+
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7.6, 3.4), layout="constrained")
+intensity = torch.logspace(-0.5, 3.3, 200)
+roof = (intensity * bytes_a_second).clamp(max=operations_a_second) / 1e12
+ax.loglog(intensity, roof, color=COLOURS["inside"])
+for name, (flop, size) in CALLS.items():
+    x = flop / size
+    colour = COLOURS["vision" if "vision" in name else "accent" if "decode" in name else "language"]
+    ax.plot(x, min(x * bytes_a_second, operations_a_second) / 1e12, "o", color=colour)
+    ax.axvline(x, color=COLOURS["muted"], lw=0.6, ls=":", zorder=0)
+    ax.text(x * 0.98, 0.03, name, rotation=90, ha="right", va="bottom", color=colour)
+ax.set(xlabel="operations a byte", ylabel="Tflop/s, at most", ylim=(2e-2, 3e3), xlim=(0.5, 2000))
+ax.set_title("H100")
 save_figure(fig, "18_roofline")
 
 # %% [markdown]
-# A **roofline**: on the slope the roof is memory, on the flat part arithmetic. For one answer, decode
-# uses less than a hundredth of the H100's arithmetic, and eight rows take the same time there as one.
-# Even the prefill of one picture cannot fill it. For a single answer only fewer bytes help
-# ([lesson 22](22_quantization.ipynb)).
+# A *roofline*: on the slope the roof is memory, on the flat part arithmetic. For one answer, a decode
+# step uses less than a hundredth of the H100's arithmetic; eight rows take the same time there as one.
 
 # %% [markdown]
-# ### And what helps the prefill?
+# ## The door to the compiled step
 #
-# One layer of the 3B model reads 264 tokens, and we take it apart.
-
-# %% tags=["nbval-ignore-output"]
-layer = GemmaDecoderLayer(GemmaConfig(), 0).bfloat16()
-linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
-x, gate = (torch.randn(1, 264, width).bfloat16() for width in (2048, 16384))
-q, k = (torch.randn(1, heads, 264, 256).bfloat16() for heads in (8, 1))
-shares = {
-    "products": lambda: [part(x if part.in_features == 2048 else gate) for part in linears],
-    "GELU, gate": lambda: F.gelu(gate, approximate="tanh") * gate,
-    "attention": lambda: grouped_attention(q, k, k),
-    "norms": lambda: (layer.input_layernorm(x), layer.post_attention_layernorm(x)),
-}
-shares = {name: best_ms(part) for name, part in shares.items()}
-total = sum(shares.values())
-for name, value in shares.items():
-    print(f"{name:12} {value:6.1f} ms, {100 * value / total:4.1f} %")
-assert shares["products"] > total / 2
-
-# %% tags=["hide-input", "nbval-ignore-output"]
-fig, ax = plt.subplots(figsize=(7.5, 1.5), layout="constrained")
-left = 0.0
-for (name, value), colour in zip(shares.items(), ("together", "language", "vision", "inside")):
-    share = 100 * value / total
-    ax.barh(0, share, left=left, color=COLOURS[colour], ec=COLOURS["paper"], label=name)
-    left += share
-ax.set(yticks=[], xlim=(0, 100), xlabel="percent of a layer's time (RoPE and sums left out)")
-ax.spines["left"].set_visible(False)
-ax.legend(ncols=4, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-save_figure(fig, "18_layer")
-
-# %% [markdown]
-# Most of it is matrix products, by a library that every program here calls. Who makes the same
-# products cannot be much faster; what helps is to make **fewer**: the picture is looked at once, and
-# only the last position is projected to the words.
+# So what makes a single answer faster? Fewer bytes ([lesson 22](22_quantization.ipynb)). And our tiny
+# model, whose bytes are few? It waits for something else: hundreds of small operations, and Python
+# gives the orders one by one, the same list for every token. Such a list can be recorded once and played
+# back: [lesson 23](23_compilation.ipynb).
 
 # %% [markdown]
 # ## A bug people really make: the picture is looked at again for each word
@@ -811,8 +769,8 @@ def answer_colleague(model, ids, pixels, steps):
     for _ in range(steps):
         features = model.encode_image(pixels)
         embeds = model.merge(new, features if not said else None)
-        places = torch.arange(len(cache), len(cache) + new.shape[1])[None]
-        hidden = model.language_model(embeds, places, None, cache)
+        positions = torch.arange(len(cache), len(cache) + new.shape[1])[None]
+        hidden = model.language_model(embeds, positions, None, cache)
         new = model.language_model.logits(hidden[:, -1:]).argmax(-1)
         said.append(new)
         if new.item() == EOS:
@@ -820,6 +778,7 @@ def answer_colleague(model, ids, pixels, steps):
     return torch.cat(said, 1)
 
 
+# %%
 assert torch.equal(answer_colleague(model, ids, pixels, 16), slow)
 for answer in (answer_cached, answer_colleague):
     flop = count(lambda: answer(model, ids, pixels, 16))
@@ -843,6 +802,7 @@ def tokens_out_of(part, function):
     return counts
 
 
+# %%
 mlp = model.language_model.layers[0].mlp  # every token of the decoder passes through it
 for answer in (answer_cached, answer_colleague):
     run = lambda: answer(model, ids, pixels, 16)
@@ -851,29 +811,6 @@ for answer in (answer_cached, answer_colleague):
 assert len(vision) == slow.shape[1] == len(decoder)
 share = CALLS["vision tower"][0] / CALLS["decode, 1 row"][0]
 print(f"in the 3B model the tower costs as much arithmetic as {share:.0f} decode calls")
-
-# %% [markdown]
-# And the clock: the three ways to answer of this lesson.
-
-# %% tags=["nbval-ignore-output"]
-LADDER = {
-    "all again for each word": answer_plain,
-    "a cache, the tower each time": answer_colleague,
-    "the tower once": answer_cached,
-}
-ms = {name: best_ms(lambda: f(model, ids, pixels, 16)) for name, f in LADDER.items()}
-slowest = ms["all again for each word"]
-for name, value in ms.items():
-    print(f"{name:28} {value:6.1f} ms, {slowest / value:.1f} ×")
-assert ms["the tower once"] < slowest
-
-# %% tags=["hide-input", "nbval-ignore-output"]
-fig, ax = plt.subplots(figsize=(7, 1.6), layout="constrained")
-bars = ax.barh(list(ms), list(ms.values()), color=COLOURS["together"], height=0.6)
-ax.bar_label(bars, [f" {slowest / value:.1f} ×" for value in ms.values()])
-ax.set(xlabel="milliseconds an answer", xlim=(0, 1.12 * max(ms.values())))
-ax.invert_yaxis()
-save_figure(fig, "18_ladder")
 
 # %% [markdown]
 # ## Exercises
@@ -893,12 +830,15 @@ cached_tokens = None
 
 # %% tags=["check"]
 def test_1(model_calls, vision_runs, decoder_tokens, cached_tokens):
-    answer = 20
+    answer, given = 20, (model_calls, vision_runs, decoder_tokens, cached_tokens)
+    assert all(isinstance(n, int) for n in given), "four whole numbers, please"
     assert model_calls != answer + 1, "eos is one of the 20, and the prefill gives the first"
     assert model_calls == answer, "each call gives one token"
     assert vision_runs == 1, "with the cache filled, the picture is in there already"
     assert decoder_tokens != 4104 + answer, "the last token is chosen and never fed"
-    assert decoder_tokens == 4104 + answer - 1, "the prompt once, then one token a call"
+    assert decoder_tokens != 4096 + answer - 1, "the prompt's own eight tokens pass as well"
+    assert decoder_tokens != 4104 * answer, "with a cache, what was read is not read again"
+    assert decoder_tokens == 4104 + answer - 1, "decoder_tokens: what is read first, and what then?"
     assert cached_tokens == decoder_tokens, "every token that passes leaves its key and value"
 
 
@@ -912,6 +852,7 @@ check(test_1, model_calls, vision_runs, decoder_tokens, cached_tokens)
 # </details>
 
 # %% tags=["solution"]
+# One call a token; the picture in the first only; the last token is never fed.
 model_calls, vision_runs = 20, 1
 decoder_tokens = cached_tokens = 4096 + 8 + 19
 check(test_1, model_calls, vision_runs, decoder_tokens, cached_tokens)
@@ -931,6 +872,7 @@ def works_once(answer):
 
 # %% tags=["check"]
 def test_2(works_once):
+    assert isinstance(works_once(answer_cached), bool), "return True or False"
     assert works_once(answer_cached) is True, "rejects the loop with a cache"
     limited = lambda model, ids, pixels, steps: generate(model, ids, pixels, max_new_tokens=steps)
     assert works_once(limited) is True, "rejects generate"
@@ -938,8 +880,9 @@ def test_2(works_once):
     assert works_once(answer_plain) is False, "lets a loop pass that does everything again"
 
     def twice(model, ids, pixels, steps):
-        model(ids, pixels)
-        return answer_cached(model, ids, pixels, steps)
+        features = model.encode_image(pixels)
+        model(ids, image_features=features)
+        return generate(model, ids, image_features=features, max_new_tokens=steps)
 
     def no_cache(model, ids, pixels, steps):
         features, start, types = model.encode_image(pixels), ids.shape[1], torch.zeros_like(ids)
@@ -975,60 +918,77 @@ def works_once(answer):
 check(test_2, works_once)
 
 # %% [markdown]
-# ### Exercise 3 (extend): stop at a word
+# ### Exercise 3 (write): a limit for every row
 #
-# Some prompts want an answer up to a mark, such as `";"` or `"END"`. Write `until(pieces, stop)`: it
-# yields text as it comes, ends before the first `stop`, and never yields a part of it, wherever the
-# pieces are cut. What cannot be the beginning of `stop` must not be held back.
+# A server answers several people at once, and each has set a limit. Write the loop for a batch, greedy:
+# a row ends at its eos or after `limits[row]` tokens, what follows is 0, and the loop stops as soon as all
+# have ended. Use a cache, and feed only what is new.
 
 
 # %% tags=["exercise"]
-def until(pieces, stop):
-    yield from ()  # your code
+def answer_limited(model, input_ids, pixel_values, attention_mask, limits):
+    return None  # int64[B, ≤ max(limits)]
 
 
 # %% tags=["check"]
-def test_3(until):
-    text = "a cat; EN ENDE"
-    for stop in (";", "END", "cat", "none", "EN E"):
-        for size in range(1, len(text) + 1):
-            pieces = [text[i : i + size] for i in range(0, len(text), size)]
-            said = "".join(until(pieces, stop))
-            expected = text.split(stop)[0]
-            assert said == expected, f"{pieces} until {stop!r}: expected {expected!r}, got {said!r}"
-    waiting = until(iter(["a ", "cat", "E", "ND"]), "END")
-    assert next(waiting) == "a ", "'a ' cannot begin the mark: yield it at once"
-    assert [next(waiting), *waiting] == ["cat"], "hold back 'E' until it is clear what follows"
+def test_3(answer_limited):
+    def compare(model, given, limits):
+        answers, part = [], model.language_model.layers[0].mlp
+        run = lambda: answers.append(answer_limited(model, **given, limits=limits))
+        try:
+            passed = tokens_out_of(part, run)
+        except Exception as error:
+            raise AssertionError(f"limits {limits}: your loop stops with {error}") from None
+        said = answers[0]
+        assert isinstance(said, torch.Tensor) and said.ndim == 2, "return a tensor [B, tokens]"
+        assert len(said) == 3, f"three rows went in, {len(said)} come out"
+        rights = [row[:n].tolist() for row, n in zip(generate(model, **given), limits)]
+        ends = [row.index(EOS) + 1 if EOS in row else len(row) for row in rights]
+        assert said.shape[1] >= max(ends), f"limits {limits}: the answers are too short"
+        for row, mine, right, end in zip("012", said.tolist(), rights, ends):
+            about = f"limits {limits}, row {row}"
+            assert mine[:end] == right[:end], f"{about}: not the tokens that this row gets alone"
+            assert not any(mine[end:]), f"{about}: it goes on after its end"
+        assert said.shape[1] == max(ends), f"limits {limits}: all had ended, the loop went on"
+        prompt = given["input_ids"].shape[1]
+        assert passed[:1] == [prompt], "read the prompts once, all rows in one call"
+        assert set(passed[1:]) <= {1}, "feed only the newest token; the cache has the rest"
+        assert len(passed) == max(ends), f"limits {limits}: {len(passed)} calls are too many"
+
+    for limits in ([3, 5, 2], [20, 20, 20], [1, 1, 1], [2, 9, 9]):
+        compare(model, three, limits)
+    compare(small, inputs, [4, 7, 9])  # a model in which a seen pad changes the answer
 
 
-check(test_3, until)
+check(test_3, answer_limited)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# As in `stream`, keep all text and how much was sent. Find the longest end of the text that is a
-# beginning of `stop`; everything before it is safe.
+# Begin with `answer_cached`. Then `done`, as with the table. A row is done when its token is eos, *or*
+# when as many tokens as its limit have come. The mask needs another column each step (`F.pad`).
 #
 # </details>
 
 
 # %% tags=["solution"]
-def until(pieces, stop):
-    text, sent = "", 0
-    for piece in pieces:
-        text += piece
-        if stop in text:
-            text = text[: text.index(stop)]
-            break
-        safe = len(text) - max(n for n in range(len(stop)) if text.endswith(stop[:n]))
-        if safe > sent:
-            yield text[sent:safe]
-            sent = safe
-    if len(text) > sent:
-        yield text[sent:]
+# The loop of generate_steps; only the line that says who is done knows of the limits.
+def answer_limited(model, input_ids, pixel_values, attention_mask, limits):
+    cache = model.make_cache(len(input_ids), input_ids.shape[1] + max(limits) - 1)
+    done, said = torch.zeros(len(input_ids), dtype=torch.bool), []
+    while not done.all():
+        logits = model(
+            input_ids, pixel_values, attention_mask, cache=cache, logits_to_keep=1
+        ).logits
+        token = logits[:, -1].argmax(-1).masked_fill(done, 0)
+        said.append(token)
+        done = done | (token == EOS) | (torch.tensor(limits) <= len(said))
+        input_ids, pixel_values = token[:, None], None
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+    return torch.stack(said, dim=1)
 
 
-check(test_3, until)
+check(test_3, answer_limited)
 
 # %% [markdown]
 # ## Summary
@@ -1049,8 +1009,7 @@ check(test_3, until)
 # <details><summary>Answer</summary>
 #
 # The first word waits for the vision tower and the prefill: picture size, prompt length, arithmetic.
-# The pace is decode: bytes of the weights and of the cache. A faster memory helps the second user
-# and hardly the first.
+# The pace is decode: bytes of the weights and of the cache.
 #
 # </details>
 
@@ -1059,9 +1018,8 @@ check(test_3, until)
 #
 # <details><summary>Answer</summary>
 #
-# New tokens are appended on the right. With pads there, a row's prompt and its answer would be
-# separated by pads, and the column that decides would differ from row to row. On the left they are
-# out of the way; positions count real tokens, so nothing shifts.
+# New tokens are appended on the right. With pads there, the column that decides would differ from row to
+# row. On the left they are out of the way; positions count real tokens, so nothing shifts.
 #
 # </details>
 
@@ -1070,9 +1028,8 @@ check(test_3, until)
 #
 # <details><summary>Answer</summary>
 #
-# Everything would be prefix, where all see all. The picture and the prompt would look at the answer
-# so far and change with every word, so the result could differ from the cached loop, in which they
-# were read once. The model was trained with an answer that only looks back.
+# Everything would be prefix, where all see all. The picture and the prompt would look at the answer so
+# far and change with every word. The model was trained with an answer that only looks back.
 #
 # </details>
 
