@@ -148,7 +148,7 @@ def test_transformers_gives_the_same_tokens(tmp_path, monkeypatch):
     answers = [
         make()[0](inputs, 12)
         for make in (
-            bench.make_ours(path, None),
+            bench.make_ours(path, None, False),
             bench.make_transformers(path, None, "dynamic"),
         )
     ]
@@ -247,3 +247,25 @@ def test_peak_memory_keeps_the_highest_mark():
     top = bench.peak_memory()
     del block
     assert bench.peak_memory() > top - 2**24  # the kernel's own count wavers by a few pages
+
+
+def test_the_gpu_script_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """Ours and transformers on the same tensors, every column filled; compiling left out here."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.syspath_prepend(str(TOOLS))
+    file = tmp_path / "found.json"
+    where = ["--device", "cpu", "--size", "tiny", "--dtype", "float32"]
+    tool("bench_gpu").main([*where, "--batches", "1", "2", "--tokens", "4", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert found["equal"] and found["distinct"] > 2
+    assert [(run["name"], run["batch"]) for run in found["decode"]][-1] == ("transformers", 2)
+    assert all(run["step"] > 0 for run in found["decode"]) and found["prefill"][0]["ours"] > 0
+    assert "ours, compiled | 1 |" in capsys.readouterr().out
+
+
+def test_the_gpu_script_says_that_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        bench.main(["--device", "cuda"])
+    assert exit.value.code == 2 and "there is no GPU here" in capsys.readouterr().err

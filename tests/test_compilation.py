@@ -8,7 +8,7 @@ from random_models import IMAGE_TOKENS, WINDOW, random_batch
 
 import paligemma
 from paligemma.checkpoint import load_model
-from paligemma.compilation import CompiledDecoder, StaticCache, decode_step
+from paligemma.compilation import CompiledDecoder, StaticCache, compile_decode, decode_step
 from paligemma.generation import generate, generate_steps
 from paligemma.lora import add_lora, merge_lora
 from paligemma.quantization import quantize_model
@@ -90,6 +90,17 @@ def test_inductor_gives_the_same_tokens():
     torch.compiler.reset()
     decoder = CompiledDecoder(pg.model)
     assert torch.equal(generate(decoder, *inputs), generate(pg.model, *inputs))
+
+
+def test_without_a_compiler_there_is_one_clear_line(make):
+    model = make("MQA")
+    missing = {"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}
+    torch.compiler.reset()
+    with torch._inductor.config.patch(missing):
+        with pytest.warns(UserWarning, match="nothing can be compiled here, going on without: .+"):
+            assert compile_decode(model) is model
+    torch.compiler.reset()
+    assert isinstance(compile_decode(model), CompiledDecoder)
 
 
 def test_a_room_is_rounded_up_and_holds_every_token(make):

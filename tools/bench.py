@@ -2,7 +2,8 @@
 
 Every measurement happens in a process of its own, all contenders in turn, on the same weights,
 picture, prompt and threads; the medians are printed as a Markdown table. "ours" and "transformers"
-compute in the same type; "int8" and "int4" are ours with quantised weights, quantised once before.
+compute in the same type; "int8" and "int4" are ours with quantised weights, quantised once before;
+"compiled" is ours with a compiled decode step (lesson 23).
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "paligemma" / "assets" / "tiny"
-CONTENDERS = ("ours", "int8", "int4", "transformers")
+CONTENDERS = ("ours", "compiled", "int8", "int4", "transformers")
 TEXT_TOKENS = 8  # <bos>, six pieces, "\n"
 LEAST_SECONDS = 0.5  # a short measurement is repeated until it has taken this long
 ROWS = {  # key: (label, unit, digits, more is better)
@@ -83,11 +84,12 @@ def make_inputs(model_path: Path) -> dict:
     return {"input_ids": ids, "pixel_values": pixels}
 
 
-def make_ours(model_path: Path, dtype: str | None):
+def make_ours(model_path: Path, dtype: str | None, compiled: bool):
     """Import, then return the function that loads: () → (inputs, tokens) → new ids."""
     import torch
 
     from paligemma.checkpoint import load_model
+    from paligemma.compilation import CompiledDecoder
     from paligemma.generation import generate
     from paligemma.support.quantized import load_quantized, read_quantization
 
@@ -97,8 +99,10 @@ def make_ours(model_path: Path, dtype: str | None):
         else:
             model = load_model(model_path, dtype=dtype and getattr(torch, dtype))
 
+        decoder: Any = CompiledDecoder(model) if compiled else model
+
         def answer(inputs: dict, tokens: int) -> list[int]:
-            return generate(model, **inputs, max_new_tokens=tokens, eos_token_id=-1)[0].tolist()
+            return generate(decoder, **inputs, max_new_tokens=tokens, eos_token_id=-1)[0].tolist()
 
         return answer, str(model.dtype)
 
@@ -160,7 +164,7 @@ def measure(
     if contender == "transformers":
         load = make_transformers(model_path, dtype, cache)
     else:
-        load = make_ours(model_path, dtype)
+        load = make_ours(model_path, dtype, contender == "compiled")
     imported = time.perf_counter() - start
     inputs = make_inputs(model_path)
     libraries = peak_memory()
@@ -169,7 +173,9 @@ def measure(
     loaded = time.perf_counter() - start
     answer(inputs, 1)
     first = time.perf_counter() - start
+    start = time.perf_counter()
     answer(inputs, 3)  # the decode step's own first run is not timed
+    warm = time.perf_counter() - start
     prefill, _ = timed(lambda: answer(inputs, 1))
     whole, ids = timed(lambda: answer(inputs, 1 + tokens))
     return {
@@ -178,6 +184,7 @@ def measure(
         "first": first,
         "prefill": prefill,
         "decode": tokens / (whole - prefill),
+        "warm": warm,
         "memory": peak_memory() / 1e9,
         "libraries": libraries / 1e9,
         "ids": ids,
@@ -258,7 +265,7 @@ def bench(args: argparse.Namespace) -> dict:
     start("ours", "dynamic", args)
     caches = {name: start("transformers", name, args)["decode"] for name in ("dynamic", "static")}
     cache = max(caches, key=lambda name: caches[name])
-    contenders = ["ours", *args.quantized, "transformers"]
+    contenders = ["ours", *["compiled"] * args.compile, *args.quantized, "transformers"]
     rounds, bound = {name: [] for name in contenders}, []
     for i in range(args.rounds):
         order = contenders if i % 2 == 0 else contenders[::-1]  # A B, B A, A B, …
@@ -345,6 +352,7 @@ def markdown(result: dict) -> str:
             value = f"{result['median'][name][key]:.{digits}f} {unit}"
             cells.append(f"{value} ({ratio(result, key, name):.2f} ×)")
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    compiling = [run["warm"] for run in result["rounds"].get("compiled", [])]
     once = ", ".join(f"{t:.0f} s ({mode})" for mode, t in result["quantize_seconds"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     seconds = statistics.median(run["seconds"] for run in result["products"])
@@ -365,6 +373,7 @@ def markdown(result: dict) -> str:
             "",
             "In brackets: how many times better than transformers. "
             + (f"Quantising and saving once took {once}. " if once else "")
+            + (f"Compiling took {max(compiling):.0f} s at most. " if compiling else "")
             + f"{result['model']}: {result['weights']:,} weights in {result['dtype']}; "
             f"{result['prompt']} tokens in ({result['prompt'] - TEXT_TOKENS} of them the "
             f"picture), {result['tokens']} decoded one by one; "
@@ -445,6 +454,9 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         help="checkpoint directory; default: the shipped tiny model, or random tiny weights",
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bench_gpu.py"
+    )
     parser.add_argument("--label", help="the model's name in table and figure")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="or as stored")
     parser.add_argument("--rounds", type=whole_number, default=5, help="default: %(default)s")
@@ -452,11 +464,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="default: PyTorch's own choice")
     modes = {"nargs": "*", "choices": ("int8", "int4"), "default": ["int8", "int4"]}
     parser.add_argument("--quantize", **modes, help="besides; default: both")
+    parser.add_argument("--compile", action="store_true", help="ours with a compiled step, besides")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw here, .svg or .png")
     parser.add_argument("--worker", choices=(*CONTENDERS, "products"), help=argparse.SUPPRESS)
     parser.add_argument("--cache", default="dynamic", help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    args, others = parser.parse_known_args(arguments)
+    if args.device == "cuda":
+        from bench_gpu import main as on_a_gpu
+
+        return on_a_gpu(others + (["--json", str(args.json)] if args.json else []))
+    if others:
+        parser.error(f"unknown arguments: {' '.join(others)}")
     if args.worker == "products":
         print(json.dumps(products(args.model_path, args.dtype, args.threads)))
         return

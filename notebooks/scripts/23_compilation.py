@@ -42,6 +42,7 @@ model_map("compilation")
 """A decode step of fixed shape, compiled: the same tokens, with less between the products."""
 
 import copy
+import warnings
 import weakref
 
 import torch
@@ -449,6 +450,26 @@ class CompiledDecoder:
         output = self.model(input_ids, pixel_values, attention_mask, cache=cache, **options)
         cache.begin(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         return output
+
+
+# %% [markdown]
+# Not every machine has a compiler. Then an answer that comes more slowly is better than none:
+
+
+# %%
+#| export
+def compile_decode(model: PaliGemma) -> CompiledDecoder | PaliGemma:
+    """What to give to `generate`: a `CompiledDecoder`, or, with a warning, the model as it is.
+
+    On a CPU a C++ compiler is needed (g++, clang, on Windows MSVC), on a GPU Triton.
+    """
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=model.device))
+    except Exception as error:  # which kind it is differs between versions and backends
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"nothing can be compiled here, going on without: {reason}", stacklevel=2)
+        return model
+    return CompiledDecoder(model)
 
 
 # %% [markdown]
