@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 08 · GeGLU: what does a gate add to an MLP?
 #
-# *35 minutes* · part II, Language
+# *40 minutes* · part II, Language
 #
 # **What you will be able to do**
 #
@@ -62,6 +62,7 @@ from paligemma.tokenizer import Tokenizer
 
 torch.manual_seed(8)
 torch.set_printoptions(precision=3, sci_mode=False)
+torch.set_num_threads(1)  # matrices as small as those here gain nothing from two
 
 # %% [markdown]
 # ## The problem
@@ -85,6 +86,7 @@ def gelu(z):
     return F.gelu(z, approximate="tanh")  # the version that Gemma uses; more of that below
 
 
+# %%
 t = torch.linspace(0, 1, 600)
 up = torch.sin(math.tau * 14 * t)
 gate = -4 * torch.cos(math.tau * 2 * t)
