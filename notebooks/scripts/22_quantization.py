@@ -14,7 +14,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Segmentation](21_segmentation.ipynb) | [contents](00_overview.ipynb) | [Inference →](24_inference.ipynb)
+# [← Segmentation](21_segmentation.ipynb) | [contents](00_overview.ipynb) | [Compilation →](23_compilation.ipynb)
 
 # %% [markdown]
 # # 22 · Quantization: how few bits can a weight have?
@@ -113,7 +113,7 @@ for scale, row in zip(scales, codes):
     print(f"scale {scale:.2f}  codes", row.int().tolist())
 
 # %% [markdown]
-# The first row: 1.4 / 7 = 0.2, then 0.5 / 0.2 = 2.5, which PyTorch rounds to the *even* neighbour 2. Back to weights:
+# The first row: 1.4 / 7 = 0.2, then 0.5 / 0.2 = 2.5, which PyTorch rounds to the *even* neighbour 2. Back:
 # codes times scale.
 
 # %%
@@ -1003,9 +1003,8 @@ check(test_3, bad_row)
 # ## References
 #
 # - Tim Dettmers et al., *LLM.int8()*, 2022, sections 2 and 4 (scales for rows; outliers).
-# - Tim Dettmers, Luke Zettlemoyer, *The case for 4-bit precision*, 2023.
 # - Elias Frantar et al., *GPTQ*, 2022; Ji Lin et al., *AWQ*, 2023 (what large models need beyond rounding).
 # - PyTorch: `aten/src/ATen/native/cpu/int8mm_kernel.cpp` and `int4mm_kernel.cpp`.
 
 # %% [markdown] tags=["navigation"]
-# [← Segmentation](21_segmentation.ipynb) | [contents](00_overview.ipynb) | [Inference →](24_inference.ipynb)
+# [← Segmentation](21_segmentation.ipynb) | [contents](00_overview.ipynb) | [Compilation →](23_compilation.ipynb)
