@@ -39,6 +39,6 @@ class PatchEmbedding(nn.Module):
                 f"pixel_values are {list(pixel_values.shape)}; this model reads "
                 f"[B, {', '.join(map(str, self.input_shape))}]: prepare them with ImageProcessor"
             )
-        patches = self.patch_embedding(pixel_values)  # (B, D, rows, columns)
-        patches = patches.flatten(2).transpose(1, 2)  # (B, N, D)
-        return patches + self.position_embedding.weight  # (B, N, D) + (N, D)
+        patches = self.patch_embedding(pixel_values)  # [B, D, rows, columns]
+        patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        return patches + self.position_embedding.weight  # [B, N, D] + [N, D]

@@ -25,7 +25,7 @@
 #
 # - cut a picture into patches in three ways and prove that they agree;
 # - say why one strided convolution is the same as one matrix product;
-# - show what goes wrong without positions, and what a learned position is;
+# - show what goes wrong without positions, and what a trained table of them has learned;
 # - count the tokens, parameters, FLOPs and bytes at 224, 448 and 896 pixels.
 
 # %% tags=["map"]
@@ -36,8 +36,9 @@ model_map("patch_embedding")
 # %% [markdown]
 # ## Setup
 #
-# From earlier lessons we need the drawing helpers ([lesson 01](01_plotting.ipynb)) and the `ImageProcessor`, which
-# turns a picture file into numbers between −1 and 1 ([lesson 02](02_image_processor.ipynb)).
+# From earlier lessons we need the drawing helpers ([lesson 01](01_plotting.ipynb)) and the
+# `ImageProcessor`, which turns a picture file into numbers between −1 and 1
+# ([lesson 02](02_image_processor.ipynb)).
 
 # %%
 #| export
@@ -47,7 +48,7 @@ import torch
 from torch import nn
 
 # %% tags=["setup"]
-import time
+from importlib import resources
 
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.image_processor import ImageProcessor
 from paligemma.plotting import show_heatmap, show_images
-from paligemma.support.course import check, sample_picture, save_figure
+from paligemma.support.course import DIVERGING, check, sample_picture, save_figure
 from paligemma.support.drawing import COLOURS
 
 _ = torch.manual_seed(0)
@@ -64,44 +65,46 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## The problem
 #
-# A transformer reads a **sequence of vectors**: token 0, token 1, token 2 … A picture is a grid of
-# pixels, and each pixel is only three numbers. Something has to stand between the two.
+# A transformer reads a **sequence** of vectors, its **tokens**: token 0, token 1, token 2 … A picture
+# is a grid of pixels, and each pixel is only three numbers. Something has to stand between the two.
 #
-# One token for each pixel? Attention ([lesson 04](04_siglip_attention.ipynb)) compares each token with each other token, so the
-# work grows with the *square* of their number. Let us count.
+# One token for each pixel? Attention ([lesson 04](04_siglip_attention.ipynb)) compares each token with
+# each other one, so the work grows with the *square* of their number. Let us count.
 
 # %%
-pixels = 224 * 224
-print(f"one token a pixel: {pixels:,} tokens, {pixels**2:,} pairs for attention to compare")
-patches = (224 // 14) ** 2
-print(f"one token a 14×14 patch: {patches} tokens, {patches**2:,} pairs")
+for side in (1, 14):
+    tokens = (224 // side) ** 2
+    print(
+        f"one token for {side:2} × {side:2} pixels: {tokens:6,} tokens, {tokens**2:13,} pairs to compare"
+    )
+assert round(14**4, -3) == 38_000
 
 # %% [markdown]
 # Squares of 14 × 14 pixels bring the pairs down by a factor of 196² ≈ 38,000. Such a square is a
-# **patch**. It is the picture's word: small enough to be simple, large enough to hold an edge or
-# an eye.
+# **patch**. It is the picture's word: small enough to be simple, large enough to hold an edge or an
+# eye.
 #
 # Here is the cat as the vision tower sees it: squashed to 224 × 224, then cut into 16 rows of 16
-# patches. `mosaic` only draws patches, each given as one row of numbers.
-
+# patches.
 
 # %%
-def mosaic(patches, side, gap=0):
-    """Draw float[N, 3·P·P] in [-1, 1] as `side` rows of patches, with white lines between."""
+cat = ImageProcessor(224)(sample_picture("cat"))  # [1, 3, 224, 224]
+patches = F.unfold(cat, 14, stride=14)[0].T  # [256, 588], explained below
+print(tuple(cat.shape), "→", tuple(patches.shape))
+
+
+# %% tags=["hide-input"]
+def mosaic(patches, rows, gap=0):
+    """Draw patches, float[N, 3 · side²] in [-1, 1], in some rows, with white lines between."""
     tiles = patches.reshape(len(patches), 3, -1)
     size = round(tiles.shape[2] ** 0.5)
     tiles = F.pad((tiles.reshape(-1, 3, size, size) + 1) / 2, (gap,) * 4, value=1.0)
     flat = tiles.reshape(1, len(patches), -1).transpose(1, 2)
     size += 2 * gap
-    whole = F.fold(flat, (side * size, len(patches) // side * size), size, stride=size)
+    whole = F.fold(flat, (rows * size, len(patches) // rows * size), size, stride=size)
     return whole[0].permute(1, 2, 0).clamp(0, 1)
 
 
-cat = ImageProcessor(224)(sample_picture("cat"))  # (1, 3, 224, 224)
-tokens = F.unfold(cat, 14, stride=14)[0].T  # (256, 588), explained below
-print(tuple(cat.shape), "→", tuple(tokens.shape))
-
-# %%
 figure, axes = plt.subplot_mosaic(
     [["whole", "cut"], ["row", "row"]],
     figsize=(8.4, 5.4),
@@ -110,12 +113,12 @@ figure, axes = plt.subplot_mosaic(
 )
 axes["whole"].imshow((cat[0].permute(1, 2, 0) + 1) / 2)
 axes["whole"].set_title("224 × 224 pixels")
-axes["cut"].imshow(mosaic(tokens, 16, gap=1))
+axes["cut"].imshow(mosaic(patches, 16, gap=1))
 axes["cut"].add_patch(
     plt.Rectangle((0, 7 * 16), 255, 16, fill=False, color=COLOURS["language"], linewidth=2)
 )
 axes["cut"].set_title("16 × 16 patches of 14 × 14 pixels")
-axes["row"].imshow(mosaic(tokens[112:128], 1, gap=1))
+axes["row"].imshow(mosaic(patches[112:128], 1, gap=1))
 axes["row"].set_title("tokens 112 … 127 of the sequence (the framed row)")
 for axis in axes.values():
     axis.set_axis_off()
@@ -123,138 +126,179 @@ save_figure(figure, "03_patches.png")
 
 # %% [markdown]
 # The order is that of reading: row by row, from the top left. Token 16 lies right *below* token 0,
-# although fifteen others stand between them. Nothing in a sequence says so. That is the second
-# half of this lesson.
+# although fifteen others stand between them. Nothing in a sequence says so. That is the second half of
+# this lesson.
 
 # %% [markdown]
 # ## By hand
 #
-# A grey picture of 4 × 4 pixels, numbered in reading order, and patches of 2 × 2. With a pencil:
-# which four numbers stand in patch 1?
+# A grey picture of 4 × 4 pixels, numbered in reading order, and patches of 2 × 2. With a pencil: which
+# four numbers stand in patch 1?
 
 # %%
 picture = torch.arange(16).view(4, 4)
-patches = torch.stack([picture[y : y + 2, x : x + 2].flatten() for y in (0, 2) for x in (0, 2)])
-print(picture, patches, sep="\n\n")
+corners = [(0, 0), (0, 2), (2, 0), (2, 2)]  # row and column of each patch's first pixel
+tiny = torch.stack([picture[y : y + 2, x : x + 2].flatten() for y, x in corners])
 
+# %% tags=["hide-input"]
 _, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6), layout="constrained")
 show_heatmap(picture, "the picture", annotate=True, ax=left)
 names = [f"patch {n}" for n in range(4)]
-show_heatmap(patches, "one patch a row", rows=names, annotate=True, ax=right)
+show_heatmap(tiny, "one patch a row", rows=names, annotate=True, ax=right)
 
 # %% [markdown]
-# Patch 1 is `2 3 6 7`: two numbers from the first line, two from the second. In memory these pairs
-# are *not* neighbours, four and five lie between them. Keep this in mind for the bug below.
-
-# %% [markdown]
-# Now each patch becomes a **vector**. Every entry of it is a weighted sum of the patch's pixels:
-# one row of weights for each entry. We choose two rows by hand: one adds all pixels, one takes
+# Patch 1 is `2 3 6 7`: two numbers from the first line, two from the second. In memory these pairs are
+# *not* neighbours, four and five lie between them. Keep this in mind for the bug below.
+#
+# Now each patch becomes a vector, its **embedding**. Every entry of it is a weighted sum of the patch's
+# pixels: one row of weights for each entry. We choose two rows by hand: one adds all pixels, one takes
 # right minus left.
 
 # %%
-weight = torch.tensor([[1, 1, 1, 1], [-1, 1, -1, 1]])  # (D=2, pixels=4)
-vectors = patches @ weight.T  # (N=4, D=2)
-print(vectors)
+weight = torch.tensor([[1, 1, 1, 1], [-1, 1, -1, 1]])  # [D = 2, pixels = 4]
+print(tiny @ weight.T)  # [N = 4, D = 2]
 
 # %% [markdown]
 # Patch 0 holds 0, 1, 4, 5: the sum is 10, and right minus left is (1 + 5) − (0 + 4) = 2. The whole
-# "embedding" is this one matrix product. In the real model the rows of weights are learned, and
-# there are 1152 of them.
+# embedding is this one matrix product. In the real model the rows of weights are learned, and there are
+# 1152 of them.
 
 # %% [markdown]
 # ### Where was it?
 #
-# Take a picture of plain sky: all pixels equal, so all vectors are equal. Top and bottom cannot be
-# told apart. The cure is to add to each vector a second one that depends only on the *place*.
+# Take a picture of plain sky: all pixels equal, so all vectors are equal. Top and bottom cannot be told
+# apart. The cure is to add to each vector a second one that depends only on the *place*, its
+# **position embedding**.
 
 # %%
 sky = torch.full((4, 4), 5) @ weight.T
-places = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])  # one vector a place
-print(sky, sky + places, sep="\n\n")
+positions = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])  # one vector a place
+print(sky, sky + positions, sep="\n\n")
 
 # %% [markdown]
-# Now the four are distinct. `places` is a plain table with one row for each place. In SigLIP it
-# starts as random numbers and is **learned** like any other weight. Nobody tells the model which
-# rows are neighbours.
+# Now the four are distinct. `positions` is a plain table with one row for each place. In SigLIP it
+# starts as random numbers and is **learned** like any other weight. Nobody tells the model which rows
+# are neighbours.
 
 # %% [markdown]
 # ## As a loop
 #
-# The plainest code for a colour picture: walk over rows and columns, cut a square, write its
-# numbers in one line: first all red ones, then green, then blue. `C` is the number of channels,
-# `P` the patch's side. Then embed one patch at a time, here into 8 numbers with random weights.
+# The plainest code for a colour picture: walk over rows and columns, cut a square, write its numbers in
+# one line: first all red ones, then green, then blue.
 
 
 # %%
-def patches_by_loop(pixels, P):
-    """float[C, H, W] → float[N, C·P·P], row by row."""
-    _, H, W = pixels.shape
+def patches_by_loop(pixels, size):
+    """float[3, H, W] → float[N, 3 · size²], row by row."""
     patches = []
-    for y in range(0, H, P):
-        for x in range(0, W, P):
-            patches.append(pixels[:, y : y + P, x : x + P].flatten())
+    for y in range(0, pixels.shape[1], size):
+        for x in range(0, pixels.shape[2], size):
+            patches.append(pixels[:, y : y + size, x : x + size].flatten())
     return torch.stack(patches)
 
 
+# %% [markdown]
+# Then embed one patch at a time, here into 8 numbers with random weights.
+
+# %%
 slow = patches_by_loop(cat[0], 14)
-D = 8
-weight, bias = torch.randn(D, 588) / 588**0.5, torch.randn(D)
+weight, bias = torch.randn(8, 588) / 588**0.5, torch.randn(8)  # D = 8
 vectors = torch.stack([weight @ patch + bias for patch in slow])
 print(tuple(slow.shape), "→", tuple(vectors.shape))
 
 # %% [markdown]
 # ## Vectorised
 #
-# No loop is needed. Split the height in two axes (which row of patches, which line inside the
-# patch), the width likewise. Then bring the two "which patch" axes to the front.
-#
-# $$(C,\ RP,\ SP) \to (C, R, P, S, P) \to (R, S, C, P, P) \to (RS,\ CPP)$$
-
+# No loop is needed. Split the height in two axes (which row of patches, which line inside the patch),
+# the width likewise. Then bring the two "which patch" axes to the front.
 
 # %%
-def patches_by_reshape(pixels, P):
-    """float[C, H, W] → float[N, C·P·P], row by row."""
-    C, H, W = pixels.shape
-    grid = pixels.reshape(C, H // P, P, W // P, P)  # (C, R, P, S, P)
-    grid = grid.permute(1, 3, 0, 2, 4)  # (R, S, C, P, P)
-    return grid.reshape(-1, C * P * P)  # (N, C·P·P)
-
-
-assert torch.equal(patches_by_reshape(cat[0], 14), slow)
+grid = cat[0].reshape(3, 16, 14, 16, 14)  # [3, rows, lines, columns, dots]
+swapped = grid.permute(1, 3, 0, 2, 4)  # [rows, columns, 3, lines, dots]
+fast = swapped.reshape(256, 588)  # [N, 3 · lines · dots]
+assert torch.equal(fast, slow)
+assert swapped.data_ptr() == cat.data_ptr() != fast.data_ptr()
 print("equal to the loop, number for number")
 
 # %% [markdown]
-# `reshape` only renames addresses; `permute` is what moves patches together. PyTorch also has a
-# function for exactly this: `F.unfold`. It returns the patches as columns, hence the transpose.
+# As in [lesson 01](01_plotting.ipynb), the first `reshape` and `permute` move no number; they only give
+# axes new names. The last `reshape` must write the patches next to each other, so it copies.
+#
+# PyTorch has a function for exactly this: `F.unfold`. It returns the patches as columns, hence the
+# transpose.
 
 # %%
-unfolded = F.unfold(cat, kernel_size=14, stride=14)  # (B, C·P·P, N)
+unfolded = F.unfold(cat, kernel_size=14, stride=14)  # [B, 3 · 14 · 14, N]
 assert torch.equal(unfolded[0].T, slow)
-assert torch.allclose(F.linear(unfolded[0].T, weight, bias), vectors, atol=1e-5)
+torch.testing.assert_close(F.linear(unfolded[0].T, weight, bias), vectors, atol=1e-5, rtol=1e-5)
 print(tuple(unfolded.shape), "transposed, equal to the loop")
 
 # %% [markdown]
 # ### One convolution does both
 #
-# A **convolution** slides a small window over the picture and takes a weighted sum at each stop.
-# With a window as large as a patch and a jump of a whole patch (`stride=14`), every stop is one
-# patch: cutting and multiplying become one.
+# A **convolution** slides a small window over the picture and takes a weighted sum at each stop. The
+# **stride** is how far it jumps. With a window as large as a patch and a jump of a whole patch, every
+# stop is one patch: cutting and multiplying become one.
 #
-# The result is still a grid, channels first. A sequence wants `(B, N, D)`: join rows and columns
-# into one axis, *then* swap it with the channel axis.
+# The result is still a grid, channels first. A sequence wants $[B, N, D]$: join rows and columns into one
+# axis, *then* swap it with the channel axis.
 
 # %%
-kernel = weight.view(D, 3, 14, 14)  # the same 588 weights a row, seen as a small picture
-grid = F.conv2d(cat, kernel, bias, stride=14)  # (B, D, rows, columns)
-sequence = grid.flatten(2).transpose(1, 2)  # (B, D, N) → (B, N, D)
-assert torch.allclose(sequence[0], vectors, atol=1e-5)
+kernel = weight.view(8, 3, 14, 14)  # the same 588 weights a row, seen as a small picture
+grid = F.conv2d(cat, kernel, bias, stride=14)  # [B, D, rows, columns]
+sequence = grid.flatten(2).transpose(1, 2)  # [B, D, N] → [B, N, D]
+torch.testing.assert_close(sequence[0], vectors, atol=1e-5, rtol=1e-5)
 print(tuple(grid.shape), "→", tuple(sequence.shape), "equal to the loop")
 
 # %% [markdown]
 # ## The module
 #
-# The convolution, the table of positions, and two checks. The names `patch_embedding` and
+# The convolution and the table of positions, nothing else. The names `patch_embedding` and
 # `position_embedding` are those of the published checkpoint, so its weights load without renaming.
+
+
+# %%
+class PatchEmbedding(nn.Module):
+    def __init__(self, hidden_size, image_size, patch_size):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, hidden_size, patch_size, stride=patch_size)
+        self.position_embedding = nn.Embedding((image_size // patch_size) ** 2, hidden_size)
+
+    def forward(self, pixel_values):
+        patches = self.patch_embedding(pixel_values)  # [B, D, rows, columns]
+        patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        return patches + self.position_embedding.weight  # [B, N, D] + [N, D]
+
+
+# %% [markdown]
+# The positions are the *whole* table, always in the same order, so no index is looked up. (`nn.Embedding`
+# is there only for its name in the checkpoint.) The same table is added to each picture of a batch.
+
+# %%
+embed = PatchEmbedding(hidden_size=8, image_size=224, patch_size=14).requires_grad_(False)
+out = embed(cat.repeat(2, 1, 1, 1))
+kernel, bias = embed.patch_embedding.weight.flatten(1), embed.patch_embedding.bias  # [D, 588], [D]
+by_hand = F.linear(slow, kernel, bias) + embed.position_embedding.weight
+torch.testing.assert_close(out, torch.stack([by_hand, by_hand]), atol=1e-5, rtol=1e-5)
+print(tuple(out.shape), "equal to loop + matrix product + table")
+
+# %% [markdown]
+# ### What a real program adds
+#
+# Two mistakes pass in silence. A model for pictures of 230 pixels: 14 goes into it 16 times, and six
+# lines at the right and at the bottom are never read. And a picture of a single patch: its one vector is
+# added to all 256 rows of the table.
+
+# %%
+odd = PatchEmbedding(8, 230, 14).requires_grad_(False)
+picture = torch.zeros(1, 3, 230, 230)
+edge = picture.clone()
+edge[:, :, :, 224:] = 1
+print("the edge changes the output:", not torch.equal(odd(edge), odd(picture)))
+print("one patch gives", embed(cat[:, :, :14, :14]).shape[1], "tokens")
+
+# %% [markdown]
+# So both are refused, with a sentence that says what to do. This is the form that is exported.
 
 
 # %%
@@ -293,166 +337,154 @@ class PatchEmbedding(nn.Module):
                 f"pixel_values are {list(pixel_values.shape)}; this model reads "
                 f"[B, {', '.join(map(str, self.input_shape))}]: prepare them with ImageProcessor"
             )
-        patches = self.patch_embedding(pixel_values)  # (B, D, rows, columns)
-        patches = patches.flatten(2).transpose(1, 2)  # (B, N, D)
-        return patches + self.position_embedding.weight  # (B, N, D) + (N, D)
+        patches = self.patch_embedding(pixel_values)  # [B, D, rows, columns]
+        patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        return patches + self.position_embedding.weight  # [B, N, D] + [N, D]
 
-
-# %% [markdown]
-# The positions are the *whole* table, always in the same order, so no index is looked up.
-# `nn.Embedding` is kept only for its name in the checkpoint. The same table is added to each
-# picture of a batch.
 
 # %%
-embed = PatchEmbedding(hidden_size=D, image_size=224, patch_size=14)
-with torch.no_grad():
-    out = embed(cat.repeat(2, 1, 1, 1))
-    kernel, bias = embed.patch_embedding.weight.flatten(1), embed.patch_embedding.bias  # (D, 588)
-    by_hand = F.linear(slow, kernel, bias) + embed.position_embedding.weight
-assert out.shape == (2, 256, D)
-assert torch.allclose(out[0], by_hand, atol=1e-5) and torch.equal(out[0], out[1])
-print(tuple(out.shape), "equal to loop + matrix product + table")
+for build in (
+    lambda: PatchEmbedding(8, 230, 14),
+    lambda: PatchEmbedding(8, 224, 14)(cat[:, :, :14, :14]),
+):
+    try:
+        build()
+    except ValueError as error:
+        print("refused:", error)
 
 # %% [markdown]
 # ## Against the reference
 #
-# Does it do what the published implementation does? The file holds a picture, weights and the
-# output of `SiglipVisionEmbeddings` from transformers, in small (28 × 28 pixels, patch 7, width
-# 16). A test computes it afresh. `load_state_dict` is strict: any missing or misspelt name would
-# raise.
+# Does it do what the published implementation does? The file holds a picture, weights and the output of
+# `SiglipVisionEmbeddings` from transformers, in small (28 × 28 pixels, patch 7, width 16). A test
+# computes it afresh. `load_state_dict` is strict: any missing or misspelt name would raise.
 
 # %% tags=["nbval-ignore-output"]
 stored = load_file("reference/patch_embedding.safetensors")
-ours = PatchEmbedding(hidden_size=16, image_size=28, patch_size=7)
+ours = PatchEmbedding(hidden_size=16, image_size=28, patch_size=7).requires_grad_(False)
 ours.load_state_dict({name: stored[name] for name in ours.state_dict()})
-with torch.no_grad():
-    difference = (ours(stored["pixel_values"]) - stored["output"]).abs().max().item()
-assert difference <= 1e-5
+difference = (ours(stored["pixel_values"]) - stored["output"]).abs().max().item()
 print(f"largest difference: {difference:.1e}")
+assert difference <= 1e-5
 
 # %% [markdown]
 # ## See it: what positions do
 #
-# First without them. We shuffle the patches of the cat and embed both pictures with the positions
-# set to zero. For each vector of one picture we look for the nearest vector of the other.
+# First without them. We shuffle the patches of the cat.
 
 # %%
 order = torch.randperm(256)
-shuffled = F.fold(tokens[order].T[None], (224, 224), 14, stride=14)  # (1, 3, 224, 224)
-
-
-def gap(embed):
-    """Mean distance from a vector of the cat to the nearest one of the shuffled cat."""
-    with torch.no_grad():
-        return torch.cdist(embed(cat)[0], embed(shuffled)[0]).min(dim=1).values.mean().item()
-
-
-with_positions, without = PatchEmbedding(64, 224, 14), PatchEmbedding(64, 224, 14)
-without.position_embedding.weight.data.zero_()
-gaps = [gap(without), gap(with_positions)]
-assert gaps[0] < 1e-3 < gaps[1]
-print(f"without positions {gaps[0]:.2f}, with positions {gaps[1]:.2f}")
-
-# %%
-pair = [mosaic(tokens, 16), mosaic(tokens[order], 16)]
+shuffled = F.fold(patches[order].T[None], (224, 224), 14, stride=14)  # [1, 3, 224, 224]
+pair = [mosaic(patches, 16), mosaic(patches[order], 16)]
 show_images(pair, ["the cat", "the same 256 patches, shuffled"], height=2.8)
 
 # %% [markdown]
-# Without positions the two pictures are **the same bag of vectors**. Whatever comes after and
-# treats all tokens alike, attention included, cannot tell the cat from the confetti. With
-# positions a patch at a new place is a new vector.
+# Embed both pictures, once with the positions set to zero. For each vector of one picture look for the
+# nearest vector of the other: how far is it?
+
+
+# %%
+def gap(embed):
+    """Mean distance from a vector of the cat to the nearest one of the shuffled cat."""
+    return torch.cdist(embed(cat)[0], embed(shuffled)[0]).min(dim=1).values.mean().item()
+
+
+with_positions = PatchEmbedding(64, 224, 14).requires_grad_(False)
+without = PatchEmbedding(64, 224, 14).requires_grad_(False)
+without.position_embedding.weight.zero_()
+print(f"without positions {gap(without):.2f}, with positions {gap(with_positions):.2f}")
+assert gap(without) < 1e-3 < 1 < gap(with_positions)
 
 # %% [markdown]
-# ### What does a learned position look like?
+# Without positions the two pictures are **the same bag of vectors**. Whatever comes after and treats all
+# tokens alike, attention included, cannot tell the cat from the confetti. With positions a patch at a new
+# place is a new vector.
+
+# %% [markdown]
+# ### What has a trained table learned?
 #
-# The table starts as noise. Let us learn one, for a task that needs places: *guess a patch's
-# colour from all the others*. We take 150 random crops of the three photographs, each as 8 × 8
-# patches with one mean colour a patch.
-
+# The table starts as noise. A small PaliGemma ships with this course, trained on emoji scenes of 8 × 8
+# patches. Is the vector of a place nearest to that of a neighbour, or of any place? Here is its table
+# beside a fresh one.
 
 # %%
-def crop(index):
-    """One random square of a sample photograph as 8 × 8 colours: float[64, 3] in [-1, 1]."""
-    photo = sample_picture(("cat", "coffee", "astronaut")[index % 3])
-    size = int(torch.randint(100, 300, ()))
-    left = int(torch.randint(0, photo.width - size, ()))
-    top = int(torch.randint(0, photo.height - size + 1, ()))
-    square = photo.crop((left, top, left + size, top + size))
-    return ImageProcessor(8)(square)[0].flatten(1).T
+path = resources.files("paligemma") / "assets" / "tiny" / "model.safetensors"
+name = "vision_tower.vision_model.embeddings.position_embedding.weight"
+trained = load_file(str(path))[name].float()  # [64, 128]
+places = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))  # row and column of each
 
 
-colours = torch.cat([crop(index) for index in range(150)], dim=1)  # (64, 150 · 3)
-print(tuple(colours.shape))
+def nearest_is_neighbour(table):
+    """Share of the places whose nearest vector belongs to one of the eight places around it."""
+    nearest = torch.cdist(table, table).fill_diagonal_(torch.inf).argmin(dim=1)
+    return ((places - places[nearest]).abs().amax(dim=1) == 1).float().mean().item()
+
+
+print(
+    f"trained {nearest_is_neighbour(trained):.0%}, fresh {nearest_is_neighbour(torch.randn(64, 128)):.0%}"
+)
+assert nearest_is_neighbour(trained) > 0.85
 
 # %% [markdown]
-# The guess is a weighted mean of the other 63 colours. The weights come from the **position
-# vectors alone**: large where two of them point the same way (a dot product), turned into shares
-# that add up to 1 by softmax. This is a first taste of attention.
+# It has found out who lies next to whom, though nobody told it. What are the 64 vectors like? Look for
+# the *directions* along which they differ most (a singular value decomposition finds them), and draw
+# where each place stands along each:
+
+# %%
+apart = trained - trained.mean(dim=0)  # [64, 128]
+along, sizes, _ = torch.linalg.svd(apart, full_matrices=False)  # [64, 64], [64]
+shares = sizes.square() / sizes.square().sum()
+print("shares of all differences:", [f"{share:.0%}" for share in shares[:4]])
+assert shares[:3].sum() > 0.85 and shares[3] < 0.05
 
 
 # %%
-def guess(table):
-    """Each patch's colour from the other patches; weights from positions only."""
-    scores = table @ table.T  # (64, 64)
-    scores = scores.masked_fill(torch.eye(64, dtype=torch.bool), -torch.inf)  # not from itself
-    return scores.softmax(dim=-1) @ colours  # (64, 450)
+def like(values, other):
+    """How alike two lists of 64 numbers are: the size of their correlation, 0 … 1."""
+    return torch.corrcoef(torch.stack([values, other]))[0, 1].abs().item()
 
 
-table = nn.Parameter(torch.randn(64, 16) * 0.1)
-before = table.detach().clone()
-optimizer = torch.optim.Adam([table], lr=0.05)
-for step in range(101):
-    loss = ((guess(table) - colours) ** 2).mean()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    if step in (0, 20, 100):
-        print(f"step {step:3d}: squared error {loss.item():.3f}")
+border = ((places == 0) | (places == 7)).any(dim=1).float()
+asked = {"border": border, "column": places[:, 1], "row": places[:, 0]}
+found = {name: like(along[:, i], values) for i, (name, values) in enumerate(asked.items())}
+print({name: round(value, 2) for name, value in found.items()})
+assert min(found.values()) > 0.7
 
-# %% [markdown]
-# At step 0 all places look alike and the guess is the mean of the others. At the end it is about a
-# quarter of that. What has the table learned? We take four places and draw how similar (cosine)
-# every other place's vector is to theirs.
-
-# %%
-figure, axes = plt.subplots(2, 4, figsize=(8.4, 4.6), layout="constrained")
-for row, (values, name) in enumerate([(before, "before"), (table.detach(), "learned")]):
-    unit = F.normalize(values, dim=1)
-    for axis, place in zip(axes[row], (0, 18, 36, 55)):
-        show_heatmap((unit @ unit[place]).view(8, 8), centre=0, ax=axis)
-        axis.plot(
-            place % 8, place // 8, "o", color=COLOURS["paper"], markeredgecolor=COLOURS["ink"]
-        )
-        axis.set_title(f"{name}, place {place}")
+# %% tags=["hide-input"]
+figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+for i, (axis, name) in enumerate(zip(axes, ("border or inside", "left or right", "top or bottom"))):
+    values = along[:, i].view(8, 8)
+    values = values * values[0, 0].sign()  # a direction has no sign of its own
+    axis.imshow(values, cmap=DIVERGING, vmin=-values.abs().max(), vmax=values.abs().max())
+    axis.set_title(f"direction {i + 1}: {name}")
+    axis.set_axis_off()
 save_figure(figure, "03_positions")
 
 # %% [markdown]
-# **What to notice.** Orange is similar, blue is opposite, the dot is the place itself. Nobody told
-# the table that place 18 lies below place 10. It *found* the grid, because near patches have near
-# colours. Position tables of trained vision transformers show the same spots.
+# **What to notice.** Three of 128 directions hold nearly nine tenths of all differences, and they are
+# the ones that a person would choose: is it at the *border*, how far *right*, how far *down*. Nobody wrote
+# rows and columns into the table. But this model has to put boxes around things, and boxes need places.
 
 # %% [markdown]
 # ### Nothing is lost
 #
-# A patch of 588 numbers goes into a vector of 1152. There is room for all of it: even from random
-# weights the picture can be computed back. So the embedding is no summary, only a change of
-# coordinates, learned to make what the next layers need easy to read. Summarising starts in the
-# encoder.
+# A patch of 588 numbers goes into a vector of 1152. There is room for all of it: even from random weights
+# the picture can be computed back. So the embedding is no summary, only a change of coordinates, learned
+# to make what the next layers need easy to read.
 
 # %%
-big = PatchEmbedding(hidden_size=1152, image_size=224, patch_size=14)
-with torch.no_grad():
-    vectors = big(cat)[0] - big.position_embedding.weight - big.patch_embedding.bias  # (256, 1152)
-    back = torch.linalg.lstsq(big.patch_embedding.weight.flatten(1), vectors.T).solution.T
-assert torch.allclose(back, slow, atol=1e-3)
+big = PatchEmbedding(hidden_size=1152, image_size=224, patch_size=14).requires_grad_(False)
+vectors = big(cat)[0] - big.position_embedding.weight - big.patch_embedding.bias  # [256, 1152]
+back = torch.linalg.lstsq(big.patch_embedding.weight.flatten(1), vectors.T).solution.T
+torch.testing.assert_close(back, slow, atol=1e-3, rtol=0)
 print("all", back.numel(), "pixel values recovered")
 
 # %% [markdown]
 # ## At full size
 #
-# PaliGemma's vision tower is SigLIP So400m/14: width 1152, patch 14. We build it on the **meta
-# device**: shapes without memory. A multiplication with its addition counts as two FLOPs;
-# PyTorch's own counter must agree with the formula $2 \cdot N \cdot 588 \cdot 1152$.
+# PaliGemma's vision tower is SigLIP So400m/14: width 1152, patch 14. We build it on the device "meta":
+# shapes without memory. A multiplication with its addition counts as two FLOPs; PyTorch's own counter
+# must agree with the formula $2 \cdot N \cdot 588 \cdot 1152$.
 
 # %%
 print("size  tokens  parameters   MFLOPs  MB of weights  MB out   (bfloat16)")
@@ -460,139 +492,177 @@ for size in (224, 448, 896):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         full = PatchEmbedding(1152, size, 14)
         out = full(torch.empty(1, 3, size, size))
-    count = sum(p.numel() for p in full.parameters())
-    flops = counter.get_total_flops()
-    N = full.num_patches
-    assert flops == 2 * N * (3 * 14 * 14) * 1152
+    count, flops = sum(p.numel() for p in full.parameters()), counter.get_total_flops()
+    assert flops == 2 * full.num_patches * 588 * 1152
     weights, result = count * 2 / 1e6, out.numel() * 2 / 1e6  # two bytes a number
-    print(f"{size:4} {N:7} {count:11,} {flops / 1e6:8,.0f} {weights:14.2f} {result:7.2f}")
-
-D, M, layers = 1152, 4304, 27
-block = 4 * (D * D + D) + (D * M + M) + (M * D + D) + 4 * D
-patch_part = 3 * 14 * 14 * D + D + 256 * D
-tower = patch_part + layers * block + 2 * D
-print(f"{patch_part:,} of {tower:,} parameters: {patch_part / tower:.2%}")
+    print(
+        f"{size} {full.num_patches:8} {count:11,} {flops / 1e6:8,.0f} {weights:14.2f} {result:7.2f}"
+    )
+assert 973_440 / 412_442_352 < 0.0025
 
 # %% [markdown]
-# Twice the side: four times the tokens, FLOPs and output; of the weights only the table grows.
-# Last line: the part's share of the whole tower at 224, whose 27 blocks are counted by formula
-# ([lesson 05](05_siglip.ipynb) builds them). The part is nearly free; its *choice* is dear, since it fixes how many
-# tokens all later layers carry.
-#
-# Now the time on this machine: the module at each size, then the three ways at 448.
-
-
-# %% tags=["nbval-ignore-output"]
-def best(function, *inputs):
-    """Shortest of three runs, in milliseconds."""
-    times = []
-    with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            function(*inputs)
-            times.append(time.perf_counter() - start)
-    return 1000 * min(times)
-
-
-for size in (224, 896, 448):
-    full, image = PatchEmbedding(1152, size, 14), torch.randn(1, 3, size, size)
-    print(f"{size}: {best(full, image):.1f} ms")
-
-kernel, bias = full.patch_embedding.weight.flatten(1), full.patch_embedding.bias
-loop = lambda: torch.stack([kernel @ patch + bias for patch in patches_by_loop(image[0], 14)])
-matrix = lambda: F.linear(patches_by_reshape(image[0], 14), kernel, bias)
-for name, way in {"loop": loop, "reshape": matrix, "Conv2d": lambda: full(image)}.items():
-    print(f"{name:8} {best(way):6.1f} ms")
+# Twice the side: four times the tokens, FLOPs and output; of the weights only the table grows. At 224
+# the part has a quarter of one percent of the tower's 412,442,352 parameters
+# ([lesson 05](05_siglip.ipynb)). It is nearly free; its *choice* is dear, since it fixes how many tokens
+# all later layers carry.
 
 # %% [markdown]
 # ## A bug people really make
 #
-# A colleague writes the module anew. It runs, the shapes are right, the loss goes down. But after
-# a day of training the model names colours well and never says *where* anything is. Read `forward`
-# and compare the numbers before you scroll on.
+# A colleague writes the module anew. It runs, the shapes are right, the loss goes down. Read `forward`
+# before you scroll on.
 
 
 # %%
 class ColleaguesEmbedding(PatchEmbedding):
     def forward(self, pixel_values):
-        patches = self.patch_embedding(pixel_values)  # (B, D, rows, columns)
-        patches = patches.reshape(len(patches), self.num_patches, -1)  # (B, N, D)
+        patches = self.patch_embedding(pixel_values)  # [B, D, rows, columns]
+        patches = patches.reshape(len(patches), self.num_patches, -1)  # [B, N, D]
         return patches + self.position_embedding.weight
 
 
-torch.manual_seed(3)
-right, wrong = PatchEmbedding(588, 224, 14), ColleaguesEmbedding(588, 224, 14)
-wrong.load_state_dict(right.state_dict())
-right.position_embedding.weight.data.zero_()
-wrong.position_embedding.weight.data.zero_()
-for embed in (right, wrong):
-    out = embed(cat)
-    print(f"{tuple(out.shape)}  mean {out.mean():.3f}  spread {out.std():.3f}")
+# %% [markdown]
+# We train both on a small task. In a picture of noise, 4 × 4 patches, one patch holds one of eight
+# patterns. *What* is it, and *where* is it?
+
+# %%
+patterns = torch.randn(8, 7, 7).sign()  # black and white pixels
+
+
+def task(B=64):
+    what, where = torch.randint(8, (B,)), torch.randint(16, (B,))
+    pictures = torch.randn(B, 3, 4, 7, 4, 7)  # [B, 3, rows, lines, columns, dots]
+    pictures[torch.arange(B), :, where // 4, :, where % 4] += patterns[what][:, None]
+    return pictures.reshape(B, 3, 28, 28), what, where
+
 
 # %% [markdown]
-# Same shape, same mean, same spread. To look inside, let the weights *copy*: width 588, an
-# identity matrix as kernel, no bias, no positions. Then each output vector should simply be a
-# patch, and we can draw it.
+# Behind the embedding a small network reads every token in the same way, keeps the largest number that
+# any token gave, and answers from that.
+
+
+# %%
+def learn(kind):
+    """Shares of right answers to "what" and "where", at each of 150 steps."""
+    torch.manual_seed(0)
+    embed, read, answer = kind(32, 28, 7), nn.Linear(32, 64), nn.Linear(64, 8 + 16)
+    optimizer = torch.optim.Adam(nn.ModuleList([embed, read, answer]).parameters(), lr=0.003)
+    right = []
+    for _ in range(150):
+        pictures, what, where = task()
+        out = answer(F.relu(read(F.relu(embed(pictures)))).amax(dim=1))  # [B, 24]
+        whats, wheres = out.split([8, 16], dim=1)
+        loss = F.cross_entropy(whats, what) + F.cross_entropy(wheres, where)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        right.append(
+            [(whats.argmax(1) == what).float().mean(), (wheres.argmax(1) == where).float().mean()]
+        )
+    return torch.tensor(right)
+
+
+# %%
+curves = {"ours": learn(PatchEmbedding), "the colleague's": learn(ColleaguesEmbedding)}
+halfway = {name: right[60:90].mean(dim=0).tolist() for name, right in curves.items()}
+for name, (what, where) in halfway.items():
+    print(f"steps 60 to 90, {name:16} what {what:.0%}, where {where:.0%}")
+assert halfway["ours"][0] > 0.95 and halfway["the colleague's"][0] < 0.5
+assert halfway["ours"][1] < 0.8 < halfway["the colleague's"][1]
+assert all(right[-20:, 1].mean() > 0.9 for right in curves.values())
+
+# %% tags=["hide-input"]
+figure, axes = plt.subplots(1, 2, figsize=(8.6, 2.8), layout="constrained", sharey=True)
+for index, (axis, title) in enumerate(zip(axes, ("what is it?", "where is it?"))):
+    for (name, right), colour in zip(curves.items(), ("good", "bad")):
+        smooth = F.avg_pool1d(right[None, :, index], 10, stride=5)[0]
+        axis.plot(torch.arange(len(smooth)) * 5 + 5, smooth, color=COLOURS[colour], label=name)
+    axis.set(title=title, xlabel="step", ylim=(0, 1.03))
+axes[0].set_ylabel("share of right answers")
+axes[0].legend()
+save_figure(figure, "03_what_where")
+
+# %% [markdown]
+# Both learn, only the colleague's module is slow to see *what* is there: when ours is nearly always
+# right, it is wrong more often than not. And it learns *where* even sooner. So it is not the places that
+# it loses. What is it?
+
+# %% [markdown]
+# To look inside, let the weights *copy*: width 588, an identity matrix as kernel, no bias, no positions.
+# Then each output vector should simply be a patch, and we can draw it.
 
 # %%
 views = []
-for embed in (right, wrong):
-    embed.patch_embedding.weight.data = torch.eye(588).view(588, 3, 14, 14)
-    embed.patch_embedding.bias.data.zero_()
-    views.append(mosaic(embed(cat)[0].detach(), 16, gap=1))
+for kind in (PatchEmbedding, ColleaguesEmbedding):
+    copy = kind(588, 224, 14).requires_grad_(False)
+    copy.patch_embedding.weight.copy_(torch.eye(588).view(588, 3, 14, 14))
+    copy.patch_embedding.bias.zero_()
+    copy.position_embedding.weight.zero_()
+    views.append(mosaic(copy(cat)[0], 16, gap=1))
 save_figure(show_images(views, ["ours", "the colleague's"], height=3.4), "03_bug.png")
 
 # %% [markdown]
-# The picture is shredded. The convolution's result lies in memory as D grids of 16 × 16. `reshape`
-# to `(N, D)` cuts that memory into runs of D numbers: it mixes **places** where only channels
-# belong together. Its "token 0" is filter 0 at all 256 places, then filter 1 at all places, and
-# the first part of filter 2.
+# The picture is shredded. The convolution's result lies in memory as D grids of 16 × 16. `reshape` to
+# $[N, D]$ cuts that memory into runs of D numbers. Its "token 0" is filter 0 at all 256 places, then
+# filter 1 at all places, and the first part of filter 2.
+#
+# So a token knows many places and few filters: hardly *what* is at any of them.
 
 # %% [markdown]
 # ### The check that finds it
 #
-# Do not look at shapes; ask about **cause and effect**. Change one patch of the picture: exactly
-# one token may change. This works for any weights and in any framework.
-#
-# And it is needed: the scrambling is the same for each picture, so the module still *learns*, only
-# badly. No error will ever tell you.
+# Do not look at shapes; ask about **cause and effect**. Change one patch of the picture: exactly one token
+# may change. This works for any weights and in any framework.
 
 
 # %%
 def tokens_touched(kind):
-    """How many tokens change when only the patch in row 3, column 5 does."""
-    embed = kind(hidden_size=32, image_size=224, patch_size=14)
+    """Which tokens change when only the patch in row 3, column 5 does."""
+    embed = kind(hidden_size=32, image_size=224, patch_size=14).requires_grad_(False)
     changed = cat.clone()
     changed[:, :, 3 * 14 : 4 * 14, 5 * 14 : 6 * 14] += 1
     moved = (embed(changed) - embed(cat)).abs().amax(dim=2)[0] > 1e-6
     return moved.nonzero().flatten().tolist()
 
 
+# %%
 print("ours:", tokens_touched(PatchEmbedding), " expected:", [3 * 16 + 5])
 touched = tokens_touched(ColleaguesEmbedding)
 print("the colleague's:", len(touched), "tokens:", touched[:5], "…")
-assert tokens_touched(PatchEmbedding) == [53] and len(touched) > 1
 
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 1 (predict): who notices the shuffle?
+# ### Exercise 1 (predict): count
 #
-# Embed the cat and the shuffled cat. Three comparisons: **(a)** the *bag* of vectors (in any
-# order) without positions; **(b)** the *mean* of all vectors, **with** positions; **(c)** the bag
-# with positions. For each: does it change? Answer with three of `True` / `False`.
+# `PatchEmbedding(hidden_size=10, image_size=42, patch_size=7)` reads a picture in colour. **(a)** How
+# many tokens does it make? **(b)** How many parameters has it, biases and positions included? **(c)**
+# Which token holds the pixel at x = 30, y = 20? Answer with three whole numbers.
 
 # %% tags=["exercise"]
-answer = None  # your answer, such as (True, True, True)
+answer = None  # your answer: (tokens, parameters, index)
 
 
 # %% tags=["check"]
 def test_1(answer):
-    assert isinstance(answer, tuple) and len(answer) == 3, "give three values: (a, b, c)"
-    means = [with_positions(picture)[0].mean(dim=0) for picture in (cat, shuffled)]
-    truth = (gaps[0] > 1e-3, not torch.allclose(*means, atol=1e-4), gaps[1] > 1e-3)
-    wrong = [letter for letter, a, b in zip("abc", answer, truth) if a is not b]
-    assert not wrong, f"{len(wrong)} of the three are not what the computation says"
+    assert isinstance(answer, tuple | list) and len(answer) == 3, "give three numbers: (a, b, c)"
+    assert all(isinstance(value, int) for value in answer), "give whole numbers"
+    embed = PatchEmbedding(10, 42, 7)
+    assert answer[0] == embed.num_patches, "(a) rows of patches times patches in a row"
+    table = embed.position_embedding.weight.numel()
+    kernel, bias = (t.numel() for t in embed.patch_embedding.parameters())
+    assert answer[1] not in (kernel + bias, kernel), "(b) the table of positions is missing"
+    assert answer[1] != kernel + table, "(b) the biases are missing"
+    assert answer[1] not in (kernel // 3 + bias + table, kernel // 3 + table), (
+        "(b) colour: three channels"
+    )
+    assert answer[1] == kernel + bias + table, "(b) add up: kernel, biases, table of positions"
+    x, y = divmod(answer[2], 6)
+    assert (x, y) != (30 // 7, 20 // 7), "(c) y says which row of patches, x which patch in it"
+    image = torch.zeros(1, 3, 42, 42)
+    image[:, :, 20, 30] = 1
+    lit = F.unfold(image, 7, stride=7)[0].sum(dim=0).argmax().item()
+    assert answer[2] == lit, "(c) that token's patch does not hold the pixel; both count from 0"
 
 
 check(test_1, answer)
@@ -600,70 +670,94 @@ check(test_1, answer)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# The mean of sums is the sum of means. Which part of each sum depends on the order?
+# 42 / 7 patches a side. A patch holds 3 · 7 · 7 numbers; each of the 10 outputs has a weight for each of
+# them. For the last question divide y and x by 7.
 #
 # </details>
 
 # %% tags=["solution"]
-# mean(patch + place) = mean(patch) + mean(place): averaging removes the order again. Positions
-# help only where something non-linear (attention, an MLP) acts before the vectors are summed.
-answer = (False, False, True)
+# 6 × 6 tokens; 10 rows of 147 weights, 10 biases, 36 positions of width 10; row 2, column 4.
+answer = (36, 10 * 147 + 10 + 36 * 10, 2 * 6 + 4)
 check(test_1, answer)
 
 # %% [markdown]
-# ### Exercise 2 (fill in): which pixels does a token see?
+# ### Exercise 2 (write): the module as one function
 #
-# To draw attention on a picture you must know where token `index` lies. Return its box `(x0, y0,
-# x1, y1)` in pixels, the last two not included. Mind the order: x runs to the right.
+# Write the whole part for a batch of pictures, with `reshape`, `permute` and a matrix product; no
+# convolution and no `unfold`. `weight` is the convolution's kernel, float[D, 3, size, size]; `table` holds
+# the positions, float[N, D]. Return float[B, N, D].
 
 
 # %% tags=["exercise"]
-def patch_box(index, image_size, patch_size):
-    return None  # your answer
+def embed_by_hand(pixel_values, weight, bias, table):
+    return None  # your code
 
 
 # %% tags=["check"]
-def test_2(patch_box):
-    for size, patch in ((28, 7), (24, 4), (224, 14)):
-        image = torch.zeros(1, 1, size, size)
-        for index in (0, 1, size // patch, (size // patch) ** 2 - 2):
-            found = patch_box(index, size, patch)
-            assert found is not None and len(found) == 4, "return four numbers"
-            x0, y0, x1, y1 = found
-            lit = image.clone()
-            lit[..., y0:y1, x0:x1] = 1
-            rows = F.unfold(lit, patch, stride=patch)[0].T.mean(dim=1)
-            assert rows.nonzero().flatten().tolist() == [index], (
-                f"token {index} at {size}/{patch}: box {found} lies elsewhere"
-            )
-            assert rows[index] == 1, f"box {found} does not cover its patch"
+def test_2(embed_by_hand):
+    torch.manual_seed(0)
+    embed = PatchEmbedding(hidden_size=5, image_size=12, patch_size=4).requires_grad_(False)
+    kernel, bias = embed.patch_embedding.weight, embed.patch_embedding.bias
+    table, x = embed.position_embedding.weight, torch.randn(2, 3, 12, 12)
+    out = embed_by_hand(x, kernel, bias, table)
+    assert isinstance(out, torch.Tensor), "return a tensor"
+    assert out.shape == (2, 9, 5), f"[B, N, D] = [2, 9, 5] wanted, not {list(out.shape)}"
+
+    def same(a, b):
+        return torch.allclose(a, b, atol=1e-5)
+
+    right, zeros = embed(x), torch.zeros_like(table)
+    assert not same(out, right - bias), "the bias is missing"
+    assert not same(out, right - table), "the positions are missing"
+    assert not same(out, right - bias - table), "bias and positions are missing"
+    assert same(out - embed_by_hand(x, kernel, bias, zeros), table.expand(2, 9, 5)), (
+        "each row of the table must be added to one token, the same for each picture"
+    )
+    rest = x.clone()
+    rest[1] += 1
+    assert same(embed_by_hand(rest, kernel, bias, table)[0], out[0]), (
+        "a picture's tokens depend on the other picture of the batch"
+    )
+    changed = x.clone()
+    changed[:, :, 4:8, 8:] += 1  # row 1, column 2
+    moved = (embed_by_hand(changed, kernel, bias, table) - out).abs().amax(dim=(0, 2)) > 1e-6
+    moved = moved.nonzero().flatten().tolist()
+    assert len(moved) == 1, (
+        f"one patch changed and {len(moved)} tokens moved: which axes belong together?"
+    )
+    assert moved == [5], "the tokens are not in reading order"
+    assert same(out, right), "each token has its patch, but weights meet the wrong pixels of it"
 
 
-check(test_2, patch_box)
+check(test_2, embed_by_hand)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# With S patches in a row, `divmod(index, S)` gives the row and the column.
+# As in "Vectorised", with one axis more in front. The kernel's 3 · size · size weights lie as channel,
+# line, dot: so must the patch's numbers. `flatten(1)` makes the kernel a matrix.
 #
 # </details>
 
 
 # %% tags=["solution"]
-def patch_box(index, image_size, patch_size):
-    row, column = divmod(index, image_size // patch_size)
-    x, y = column * patch_size, row * patch_size
-    return x, y, x + patch_size, y + patch_size
+def embed_by_hand(pixel_values, weight, bias, table):
+    size = weight.shape[-1]
+    side = pixel_values.shape[-1] // size
+    grid = pixel_values.reshape(-1, 3, side, size, side, size)
+    # Row and column of the patch to the front; inside a patch: channel, line, dot, as in the kernel.
+    patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, side * side, 3 * size * size)
+    return patches @ weight.flatten(1).T + bias + table
 
 
-check(test_2, patch_box)
+check(test_2, embed_by_hand)
 
 # %% [markdown]
 # ### Exercise 3 (extend): a table for a larger picture
 #
-# A model trained at 224 has 256 positions; at 448 it needs 1024. The usual start is to see the
-# table as a small *picture* with D channels and enlarge it. Write `resize_positions(table, side)`:
-# float[N, D] → float[side², D], bilinear (`F.interpolate`, `align_corners=False`).
+# A model trained at 224 has 256 positions; at 448 it needs 1024. The usual start is to see the table as a
+# small *picture* with D channels and enlarge it. Write `resize_positions(table, side)`: float[N, D] →
+# float[side², D], bilinear (`F.interpolate`, `align_corners=False`).
 
 
 # %% tags=["exercise"]
@@ -676,15 +770,19 @@ def test_3(resize_positions):
     old = torch.arange(4.0)
     ramp = torch.stack([old.repeat_interleave(4), old.repeat(4)], dim=1)  # (row, column) of 4 × 4
     same, new = resize_positions(ramp, 4), resize_positions(ramp, 8)
-    assert same is not None and new is not None, "return the new table"
-    assert new.shape == (64, 2), f"8 × 8 places of width 2 wanted, got {tuple(new.shape)}"
-    assert torch.allclose(same, ramp), "at the same size nothing may change"
+    assert isinstance(same, torch.Tensor) and isinstance(new, torch.Tensor), "return the new table"
+    assert new.shape == (64, 2), f"8 × 8 places of width 2 wanted, got {list(new.shape)}"
+    assert torch.allclose(same, ramp), "at the same size nothing may change: are the axes in order?"
     row, column = new.view(8, 8, 2).unbind(-1)
-    assert (row == row[:, :1]).all() and (row.diff(dim=0) >= 0).all(), "rows are mixed up"
-    assert (column == column[:1]).all(), "columns are mixed up"
-    assert torch.allclose(row[1:3, 0], torch.tensor([0.25, 0.75])), (
-        "not bilinear, or corners aligned"
+    assert torch.allclose(row, row[:, :1].expand(8, 8)) and (row.diff(dim=0) >= 0).all(), (
+        "the first channel must grow from row to row and be equal within one: rows are mixed up"
     )
+    assert torch.allclose(column, column[:1].expand(8, 8)), "columns are mixed up"
+    assert torch.unique(row).numel() > 4, "old rows are repeated; between two rows there is a mean"
+    assert row.max() <= 3.0001, "bicubic overshoots; bilinear is asked for"
+    assert not torch.allclose(row[1, 0], torch.tensor(3 / 7)), "the corners are aligned"
+    expected = F.interpolate(old[None, None], 8, mode="linear")[0, 0]
+    assert torch.allclose(row[:, 0], expected, atol=1e-5), "not bilinear"
 
 
 check(test_3, resize_positions)
@@ -692,18 +790,19 @@ check(test_3, resize_positions)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `F.interpolate` wants `(1, D, rows, columns)`. Go there and back with `reshape` *and* `permute`:
-# the bug of this lesson is waiting on both ways.
+# `F.interpolate` wants `[1, D, rows, columns]`. Go there and back with `reshape` *and* `permute`: the bug
+# of this lesson is waiting on both ways.
 #
 # </details>
 
 
 # %% tags=["solution"]
 def resize_positions(table, side):
+    # Channels to the front for the resize, and back behind the places after it.
     old = round(len(table) ** 0.5)
-    grid = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    grid = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     grid = F.interpolate(grid, (side, side), mode="bilinear", align_corners=False)
-    return grid.flatten(2)[0].T  # (side², D)
+    return grid.flatten(2)[0].T  # [side², D]
 
 
 check(test_3, resize_positions)
