@@ -275,7 +275,7 @@ for wrong in (signed, fast):
 
 # %%
 def show_images(images, titles):
-    figure, axes = plt.subplots(1, len(images))
+    _, axes = plt.subplots(1, len(images))
     for axis, image, title in zip(axes, images, titles):
         axis.imshow(to_pixels(image))
         axis.set_title(title)

@@ -14,6 +14,8 @@ answer = 412_442_352 + 4 * 256 * 1152
 answer = 412_442_352 + 16 * 1152
 # %% 1 · a float
 answer = 0.4e9
+
+
 # %% 2 · does not add the MLP
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -27,6 +29,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · adds nothing
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -40,6 +44,8 @@ def block_by_hand(x, w, attend):
 
     x = attend(norm(x, "layer_norm1"))
     return mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · attention only
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -52,6 +58,8 @@ def block_by_hand(x, w, attend):
         return F.gelu(h, approximate="tanh") @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
 
     return x + attend(norm(x, "layer_norm1"))
+
+
 # %% 2 · normalises the stream itself
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -67,6 +75,8 @@ def block_by_hand(x, w, attend):
     x = x + attend(x)
     x = norm(x, "layer_norm2")
     return x + mlp(x)
+
+
 # %% 2 · post-norm
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -80,6 +90,8 @@ def block_by_hand(x, w, attend):
 
     x = norm(x + attend(x), "layer_norm1")
     return norm(x + mlp(x), "layer_norm2")
+
+
 # %% 2 · both branches read the same stream
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -92,6 +104,8 @@ def block_by_hand(x, w, attend):
         return F.gelu(h, approximate="tanh") @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
 
     return x + attend(norm(x, "layer_norm1")) + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · forgets the first norm
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -105,6 +119,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(x)
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · swaps the norms
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -118,6 +134,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm2"))
     return x + mlp(norm(x, "layer_norm1"))
+
+
 # %% 2 · takes the exact GELU
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -131,6 +149,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · takes a relu
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -144,6 +164,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · std divides by D - 1
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -156,6 +178,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · does not take the mean out
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -168,6 +192,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · normalises each channel over the patches
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -181,6 +207,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · normalises over everything
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -194,6 +222,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · forgets weight and bias of the norms
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -207,6 +237,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · forgets the bias of the norms
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -220,6 +252,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · PyTorch's own epsilon
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -233,6 +267,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · epsilon outside the root
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -246,6 +282,8 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 2 · forgets a bias of the MLP
 def block_by_hand(x, w, attend):
     def norm(x, name):
@@ -259,38 +297,54 @@ def block_by_hand(x, w, attend):
 
     x = x + attend(norm(x, "layer_norm1"))
     return x + mlp(norm(x, "layer_norm2"))
+
+
 # %% 3 · the honest layer
 class SneakyLayer(SiglipEncoderLayer):
     pass
+
+
 # %% 3 · post-norm
 class SneakyLayer(SiglipEncoderLayer):
     def forward(self, x):
         x = self.layer_norm1(x + self.self_attn(x))
         return self.layer_norm2(x + self.mlp(x))
+
+
 # %% 3 · another GELU
 class SneakyLayer(SiglipEncoderLayer):
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x))))
+
+
 # %% 3 · another epsilon
 class SneakyLayer(SiglipEncoderLayer):
     def forward(self, x):
         self.layer_norm1.eps = 1.1e-6
         return super().forward(x)
+
+
 # %% 3 · forgets to return
 class SneakyLayer(SiglipEncoderLayer):
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm2(x))
         x = x + self.mlp(self.layer_norm1(x))
+
+
 # %% 3 · leaves the MLP out
 class SneakyLayer(SiglipEncoderLayer):
     def forward(self, x):
         return x + self.self_attn(self.layer_norm1(x))
+
+
 # %% 3 · changes the parameters
 class SneakyLayer(SiglipEncoderLayer):
     def __init__(self, config):
         super().__init__(config)
         self.layer_norm2 = nn.Identity()
+
+
 # %% 3 · forgets the MLP's biases
 class SneakyLayer(SiglipEncoderLayer):
     def forward(self, x):
