@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from paligemma.geglu import GeGLU
-from paligemma.gemma import GemmaConfig, GemmaModel
+from paligemma.gemma import GemmaConfig, GemmaDecoderLayer, GemmaModel
 from paligemma.grouped_query_attention import GroupedQueryAttention, group_size
 from paligemma.rms_norm import RMSNorm
 
@@ -64,39 +62,32 @@ def capped_attention(
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     group = group_size(heads, kv_heads)
-    q = q.reshape(batch, kv_heads, group * length, head_dim)  # (B, K, G·L, Dh)
-    scores = soft_cap((q @ k.transpose(-1, -2)).float() * scale, cap)  # (B, K, G·L, S)
+    q = q.reshape(batch, kv_heads, group * length, head_dim)  # [B, K, G·L, Dh]
+    scores = soft_cap((q @ k.transpose(-1, -2)).float() * scale, cap)  # [B, K, G·L, S]
     if mask is not None:
         scores = scores.masked_fill(~mask.repeat(1, 1, group, 1), float("-inf"))
-    out = scores.softmax(-1).type_as(v) @ v  # (B, K, G·L, Dh)
+    out = scores.softmax(-1).type_as(v) @ v  # [B, K, G·L, Dh]
     return out.reshape(batch, heads, length, head_dim)
 
 
-def window_mask(
-    mask: torch.Tensor | None, length: int, total: int, window: int, device=None
-) -> torch.Tensor | None:
-    """Cut the keys `window` or more places back, except between tokens that look at each other.
+def window_mask(mask: torch.Tensor, window: int) -> torch.Tensor:
+    """Cut all but the last `window` keys that a query sees, except of those that look back.
 
     Args:
-        mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
-        length, total: L, the new tokens, and S + L, with those in the cache.
+        mask: `bool[B, 1, L, S + L]`, True where a query may look; the L new tokens stand last,
+            or (where L = 1) anywhere. Tokens that see each other come in one call.
         window: how many tokens a query may see, itself included.
-        device: where to make the mask.
 
     Returns:
-        `bool[B, 1, L, S + L]`, or `mask` itself when the window cuts nothing.
+        `bool[B, 1, L, S + L]`.
 
     Source: `create_sliding_window_causal_mask` with a bidirectional block, transformers.
     """
-    if total <= window:
-        return mask
-    key = torch.arange(total, device=device)
-    near = key > key[total - length :, None] - window  # (L, S + L)
-    if mask is None:
-        mask = torch.ones(1, 1, length, total, dtype=torch.bool, device=device)
-    back = mask[..., total - length :].transpose(-1, -2)  # (B, 1, L, L): does the key look back?
-    mutual = F.pad(back, (total - length, 0))  # (B, 1, L, S + L)
-    return mask & (near | mutual)
+    length, total = mask.shape[-2:]
+    seen = mask.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)  # from this key to the last one
+    back = mask[..., total - length :].transpose(-1, -2)  # [B, 1, L, L]: does the key look back?
+    mutual = F.pad(back, (total - length, 0))  # [B, 1, L, S + L]
+    return mask & ((seen <= window) | mutual)
 
 
 class Gemma2Attention(GroupedQueryAttention):
@@ -113,23 +104,22 @@ class Gemma2Attention(GroupedQueryAttention):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """`capped_attention`, in even layers through a window. Gives `float[B, H, L, Dh]`."""
-        if self.sliding_window is not None:
-            mask = window_mask(mask, q.shape[2], k.shape[2], self.sliding_window, q.device)
+        length, total = q.shape[2], k.shape[2]
+        if self.sliding_window is not None and total > self.sliding_window:
+            if mask is None:
+                mask = torch.ones(1, 1, length, total, dtype=torch.bool, device=q.device)
+            mask = window_mask(mask, self.sliding_window)
         return capped_attention(q, k, v, mask, self.scale, self.cap)
 
 
-class Gemma2DecoderLayer(nn.Module):
+class Gemma2DecoderLayer(GemmaDecoderLayer):
     """Sandwich block: x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
 
     def __init__(self, config: Gemma2Config, layer_idx: int):
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(size, eps)
+        super().__init__(config, layer_idx)
         self.self_attn = Gemma2Attention(config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(size, eps)
-        self.pre_feedforward_layernorm = RMSNorm(size, eps)
-        self.mlp = GeGLU(size, config.intermediate_size)
-        self.post_feedforward_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
         """`float[B, L, D]` → `float[B, L, D]`; arguments as in `GemmaDecoderLayer`."""

@@ -141,29 +141,61 @@ def test_padded_row_equals_the_row_alone():
     torch.testing.assert_close(together[1:], full_pass(model, ids[1:]), rtol=0, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 12), st.integers(1, 12), st.integers(1, 14), st.integers(0, 3))
-def test_window_mask_by_its_definition(prefix, length, window, pad):
-    """Rows of padding, prefix and suffix: a pair of the prefix stays, any other look is cut."""
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 12),
+    st.integers(1, 12),
+    st.integers(1, 14),
+    st.integers(0, 3),
+    st.integers(0, 5),
+)
+def test_window_mask_by_its_definition(prefix, length, window, pad, free):
+    """Padding, prefix and suffix: a pair of the prefix stays, any other look is cut by distance.
+
+    The mask alone says it: `window_mask` is told no positions. `free` slots, not filled yet, may
+    stand behind a single new token.
+    """
     place = torch.arange(length)
     inside = (place >= pad) & (place < pad + prefix)
     both = inside & inside[:, None]
     mask = both | (place <= place[:, None]) & (place >= pad) | torch.eye(length, dtype=torch.bool)
     near = place > place[:, None] - window
-    found = window_mask(mask[None, None], length, length, window)[0, 0]
+    found = window_mask(mask[None, None], window)[0, 0]
     assert torch.equal(found, mask & (near | both))
     assert found.any(-1).all()  # no softmax over nothing
     for new in range(1, length):  # the last tokens, the others in a cache
         if length - new >= pad + prefix:
-            step = window_mask(mask[None, None, -new:], new, length, window)[0, 0]
+            step = window_mask(mask[None, None, -new:], window)[0, 0]
             assert torch.equal(step, found[-new:])
+    for row in range(pad + prefix, length):  # one token, in a room that is seen whole
+        room = torch.nn.functional.pad(mask[row, : row + 1], (0, length - row - 1 + free))
+        step = window_mask(room[None, None, None], window)[0, 0, 0]
+        assert torch.equal(step[:length], found[row]) and not step[length:].any()
 
 
-def test_window_leaves_what_fits_alone():
-    mask = causal(4)
-    assert window_mask(mask, 4, 4, 4) is mask and window_mask(None, 1, 4, 4) is None
-    assert window_mask(None, 1, 6, 4)[0, 0, 0].tolist() == [False] * 2 + [True] * 4
-    assert window_mask(None, 6, 6, 4).all()  # all look at all: nothing is cut
+def test_rows_of_a_batch_have_their_own_window():
+    real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    found = window_mask(real[:, None, None], 3)[:, 0, 0]
+    assert found.tolist() == [[False] * 3 + [True] * 3] * 2
+    assert window_mask(torch.ones(1, 1, 6, 6, dtype=torch.bool), 4).all()  # all look at all
+    assert window_mask(causal(4), 4).equal(causal(4))  # it all fits
+
+
+def test_window_mask_reads_no_value():
+    """It is compiled: nothing in it may wait for a number (the meta device has none)."""
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool, device="meta")
+    assert window_mask(mask, 4).shape == mask.shape
+
+
+def test_a_mask_is_made_where_there_is_none():
+    model, ids = ours(), some_ids(2, 9)
+    places = torch.arange(9).expand(2, -1)
+    cache, parts = KVCache(LAYERS, 2, K, 9, DH), []
+    with torch.no_grad():
+        for t in range(9):  # one token a step needs no mask
+            step = model.embed(ids[:, t : t + 1]), places[:, t : t + 1], None, cache
+            parts.append(model.logits(model(*step)))
+    torch.testing.assert_close(torch.cat(parts, 1), full_pass(model, ids), rtol=0, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
