@@ -14,6 +14,8 @@ letters = ""
 letters = ["d"]
 # %% 1 · answers in words
 letters = "layer 1"
+
+
 # %% 2 · grows by cat
 class DoublingCache:
     def __init__(self):
@@ -25,6 +27,8 @@ class DoublingCache:
             k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
         self.kept[layer_idx] = k, v
         return k, v
+
+
 # %% 2 · takes a huge room at once
 class DoublingCache:
     def __init__(self):
@@ -39,6 +43,8 @@ class DoublingCache:
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.kept[layer_idx][2] = end
         return keys[:, :, :end], values[:, :, :end]
+
+
 # %% 2 · doubles once only, ten tokens do not fit
 class DoublingCache:
     def __init__(self):
@@ -58,6 +64,8 @@ class DoublingCache:
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.kept[layer_idx] = [keys, values, end]
         return keys[:, :, :end], values[:, :, :end]
+
+
 # %% 2 · forgets to copy the old tokens
 class DoublingCache:
     def __init__(self):
@@ -76,6 +84,8 @@ class DoublingCache:
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.kept[layer_idx] = keys, values, end
         return keys[:, :, :end], values[:, :, :end]
+
+
 # %% 2 · returns the whole room
 class DoublingCache:
     def __init__(self):
@@ -92,6 +102,8 @@ class DoublingCache:
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.kept[layer_idx] = [keys, values, end]
         return keys, values
+
+
 # %% 2 · one room for all layers
 class DoublingCache:
     def __init__(self):
@@ -109,6 +121,8 @@ class DoublingCache:
         self.keys[:, :, self.filled : end], self.values[:, :, self.filled : end] = k, v
         self.filled = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+
 # %% 2 · forgets the values
 class DoublingCache:
     def __init__(self):
@@ -122,6 +136,8 @@ class DoublingCache:
         keys[:, :, start:end] = k
         self.kept[layer_idx] = keys, end
         return keys[:, :, :end], v
+
+
 # %% 2 · keeps keys and values in the same room
 class DoublingCache:
     def __init__(self):
@@ -138,6 +154,8 @@ class DoublingCache:
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.kept[layer_idx] = [keys, values, end]
         return keys[:, :, :end], values[:, :, :end]
+
+
 # %% 2 · doubles the wrong axis
 class DoublingCache:
     def __init__(self):
@@ -154,28 +172,38 @@ class DoublingCache:
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.kept[layer_idx] = [keys, values, end]
         return keys[:, :, :end], values[:, :, :end]
+
+
 # %% 3 · rewinds one layer only
 class RewindableCache(KVCache):
     def rewind(self, length):
         if not 0 <= length <= len(self):
             raise ValueError("no")
         self._lengths[0] = length
+
+
 # %% 3 · raises nothing
 class RewindableCache(KVCache):
     def rewind(self, length):
         self._lengths = [length] * len(self._lengths)
+
+
 # %% 3 · forgets the negative
 class RewindableCache(KVCache):
     def rewind(self, length):
         if length > len(self):
             raise ValueError("no")
         self._lengths = [length] * len(self._lengths)
+
+
 # %% 3 · takes the number of tokens to forget
 class RewindableCache(KVCache):
     def rewind(self, length):
         if not 0 <= length <= len(self):
             raise ValueError("no")
         self._lengths = [n - length for n in self._lengths]
+
+
 # %% 3 · cuts the tensors
 class RewindableCache(KVCache):
     def rewind(self, length):
@@ -184,6 +212,8 @@ class RewindableCache(KVCache):
         self.keys = [t[:, :, :length] for t in self.keys]
         self.values = [t[:, :, :length] for t in self.values]
         self._lengths = [length] * len(self._lengths)
+
+
 # %% 3 · copies into new rooms
 class RewindableCache(KVCache):
     def rewind(self, length):
@@ -192,12 +222,16 @@ class RewindableCache(KVCache):
         self.keys = [t.clone() for t in self.keys]
         self.values = [t.clone() for t in self.values]
         self._lengths = [length] * len(self._lengths)
+
+
 # %% 3 · refuses what is allowed
 class RewindableCache(KVCache):
     def rewind(self, length):
         if not 0 < length < len(self):
             raise ValueError("no")
         self._lengths = [length] * len(self._lengths)
+
+
 # %% 3 · clears what is to be kept
 class RewindableCache(KVCache):
     def rewind(self, length):

@@ -14,9 +14,13 @@ order = "bcdae"
 order = "bcad"
 # %% 1 · gives names
 order = ["num_hidden_layers", "intermediate_size"]
+
+
 # %% 2 · leaves nothing out
 def logits_without(model, skip, x, position_ids, mask):
     return model.logits(model(x, position_ids, mask))
+
+
 # %% 2 · counts from 1
 def logits_without(model, skip, x, position_ids, mask):
     cos, sin = model.rotary_emb(position_ids)
@@ -24,12 +28,16 @@ def logits_without(model, skip, x, position_ids, mask):
         if i != skip:
             x = layer(x, cos, sin, mask)
     return model.logits(model.norm(x))
+
+
 # %% 2 · stops at the block instead
 def logits_without(model, skip, x, position_ids, mask):
     cos, sin = model.rotary_emb(position_ids)
     for layer in model.layers[:skip]:
         x = layer(x, cos, sin, mask)
     return model.logits(model.norm(x))
+
+
 # %% 2 · forgets the last norm
 def logits_without(model, skip, x, position_ids, mask):
     cos, sin = model.rotary_emb(position_ids)
@@ -37,6 +45,8 @@ def logits_without(model, skip, x, position_ids, mask):
         if i != skip:
             x = layer(x, cos, sin, mask)
     return model.logits(x)
+
+
 # %% 2 · forgets the mask
 def logits_without(model, skip, x, position_ids, mask):
     cos, sin = model.rotary_emb(position_ids)
@@ -44,6 +54,8 @@ def logits_without(model, skip, x, position_ids, mask):
         if i != skip:
             x = layer(x, cos, sin)
     return model.logits(model.norm(x))
+
+
 # %% 2 · makes its own positions
 def logits_without(model, skip, x, position_ids, mask):
     cos, sin = model.rotary_emb(torch.arange(x.shape[1])[None])
@@ -51,6 +63,8 @@ def logits_without(model, skip, x, position_ids, mask):
         if i != skip:
             x = layer(x, cos, sin, mask)
     return model.logits(model.norm(x))
+
+
 # %% 2 · returns the hidden states
 def logits_without(model, skip, x, position_ids, mask):
     cos, sin = model.rotary_emb(position_ids)
@@ -58,10 +72,14 @@ def logits_without(model, skip, x, position_ids, mask):
         if i != skip:
             x = layer(x, cos, sin, mask)
     return model.norm(x)
+
+
 # %% 2 · cuts the block out of the model itself
 def logits_without(model, skip, x, position_ids, mask):
     del model.layers[skip]
     return model.logits(model(x, position_ids, mask))
+
+
 # %% 2 · leaves out only the GeGLU
 def logits_without(model, skip, x, position_ids, mask):
     cos, sin = model.rotary_emb(position_ids)
@@ -70,6 +88,8 @@ def logits_without(model, skip, x, position_ids, mask):
         if i != skip:
             x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.logits(model.norm(x))
+
+
 # %% 2 · starts from token numbers
 def logits_without(model, skip, x, position_ids, mask):
     x = model.embed(x)
@@ -78,33 +98,53 @@ def logits_without(model, skip, x, position_ids, mask):
         if i != skip:
             x = layer(x, cos, sin, mask)
     return model.logits(model.norm(x))
+
+
 # %% 3 · forgets the minus
 def surprise(model, ids):
     return -F.cross_entropy(logits_after(model, ids[:-1]), torch.tensor(ids), reduction="none")
+
+
 # %% 3 · takes the mean
 def surprise(model, ids):
     return F.cross_entropy(logits_after(model, ids[:-1]), torch.tensor(ids))
+
+
 # %% 3 · one row too many
 def surprise(model, ids):
     logs = logits_after(model, ids).log_softmax(-1)
     return -logs[1:].gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
 # %% 3 · gives probabilities
 def surprise(model, ids):
     p = logits_after(model, ids[:-1]).softmax(-1)
     return p.gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
 # %% 3 · gives bits
 def surprise(model, ids):
     p = logits_after(model, ids[:-1]).softmax(-1)
     return -p.gather(1, torch.tensor(ids)[:, None])[:, 0].log2()
+
+
 # %% 3 · forgets the softmax
 def surprise(model, ids):
     return -logits_after(model, ids[:-1]).gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
 # %% 3 · drops the first token
 def surprise(model, ids):
-    return F.cross_entropy(logits_after(model, ids[:-1])[1:], torch.tensor(ids[1:]), reduction="none")
+    return F.cross_entropy(
+        logits_after(model, ids[:-1])[1:], torch.tensor(ids[1:]), reduction="none"
+    )
+
+
 # %% 3 · surprise of the best token
 def surprise(model, ids):
     return -logits_after(model, ids[:-1]).log_softmax(-1).amax(-1)
+
+
 # %% 3 · passes all ids, the shapes differ
 def surprise(model, ids):
     return F.cross_entropy(logits_after(model, ids), torch.tensor(ids), reduction="none")
