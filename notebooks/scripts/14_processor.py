@@ -19,14 +19,14 @@
 # %% [markdown]
 # # 14 · Processor: what exactly does the model read?
 #
-# *50 minutes* · part III, Together
+# *40 minutes* · part III, Together
 #
 # **What you will be able to do**
 #
 # - write down, id by id, the sequence for a picture, a prompt and an answer;
 # - say what each of the four integer tensors of a batch is for;
 # - explain why batches are padded on the left;
-# - spot four wrong sequences that read the same, and a training loss that is too good.
+# - spot four wrong sequences that read the same, and positions that are off by the padding.
 
 # %% tags=["map"]
 from paligemma.support.course_map import model_map
@@ -37,7 +37,7 @@ model_map("processor")
 # ## Setup
 #
 # The processor joins two earlier parts: `ImageProcessor` of [lesson 02](02_image_processor.ipynb)
-# and `Tokenizer` of [lesson 06](06_tokenizer.ipynb). The cells that begin with `#| export` become
+# and `Tokenizer` of [lesson 06](06_tokenizer.ipynb). The result is
 # [processor.py](../paligemma/processor.py).
 
 # %%
@@ -59,14 +59,11 @@ from paligemma.tokenizer import Tokenizer
 # %% tags=["setup"]
 import random
 import tempfile
-import time
-from collections import Counter, defaultdict
 from importlib import resources
 
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
-from paligemma.plotting import show_heatmap
 from paligemma.support.course import add_to_class, check, sample_picture, save_figure
 from paligemma.support.drawing import COLOURS
 
@@ -85,50 +82,50 @@ tokenizer = Tokenizer.from_pretrained(TINY)
 #
 # Get one number of it wrong and nothing breaks. The model only gets worse.
 
+# %% [markdown]
+# Three pictures, three prompts, three answers, as the model gets them in training. Of the
+# image tokens (64 in the course's tiny model, 256 to 4,096 in the real one) only three are drawn.
+
 # %%
+names = ("cat", "scene", "coffee")
+prompts = ["detect cat", "answer en how many cats?", "caption en"]
+suffixes = ["<loc0008><loc0061><loc0960><loc0854> cat", "1", "a cup"]
+
+# %% tags=["hide-input"]
 KIND_COLOURS = {
     "image": COLOURS["vision"],
-    "control": COLOURS["together"],
+    "special": COLOURS["together"],
     "prompt": COLOURS["language"],
     "suffix": COLOURS["accent"],
     "padding": COLOURS["muted"],
 }
-CONTROL = {tokenizer.bos_id: "bos", tokenizer.newline_id: "↵", tokenizer.eos_id: "eos"}
+SPECIAL = {tokenizer.bos_id: "bos", tokenizer.newline_id: "↵", tokenizer.eos_id: "eos"}
 
 
 def spell(i):
     """What one id stands for, short enough for a box."""
-    special = {**CONTROL, tokenizer.pad_id: "pad", tokenizer.image_id: "img"}
-    piece = special.get(i) or tokenizer.sp.id_to_piece(i)
-    return piece.replace("<loc", "loc\n").rstrip(">")
+    piece = {**SPECIAL, tokenizer.pad_id: "pad", tokenizer.image_id: "img"}.get(i)
+    return (piece or tokenizer.sp.id_to_piece(i)).replace("<loc", "loc\n").rstrip(">")
 
 
 def kind_of(i, is_suffix):
     if i in (tokenizer.pad_id, tokenizer.image_id):
         return "padding" if i == tokenizer.pad_id else "image"
-    return "control" if i in CONTROL else "suffix" if is_suffix else "prompt"
+    return "special" if i in SPECIAL else "suffix" if is_suffix else "prompt"
 
 
-def draw_strip(ax, ids, types, y=0.0, marked=()):
-    """One row of ids as coloured boxes; places in `marked` get a red frame."""
+def draw_strip(ax, ids, types, y=0.0, marked=(), words=None):
+    """One row of ids as coloured boxes; those at `marked` get a red frame."""
     for x, (i, is_suffix) in enumerate(zip(ids, types)):
-        edge = COLOURS["bad"] if x in marked else COLOURS["paper"]
+        place = {"xy": (x - 0.47, y - 0.42), "width": 0.94, "height": 0.84}
         colour = KIND_COLOURS[kind_of(i, is_suffix)]
-        place = {"xy": (x - 0.47, y - 0.4), "width": 0.94, "height": 0.8}
         ax.add_patch(plt.Rectangle(**place, color=colour, alpha=0.28, linewidth=0))
         if x in marked:
-            ax.add_patch(plt.Rectangle(**place, fill=False, edgecolor=edge, linewidth=1.6))
-        ax.text(x, y, spell(i), ha="center", va="center_baseline", fontsize=6.5)
+            ax.add_patch(plt.Rectangle(**place, fill=False, edgecolor=COLOURS["bad"], lw=1.8))
+        word = words[x] if words else spell(i)
+        ax.text(x, y, word, ha="center", va="center_baseline", fontsize=9, linespacing=0.95)
 
 
-# %% [markdown]
-# Three pictures, three prompts, three answers, as the model gets them in one training batch. Of the
-# image tokens (64 in the course's tiny model, 256 to 4096 in the real one) only three are drawn.
-
-# %%
-names = ("cat", "scene", "coffee")
-prompts = ["detect cat", "answer en how many cats are there?", "caption en"]
-suffixes = ["<loc0008><loc0061><loc0960><loc0854> cat", "2", "a cup"]
 rows = [
     [tokenizer.image_id] * 3
     + [tokenizer.bos_id, *tokenizer.encode(prompt), tokenizer.newline_id]
@@ -136,23 +133,21 @@ rows = [
     for prompt, suffix in zip(prompts, suffixes)
 ]
 longest = max(map(len, rows))
-fig, ax = plt.subplots(figsize=(9, 1.9), layout="constrained")
+fig, ax = plt.subplots(figsize=(9.8, 2.4), layout="constrained")
 for y, (name, row, suffix) in enumerate(zip(names, rows, suffixes)):
     answer_length = len(tokenizer.encode(suffix)) + 1
     padded = [tokenizer.pad_id] * (longest - len(row)) + row
-    types = [0] * (longest - answer_length) + [1] * answer_length
-    draw_strip(ax, padded, types, -y)
+    draw_strip(ax, padded, [0] * (longest - answer_length) + [1] * answer_length, -y)
     thumb = sample_picture(name).resize((120, 120))
-    ax.imshow(thumb, extent=(-1.7, -0.8, -y - 0.45, -y + 0.45), aspect="auto")
+    ax.imshow(thumb, extent=(-1.7, -0.7, -y - 0.45, -y + 0.45), aspect="auto")
 ax.set(xlim=(-1.8, longest - 0.4), ylim=(-2.6, 0.6))
 ax.set_axis_off()
 save_figure(fig, "14_strips.png")
 
 # %% [markdown]
-# Blue: places that the picture's vectors will fill ([lesson 15](15_model.ipynb)). Green: **control**
-# tokens. Orange: the **prompt**. Purple: the answer to learn, the **suffix**. Grey: **padding**,
-# because a tensor has to be rectangular. Picture and prompt with their control tokens are the
-# **prefix**.
+# Blue: places that the picture's vectors will fill ([lesson 15](15_model.ipynb)). Orange: the **prompt**.
+# Purple: the answer to learn, the **suffix**. Green: bos, newline and eos. Grey: padding, because a
+# tensor has to be rectangular. Picture and prompt, up to the newline, are the **prefix**.
 #
 # That is all there is. A task is nothing but a wording of the orange part.
 
@@ -175,22 +170,23 @@ assert lines.count(tokenizer.newline_id) == 1
 WORDS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "↵": 4, "cat": 10, "?": 11, "yes": 12, "<image>": 99}
 prefix = [99, 99, 99, 2, 10, 11, 4]  # <image> × 3, bos, cat, ?, newline
 suffix = [12, 1]  # yes, eos
-ids = prefix + suffix
-print(len(ids), "ids:", ids)
+print(prefix + suffix)
 
 # %% [markdown]
 # Two questions have to be answered for each place, and a list for each will travel with the ids.
-# **Type**: prefix (0) or suffix (1)? It decides who may look at whom. **Label**: what is to be
-# learned here? The id itself on the suffix, and −100 elsewhere, which means "do not count this".
+#
+# - **Token type**: prefix (0) or suffix (1)? It decides who may look at whom.
+# - **Label**: what is to be learned here? The id itself on the suffix, and −100 elsewhere, which means
+#   "do not count this".
 
 # %%
 types = [0] * len(prefix) + [1] * len(suffix)
 labels = [-100] * len(prefix) + suffix
-for name, row in (("ids", ids), ("types", types), ("labels", labels)):
+for name, row in (("ids", prefix + suffix), ("types", types), ("labels", labels)):
     print(f"{name:7}", "".join(f"{value:6}" for value in row))
 
 # %% [markdown]
-# Note that a label stands *at* its token, not before it. The model predicts the **next** token, so
+# A label stands *at* its token, not before it. The model predicts the **next** token, so
 # something has to shift by one; that is done once, in the loss ([lesson 15](15_model.ipynb)).
 #
 # Eos is labelled: a model that never learns to stop never stops. The newline is not: it is given,
@@ -200,34 +196,29 @@ for name, row in (("ids", ids), ("types", types), ("labels", labels)):
 # ## As a loop
 #
 # Rows of unequal length make no tensor. Fill them up to the longest, **on the left**, and keep a
-# fourth list that says which places are real. One place at a time:
+# fourth list that says which places are real:
 
 
 # %%
 def collate_loop(prefixes, suffixes, pad_id=0):
-    """Lists of ids to a rectangle, one place at a time."""
+    """Lists of ids to rectangles, one row at a time."""
     length = max(len(p) + len(s) for p, s in zip(prefixes, suffixes))
     batch = {"input_ids": [], "attention_mask": [], "token_type_ids": [], "labels": []}
     for prefix, suffix in zip(prefixes, suffixes):
-        rows = {name: [] for name in batch}
-        for _ in range(length - len(prefix) - len(suffix)):
-            for name, value in zip(rows, (pad_id, 0, 0, -100)):
-                rows[name].append(value)
-        for i in prefix:
-            for name, value in zip(rows, (i, 1, 0, -100)):
-                rows[name].append(value)
-        for i in suffix:
-            for name, value in zip(rows, (i, 1, 1, i)):
-                rows[name].append(value)
-        for name in batch:
-            batch[name].append(rows[name])
+        n, m = len(prefix), len(suffix)
+        pads = length - n - m
+        batch["input_ids"].append([pad_id] * pads + prefix + suffix)
+        batch["attention_mask"].append([0] * pads + [1] * (n + m))
+        batch["token_type_ids"].append([0] * (pads + n) + [1] * m)
+        batch["labels"].append([-100] * (pads + n) + suffix)
     return {name: torch.tensor(rows) for name, rows in batch.items()}
 
 
+# %%
 prefixes, answers = [prefix, [99, 99, 99, 2, 10, 4]], [suffix, [12, 11, 12, 1]]
 slow = collate_loop(prefixes, answers)
 for name, tensor in slow.items():
-    print(name, tensor.tolist(), sep="\n  ")
+    print(name, *tensor.tolist(), sep="\n  ")
 
 # %% [markdown]
 # ### Why on the left?
@@ -235,27 +226,27 @@ for name, tensor in slow.items():
 # An answer is written by appending: every row of the batch gets one new token in each step. Look at
 # where it goes.
 
-# %%
+# %% tags=["hide-input"]
 told = [tokenizer.encode("a cat and two dogs")[:4], tokenizer.encode("two dogs and a bee")[:4]]
 starts = [
     [tokenizer.image_id] * 3 + [tokenizer.bos_id, *tokenizer.encode(p), tokenizer.newline_id]
-    for p in ("caption en", "answer en how many cats?")
+    for p in ("caption en", "answer en how many?")
 ]
 longest = max(map(len, starts))
-fig, axes = plt.subplots(2, 1, figsize=(8, 2.6), layout="constrained")
+fig, axes = plt.subplots(2, 1, figsize=(9.4, 3.4), layout="constrained")
 for ax, side in zip(axes, ("left", "right")):
     for y, (row, new) in enumerate(zip(starts, told)):
         pads = [tokenizer.pad_id] * (longest - len(row))
         row = pads + row + new if side == "left" else row + pads + new
         draw_strip(ax, row, [0] * longest + [1] * 4, -y)
-    ax.axvline(longest - 0.5, color=COLOURS["ink"], linewidth=1, linestyle=":")
+    ax.axvline(longest - 0.5, color=COLOURS["ink"], linewidth=1.4, linestyle=":")
     ax.set(xlim=(-0.6, longest + 3.6), ylim=(-1.6, 0.6))
-    ax.set_title(f"padded on the {side}; right of the dots: four steps of writing", fontsize=8.5)
+    ax.set_title(f"padded on the {side}; right of the dots: four steps of writing")
     ax.set_axis_off()
 save_figure(fig, "14_padding.png")
 
 # %% [markdown]
-# On the left, every prompt ends at the dotted line: "the last column" holds the token to continue
+# With **left padding** every prompt ends at the dotted line: "the last column" holds the token to continue
 # from, and all new tokens form whole columns. On the right, each row ends somewhere else, and
 # padding remains *inside* the sequence for good.
 #
@@ -264,7 +255,7 @@ save_figure(fig, "14_padding.png")
 # %% [markdown]
 # ## Vectorised
 #
-# Padding on the left has a second charm. Count the places **from the right end**: …, 3, 2, 1. A
+# Left padding has a second charm. Count the places **from the right end**: …, 3, 2, 1. A
 # place is real when its number is at most the row's length, and suffix when it is at most the
 # answer's length. Two comparisons make all four tensors.
 
@@ -338,7 +329,7 @@ def collate(
 # %%
 fast = collate(prefixes, answers)
 assert all(torch.equal(fast[name], slow[name]) for name in slow)
-print(", ".join(fast), "equal to the loop;", "labels" in collate(prefixes, []))
+print(*fast, "| without suffixes:", *collate(prefixes, []))
 
 # %% [markdown]
 # ### The class
@@ -381,11 +372,6 @@ class Processor:
         """The answer's pieces, eos."""
         return [*self.tokenizer.encode(text), self.tokenizer.eos_id]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Generated ids, `int64[T]` or a list, to text; what follows the first eos is ignored."""
-        ids = [*map(int, ids), self.tokenizer.eos_id]
-        return self.tokenizer.decode(ids[: ids.index(self.tokenizer.eos_id)])
-
 
 # %%
 processor = Processor(tokenizer, ImageProcessor(112), num_image_tokens=64)
@@ -393,10 +379,24 @@ photos = [sample_picture(name) for name in names]
 batch = processor(photos, prompts, suffixes)
 for name, tensor in batch.items():
     print(f"{name:15} {tensor.dtype!s:14} {tuple(tensor.shape)}")
-parts = [[processor.encode_prefix(p) for p in prompts], map(processor.encode_suffix, suffixes)]
-by_loop = collate_loop(*map(list, parts))
-assert all(torch.equal(batch[name], by_loop[name]) for name in by_loop)
-print(processor.decode(processor.encode_suffix(suffixes[0])))
+
+# %% [markdown]
+# The way back from ids to text ends at the first eos:
+
+
+# %%
+#| export
+@add_to_class(Processor)
+def decode(self, ids: Iterable[int]) -> str:
+    """Generated ids, `int64[T]` or a list, to text; what follows the first eos is ignored."""
+    ids = [*map(int, ids), self.tokenizer.eos_id]
+    return self.tokenizer.decode(ids[: ids.index(self.tokenizer.eos_id)])
+
+
+# %%
+answer_ids = processor.encode_suffix(suffixes[0])
+print(answer_ids, "→", processor.decode(answer_ids))
+assert processor.decode([*answer_ids, 0, 0]) == suffixes[0]
 
 # %% [markdown]
 # ### Several pictures in one prompt
@@ -405,9 +405,9 @@ print(processor.decode(processor.encode_suffix(suffixes[0])))
 # `<image>` × 2N, then bos and the prompt. The tower sees each picture by itself, so `pixel_values`
 # has one row for each *picture*, P of them, in order.
 #
-# And people pass one picture without a list, or three pictures and two prompts. `as_lists`, in
-# [support/arguments.py](../paligemma/support/arguments.py), turns whatever comes into lists of
-# equal length, or says what is wrong.
+# And people pass one picture without a list, or three pictures and two prompts. `as_lists`
+# ([support/arguments.py](../paligemma/support/arguments.py)) makes lists of equal length, or says
+# what is wrong.
 
 
 # %%
@@ -456,10 +456,6 @@ two = processor([[photos[0], photos[1]], photos[2]], ["answer en more cats?", "c
 counts = (two["input_ids"] == tokenizer.image_id).sum(1)
 print("pixel_values", tuple(two["pixel_values"].shape), "image tokens a row:", counts.tolist())
 assert counts.tolist() == [128, 64]
-try:
-    processor([photos[0], photos[1]], "caption en")
-except ValueError as error:
-    print("✗", error)
 
 # %% [markdown]
 # ### The files of a checkpoint
@@ -506,6 +502,8 @@ def from_pretrained(cls, path: str | os.PathLike) -> "Processor":
     return cls(tokenizer, image_processor, (size // patch) ** 2)
 
 
+# %%
+#| export
 @add_to_class(Processor)
 def save_pretrained(self, path: str | os.PathLike) -> None:
     """Write what `from_pretrained` reads, but for `config.json`, which the model writes."""
@@ -536,14 +534,12 @@ assert all(torch.equal(batch[name], again[name]) for name in batch)
 # | `segment {thing} ; {thing}` | boxes, then sixteen `<seg>` for the mask |
 
 # %%
-for prompt in ("cap en", "caption en", "ocr", "answer en how many?", "detect cat ; dog"):
-    ids = processor.encode_prefix(prompt)[processor.num_image_tokens :]
-    print(f"{prompt:20}", " | ".join(spell(i) for i in ids))
+for prompt in ("caption en", "ocr", "answer en how many?", "detect cat ; dog"):
+    print(f"{prompt:20}", " | ".join(tokenizer.sp.id_to_piece(i) for i in tokenizer.encode(prompt)))
 
 # %% [markdown]
-# The mark `▁` is a space ([lesson 06](06_tokenizer.ipynb)). The tiny tokenizer knows few words and spells the rest.
 # Nothing in the code knows what a task is: `detect` is a word like any other, to which the model
-# learned to reply with `<loc>` tokens.
+# learned to reply with location tokens.
 #
 # What a user may *not* write are bos, eos, pad and `<image>`. Otherwise a caption found on the web
 # could end the prompt or insert a second picture.
@@ -559,8 +555,7 @@ for text in ("what is <image>?", "stop <eos> now"):
 # ## Against the reference
 #
 # The file holds what `PaliGemmaProcessor` of transformers makes of prompts and answers of unequal
-# length, with this same tokenizer file. A test computes it afresh. Integers allow no tolerance: each
-# one has to be equal.
+# length, with this same tokenizer file. Integers allow no tolerance: each one has to be equal.
 
 # %%
 stored = load_file("reference/processor.safetensors")
@@ -572,66 +567,63 @@ REFERENCE_TEXTS = [
 ]
 ours = processor([photos[0]] * 4, *map(list, zip(*REFERENCE_TEXTS)))
 for name, tensor in stored.items():
-    assert torch.equal(ours[name], tensor), name
-    print(f"{name:15} {tuple(tensor.shape)} equal in every place")
+    different = int((ours[name] != tensor).sum())
+    print(f"{name:15} {tuple(tensor.shape)}, different places: {different}")
+    assert different == 0
 
 # %% [markdown]
-# ## See it: four tensors, one batch
+# ## See it: four tensors, one row
 #
-# The three rows from the beginning. Each panel is one tensor of the batch, one line a row. At the
-# white line the picture goes on for 45 more columns, which are left out.
+# The last row of the batch from the beginning, place by place, as the model gets it (of its 64 image
+# tokens three are drawn).
 
-# %%
-panels = {
-    "input_ids: pad, image, other": (batch["input_ids"] == tokenizer.image_id).long()
-    + 2 * ((batch["input_ids"] != tokenizer.image_id) & (batch["attention_mask"] == 1)).long(),
-    "attention_mask: real": batch["attention_mask"],
-    "token_type_ids: suffix": batch["token_type_ids"],
-    "labels: counted in the loss": (batch["labels"] != -100).long(),
-}
-cut, rest = 14, 14 + 45
-assert (batch["input_ids"][:, cut:rest] == tokenizer.image_id).all()
-panels = {k: torch.cat([v[:, :cut], v[:, rest:]], dim=1) for k, v in panels.items()}
-fig, axes = plt.subplots(4, 1, figsize=(8.6, 3.4), layout="constrained")
-for ax, (title, values) in zip(axes, panels.items()):
-    show_heatmap(values, title, rows=names, ax=ax)
-    ax.set_aspect("auto")
-    ax.axvline(cut - 0.5, color=COLOURS["paper"], linewidth=4)
-    ax.title.set_fontsize(8.5)
-    ax.tick_params(labelsize=7.5)
+# %% tags=["hide-input"]
+ids = batch["input_ids"][2]
+shown = (ids != tokenizer.image_id).logical_or((ids == tokenizer.image_id).cumsum(0) < 4)
+row = {name: batch[name][2][shown].tolist() for name in slow}
+fig, ax = plt.subplots(figsize=(9.8, 2.5), layout="constrained")
+for y, (name, values) in enumerate(row.items()):
+    words = [str(v).replace("-", "−") for v in values]
+    draw_strip(ax, row["input_ids"], row["token_type_ids"], -y - 1, words=words)
+    ax.text(-0.7, -y - 1, name, ha="right", va="center_baseline")
+draw_strip(ax, row["input_ids"], row["token_type_ids"])
+ax.set(xlim=(-3.1, len(words) - 0.4), ylim=(-4.6, 0.6))
+ax.set_axis_off()
 save_figure(fig, "14_tensors")
 
+# %%
+counted = (batch["labels"] != -100).sum().item()
+places = batch["labels"].numel()
+print(f"{counted} of {places} places carry a label: {counted / places:.0%}")
+assert counted / places < 0.1
+assert torch.equal(batch["labels"] != -100, batch["token_type_ids"] == 1)
+
 # %% [markdown]
-# What to notice: almost everything is picture. All rows end together. Types and labels mark the
-# same places, but for different readers: the types go to the *mask*, so they are needed whenever a
-# suffix is given; the labels go to the *loss*, so they exist only in training.
+# What to notice: types and labels mark the same places, but for different readers. The types go to the
+# *mask*, so they are needed whenever a suffix is given; the labels go to the *loss*, so they exist only
+# in training.
+#
+# Fewer than one place in ten is counted. With `labels = input_ids`, which also runs, a loss would be nearly
+# all about what comes after `<image>` (another `<image>`): small from the first step, and about nothing.
 
 # %% [markdown]
 # ## At full size
 #
 # The layout has no parameters and almost no arithmetic. What it costs is *length*: every later layer
-# works on each place. Eight text tokens, at the three sizes of PaliGemma, and the bytes of a batch
-# of one:
+# works on each place. Eight text tokens, at the three sizes of PaliGemma:
 
 # %%
-print("size  image tokens      L  of it picture   ids, types, masks   pixels")
 for size in (224, 448, 896):
     N = (size // 14) ** 2
-    L = N + 8
-    print(
-        f"{size:4} {N:13} {L:6} {N / L:14.1%} {3 * 8 * L / 1e3:16.1f} kB"
-        f" {3 * size**2 * 4 / 1e6:5.1f} MB"
-    )
+    print(f"{size} pixels: {N:4} image tokens of {N + 8:4}, {N / (N + 8):.1%}")
+    assert N / (N + 8) > 0.96
 
 # %% [markdown]
 # And padding? A padded place costs as much as a real one. Take 512 prompts of random lengths, of 2
 # to 40 pieces, in batches of eight: as they come, and sorted by length first.
 
+
 # %%
-generator = random.Random(0)
-pieces = [generator.randint(2, 40) for _ in range(512)]
-
-
 def wasted(lengths, image_tokens):
     """Share of padded places over all batches of eight."""
     groups = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
@@ -639,118 +631,93 @@ def wasted(lengths, image_tokens):
     return 1 - sum(n + image_tokens + 2 for n in lengths) / total
 
 
-for image_tokens in (0, 256, 1024):
+generator = random.Random(0)
+pieces = [generator.randint(2, 40) for _ in range(512)]
+for image_tokens in (0, 256):
     a, b = wasted(pieces, image_tokens), wasted(sorted(pieces), image_tokens)
-    print(f"{image_tokens:5} image tokens: {a:6.1%} padding, sorted {b:6.1%}")
+    print(f"{image_tokens:3} image tokens: {a:.1%} padding, sorted {b:.1%}")
+assert wasted(pieces, 0) > 0.38 and wasted(pieces, 256) < 0.06
 
 # %% [markdown]
-# For text alone, two fifths of the work would be padding and sorting is a must. With a picture in
+# For text alone, two fifths of the work would be padding, and sorting is a must. With a picture in
 # each row it hardly matters: the picture has the same length everywhere.
-#
-# Time on this machine, for one picture of 112 pixels from a file of 451 × 300, and one prompt:
-
-
-# %% tags=["nbval-ignore-output"]
-def best_ms(function, *inputs, repeats=20):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function(*inputs)
-        times.append(time.perf_counter() - start)
-    return 1000 * min(times)
-
-
-print(f"picture {best_ms(processor.image_processor, photos[0]):.2f} ms")
-print(f"prompt  {best_ms(processor.encode_prefix, prompts[1]):.3f} ms")
-print(f"collate {best_ms(collate, *[[ids] * 8 for ids in rows[:2]]):.3f} ms for eight rows")
 
 # %% [markdown]
-# ## A bug people really make
+# ## A bug people really make: the wrong sequence
 #
-# Five colleagues prepare "caption en". All five sequences run, and all five read the same, decoded
+# Five colleagues prepare "detect dog". All five sequences run, and all five read the same, decoded
 # and trimmed. Only one of them is what the model was trained on. Which?
 
 # %%
 t = tokenizer
-image, bos, newline = [t.image_id] * 3, t.bos_id, t.newline_id
+image, words, bos, newline = [t.image_id] * 3, t.encode("detect dog"), [t.bos_id], [t.newline_id]
 sequences = {
-    "A": [*image, *t.encode(" "), bos, *t.encode("caption en"), newline],
-    "B": [*image, bos, bos, *t.encode("caption en"), newline],
-    "C": [*image, bos, *t.encode("caption en"), newline],
-    "D": [*image, bos, *t.encode(" caption en"), newline],
-    "E": [*image, bos, *t.encode("caption en")],
+    "A": image + t.encode(" ") + bos + words + newline,
+    "B": image + bos + bos + words + newline,
+    "C": image + bos + words + newline,
+    "D": image + bos + t.encode(" detect dog") + newline,
+    "E": image + bos + words,
 }
 for name, ids in sequences.items():
     print(name, repr(t.decode(ids).strip()))
+    assert t.decode(ids).strip() == "detect dog"
 
 # %% [markdown]
 # Nothing to see. This is why one looks at **ids** and not at text. Before you scroll on: each of the
 # wrong ones comes from one careless string. Can you guess which?
 
-# %%
-fig, ax = plt.subplots(figsize=(6.4, 2.6), layout="constrained")
+# %% tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(8.2, 3.2), layout="constrained")
 right = sequences["C"]
 for y, (name, ids) in enumerate(sequences.items()):
     wrong = [x for x, (a, b) in enumerate(zip(ids, right)) if a != b][:1]
     draw_strip(ax, ids, [0] * len(ids), -y, wrong)
     if len(ids) < len(right):
-        missing = plt.Rectangle((len(ids) - 0.47, -y - 0.4), 0.94, 0.8, fill=False)
-        missing.set(edgecolor=COLOURS["bad"], linewidth=1.6, linestyle=":")
+        missing = plt.Rectangle((len(ids) - 0.47, -y - 0.42), 0.94, 0.84, fill=False)
+        missing.set(edgecolor=COLOURS["bad"], linewidth=1.8, linestyle=":")
         ax.add_patch(missing)
-    ax.text(-0.8, -y, name, ha="right", va="center", fontsize=9)
-ax.set(xlim=(-1.4, 8.6), ylim=(-4.6, 0.6))
+    ax.text(-0.8, -y, name, ha="right", va="center")
+ax.set(xlim=(-1.4, max(map(len, sequences.values())) - 0.4), ylim=(-4.6, 0.6))
 ax.set_axis_off()
 save_figure(fig, "14_bug")
 
 # %% [markdown]
 # **A**: `"<image> " + …`, a space after the picture. **B**: the tokenizer added its own bos to one
-# that was there. **D**: `" caption en"`, a space before the prompt. **E**: no newline; the model may
-# go on with the *question*. **C** is right.
+# that was there. **D**: `" detect dog"`, a space before the prompt. **E**: no newline: the model may
+# go on *asking*. **C** is right.
 #
-# The model has never met the others. It answers all the same, and nothing says that the answer may
-# be another. The cure is the assertion of this lesson: compare the ids with the reference, all of
-# them.
+# The model has never met the others. It answers all the same; [lesson 18](18_generation.ipynb) shows what.
+# (A and B put the box a whole patch beside the dog.) The cure is the assertion of this lesson: compare
+# the ids with the reference.
 
 # %% [markdown]
-# ### A second one: a loss that is too good
+# ### A second one: positions that count the padding
 #
-# Another colleague trains with `labels = input_ids`. The first loss is tiny, and it falls. To see
-# it without a model, take the simplest predictor there is: for each token, count which token
-# followed it in this very batch. It has never seen a picture.
-
+# RoPE ([lesson 09](09_rope.ipynb)) turns each token by its position. For a padded row two ways of
+# counting are seen in the wild: the columns, or only what is real.
 
 # %%
-def bigram_loss(ids, labels):
-    """Mean −log p(next | current), p counted on the batch, over the labelled places."""
-    follows = defaultdict(Counter)
-    pairs = [(a, b, c) for r, s in zip(ids, labels) for a, b, c in zip(r, r[1:], s[1:])]
-    for a, b, _ in pairs:
-        follows[a][b] += 1
-    shares = [follows[a][b] / sum(follows[a].values()) for a, b, c in pairs if c != -100]
-    return -torch.tensor(shares).log().mean().item()
-
-
-questions = ["caption en", "answer en how many cats are there?", "caption en", "cap en"] * 2
-replies = ["a cat", "2", "two dogs and a cat", "a bee", "a dog", "3", "a cat and a bee", "two cats"]
-train = processor([photos[0]] * 8, questions, replies)
-ids, masked = train["input_ids"].tolist(), train["labels"].tolist()
-print(f"labels = input_ids:  loss {bigram_loss(ids, ids):.2f}")
+mask = collate(prefixes, [])["attention_mask"][1:]  # one padded place, then six real ones
+columns = torch.arange(mask.shape[1])[None]
+counted = (mask.cumsum(-1) - 1).clamp(min=0)
+print("columns:", columns[0].tolist())
+print("counted:", counted[0].tolist())
 
 # %% [markdown]
-# What a predictor, for a handful of counts! Does it know the captions?
+# Either alone does no harm: RoPE knows distances only, and all are shifted alike. But some code counts what
+# is real when it reads the prompt, and columns when it writes the answer. How far is the first token of
+# the answer from the picture's first token?
 
 # %%
-print(f"suffix and eos only: loss {bigram_loss(ids, masked):.2f}")
-counted = sum(label != -100 for row in masked for label in row)
-everything = sum(map(len, ids))
-print(f"{counted} of {everything} places are answers: {counted / everything:.1%}")
+first = counted[0, mask[0].argmax()].item()  # the first real token, an image token
+by_count, by_column = mask.sum().item(), mask.shape[1]  # of the first token of the answer
+print("counted:", by_count - first, "| mixed:", by_column - first)
+assert by_column - by_count == (mask == 0).sum()
 
 # %% [markdown]
-# It does not. In the first number, more than nine of ten places say "after `<image>` comes `<image>`" or
-# repeat a prompt of fixed wording. These are nearly free, and they drown the answers.
-#
-# With 256 image tokens it is worse. A loss is only worth what it averages over: print how many
-# places are counted, and decode them once.
+# Each padded place puts one step between the answer and *everything* before it, as the extra token of A
+# and B does. So an answer depends on who shares its batch. The check: a prompt alone and the same prompt
+# in a padded batch must give the same logits.
 
 # %% [markdown]
 # ## Exercises
@@ -766,16 +733,16 @@ answer = None  # three numbers: (L, padded, labelled)
 
 # %% tags=["check"]
 def test_1(answer):
-    assert isinstance(answer, tuple) and len(answer) == 3, (
-        "give three numbers: (L, padded, labelled)"
-    )
+    three = isinstance(answer, tuple | list) and len(answer) == 3
+    assert three and all(type(v) is int for v in answer), "give three whole numbers"
     prefixes = [[5] * (256 + 1 + n + 1) for n in (5, 9)]
     made = collate(prefixes, [[6] * (n + 1) for n in (7, 2)])
     L, padded = made["input_ids"].shape[1], int((made["attention_mask"] == 0).sum())
     labelled = int((made["labels"] != -100).sum())
+    assert answer[0] > 256, "L: how many image tokens has a picture of 224 pixels?"
     assert answer[0] == L, "L: image tokens, bos, prompt, newline, answer, eos of the longer row"
     assert answer[1] == padded, "padded: how much shorter is the other row?"
-    assert answer[2] == labelled, "labelled: the answers, and one more in each row"
+    assert answer[2] == labelled, "labelled: both answers, each with what ends it"
 
 
 check(test_1, answer)
@@ -783,61 +750,80 @@ check(test_1, answer)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# $N = (224 / 14)^2$. Each row has three control tokens besides its image tokens.
+# $N = (224 / 14)^2$. Each row has three special tokens besides its image tokens.
 #
 # </details>
 
 # %% tags=["solution"]
+# Each row: image tokens, bos, prompt, newline, answer, eos. Labels: the answers and their eos.
 first, second = 256 + 1 + 5 + 1 + 7 + 1, 256 + 1 + 9 + 1 + 2 + 1
 answer = (max(first, second), abs(first - second), 7 + 1 + 2 + 1)
 check(test_1, answer)
 
 # %% [markdown]
-# ### Exercise 2 (fill in): where does each token stand?
+# ### Exercise 2 (write): read a row back
 #
-# RoPE ([lesson 09](09_rope.ipynb)) turns each token by its position. Padding must not shift anybody: the first *real*
-# token is at 0, the next at 1. Make the positions from the attention mask alone, without a loop.
-# What a padded place gets does not matter, but it must not be negative.
+# Who debugs a data set reads its rows. Write the layout backwards: from one row of `input_ids` and
+# `token_type_ids` (1-D tensors) to the number of pictures, the prompt and the answer, as text without bos,
+# newline, eos or padding. A prompt may contain line breaks of its own; without a suffix the answer is "".
 
 
 # %% tags=["exercise"]
-def positions(attention_mask):
-    return None  # int64[B, L] → int64[B, L]
+def read_row(input_ids, token_type_ids):
+    return None  # (pictures, prompt, answer)
 
 
 # %% tags=["check"]
-def test_2(positions):
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
-    found = positions(mask)
-    assert found is not None and found.shape == mask.shape, "one position for each place"
-    assert (found >= 0).all(), "a negative position on padding"
-    assert found[1].tolist() == [0, 1, 2, 3, 4], "without padding: 0, 1, 2, …"
-    assert found[0, 2:].tolist() == [0, 1, 2], "padding has shifted the first row"
-    assert found[2, 4] == 0, "a single real token stands at 0"
+def test_2(read_row):
+    cases = [
+        (1, "caption en", "a cat and two dogs"),
+        (2, "answer en more cats?", "2"),
+        (1, "two\nlines", "yes"),
+        (1, "detect cat ; dog", "<loc0008><loc0061><loc0960><loc0854> cat"),
+        (1, "", "a bee\nand a dog"),
+    ]
+    groups = [[photos[0]] * pictures for pictures, *_ in cases]
+    texts, replies = [case[1] for case in cases], [case[2] for case in cases]
+    trained, asked = processor(groups, texts, replies), processor(groups, texts)
+    for made in (trained, asked):
+        for case, ids, types in zip(cases, made["input_ids"], made["token_type_ids"]):
+            found = read_row(ids, types)
+            three = isinstance(found, tuple) and len(found) == 3
+            assert three, "return three things: (pictures, prompt, answer)"
+            assert found[0] == case[0], f"counts {found[0]} pictures in a row of {case[0]}"
+            wanted = case[2] if made is trained else ""
+            for what, text, right in (("prompt", found[1], case[1]), ("answer", found[2], wanted)):
+                assert isinstance(text, str), f"the {what} should be text"
+                assert text == right, f"the {what} {right!r} comes back as {text!r}"
 
 
-check(test_2, positions)
+check(test_2, read_row)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# A running sum (`cumsum`) of the mask counts the real tokens up to each place.
+# Lists are easier: `input_ids.tolist()`. Everything of type 1 is answer and eos. Of the rest, the prompt
+# lies between bos and the last newline. `tokenizer.decode` takes a list of ids.
 #
 # </details>
 
 
 # %% tags=["solution"]
-def positions(attention_mask):
-    return (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+# The types say where the answer begins; bos and the last id of the prefix frame the prompt.
+def read_row(input_ids, token_type_ids):
+    prefix, answer = input_ids[token_type_ids == 0].tolist(), input_ids[token_type_ids == 1]
+    pictures = prefix.count(tokenizer.image_id) // processor.num_image_tokens
+    prompt = prefix[prefix.index(tokenizer.bos_id) + 1 : -1]
+    return pictures, tokenizer.decode(prompt), processor.decode(answer)
 
 
-check(test_2, positions)
+check(test_2, read_row)
 
 # %% [markdown]
 # ### Exercise 3 (break): is this batch sound?
 #
 # Write `sound(batch)`: True for a batch of our processor with suffixes, False for a broken one.
-# `check` breaks it in five ways: padded on the right, labels on the prefix, eos not labelled, two
+# The check breaks it in five ways: padded on the right, labels on the prefix, eos not labelled, two
 # bos, an image token too few. The tokenizer is at hand as `tokenizer`, N as
 # `processor.num_image_tokens`.
 
@@ -849,22 +835,25 @@ def sound(batch):
 
 # %% tags=["check"]
 def test_3(sound):
-    good = {
-        name: train[name] for name in ("input_ids", "attention_mask", "token_type_ids", "labels")
-    }
+    texts = ["caption en", "answer en how many cats are there?", "cap en", "ocr"]
+    good = processor([photos[0]] * 4, texts, ["a cat", "2", "two dogs and a cat", "a bee"])
+    del good["pixel_values"]
     ids, labels, N = good["input_ids"], good["labels"], processor.num_image_tokens
     shorter = [row[row != 0].tolist() for row in ids]
     double = [[*r[:N], 2, *r[N:]] for r in shorter]
+    ends = [int(types.sum()) for types in good["token_type_ids"]]
+    double = collate([r[:-m] for r, m in zip(double, ends)], [r[-m:] for r, m in zip(double, ends)])
     broken = {
         "padded on the right": {name: t.flip(1) for name, t in good.items()},
         "labels on the prefix": good | {"labels": ids.masked_fill(ids == 0, -100)},
         "eos not labelled": good | {"labels": labels.masked_fill(ids == 1, -100)},
-        "two bos": good | {"input_ids": collate(double, [])["input_ids"]},
+        "two bos": double,
         "an image token too few": good
         | {"input_ids": ids.masked_fill(ids.cumsum(1) == tokenizer.image_id, 5)},
     }
+    assert isinstance(sound(good), bool), "return True or False"
     assert sound(good) is True, "rejects a batch that is right"
-    assert sound({k: t[:3] for k, t in good.items()}) is True, "rejects three rows of it"
+    assert sound({k: t[:2] for k, t in good.items()}) is True, "rejects two rows of it"
     for name, batch in broken.items():
         assert sound(batch) is False, f"lets this one through: {name}"
 
@@ -881,6 +870,7 @@ check(test_3, sound)
 
 
 # %% tags=["solution"]
+# Two counts, one column, and one identity between labels, ids and types.
 def sound(batch):
     ids, labels, types = batch["input_ids"], batch["labels"], batch["token_type_ids"]
     return bool(
@@ -897,11 +887,11 @@ check(test_3, sound)
 # ## Summary
 #
 # - The model reads one row of integers: `<image>` × N, bos, prompt, newline; in training also the
-#   answer and eos.
-# - A task is a wording of the prompt, nothing else.
+#   answer and eos. A task is a wording of the prompt, nothing else.
 # - Four tensors travel together: ids, which are real, which are suffix, which count in the loss.
 # - Padding stands on the left, so that every row is continued in the same column.
-# - Compare ids, never text. And know what your loss averages over.
+# - Positions count what is real, in reading *and* in writing.
+# - Compare ids, never text.
 
 # %% [markdown]
 # ## Quiz
@@ -931,7 +921,7 @@ check(test_3, sound)
 #
 # <details><summary>Answer</summary>
 #
-# The pictures give 1024 vectors and the ids hold 256 places. Our model refuses ([lesson 15](15_model.ipynb)). A
+# The pictures give 1,024 vectors and the ids hold 256 places. Our model refuses ([lesson 15](15_model.ipynb)). A
 # careless one would fill the 256 places with the first quarter of the picture: its top.
 #
 # </details>
