@@ -1,5 +1,5 @@
 # Exported from notebooks/21_segmentation.ipynb — edit there, then run `make sync`.
-"""Objects with masks: cut along the box, written as words, read from an answer, put back."""
+"""Objects with masks: cut along the box, written as tokens, read from an answer, put back."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,11 @@ def crop_masks(boxes: Sequence | np.ndarray, masks: Sequence | np.ndarray) -> to
     """Cut each mask out along its box and resize it to the square that codes draw.
 
     Args:
-        boxes: n boxes (x0, y0, x1, y1) in pixels, rounded to whole ones; the part inside the
-            picture counts.
-        masks: bool[n, H, W], each as large as the picture (of one or of several pictures).
+        boxes: (x0, y0, x1, y1) each, rounded to whole pixels; the part inside the picture counts.
+        masks: one for each box, bool[height, width], of one or of several pictures.
 
     Returns:
-        `float32[n, 64, 64]` in [0, 1].
-
-    Raises:
-        ValueError: not one mask for each box, or a box without inside.
+        `float32[len(boxes), 64, 64]` in [0, 1].
 
     Source: big_vision, `pp/proj/paligemma/segmentation.py`: bilinear, antialiased.
     """
@@ -35,17 +31,13 @@ def crop_masks(boxes: Sequence | np.ndarray, masks: Sequence | np.ndarray) -> to
     if not len(corners) and not wholes.size:
         return torch.zeros(0, SIDE, SIDE)
     if wholes.ndim != 3 or len(wholes) != len(corners):
-        raise ValueError(
-            f"{len(corners)} boxes and masks {list(wholes.shape)}; "
-            "expected a mask [height, width] for each box"
-        )
+        found = f"{len(corners)} boxes and masks {list(wholes.shape)}"
+        raise ValueError(f"{found}; expected a mask [height, width] for each box")
     sizes, squares = np.array(wholes.shape[:0:-1]), []  # (width, height)
     for box, mask in zip(corners, wholes):
         low, high = np.clip(box[:2], 0, sizes), np.clip(box[2:], 0, sizes)
         if not (low < high).all():
-            raise ValueError(
-                f"box {box.tolist()} has no inside in the picture; expected x0 < x1 and y0 < y1"
-            )
+            raise ValueError(f"box {box.tolist()} has no inside in the picture; x0 < x1, y0 < y1?")
         x0, y0 = np.minimum(low.round().astype(int), sizes - 1)
         x1, y1 = np.maximum(high.round().astype(int), (x0 + 1, y0 + 1))  # a pixel at least
         inside = torch.from_numpy(mask[None, None, y0:y1, x0:x1]).float()
@@ -58,8 +50,7 @@ def paste_mask(drawn: torch.Tensor, box: Sequence[float], width: int, height: in
 
     Args:
         drawn: `float32[64, 64]`, inside where above 0.
-        box: (x0, y0, x1, y1), pixels, rounded to whole ones; parts beyond the picture are cut off.
-        width, height: of the picture, pixels.
+        box: (x0, y0, x1, y1), rounded to whole pixels; parts beyond the picture are cut off.
 
     Returns:
         bool[height, width].
@@ -82,28 +73,22 @@ def encode_segments(
     width: int,
     height: int,
 ) -> list[str]:
-    """Write each object's box and mask as twenty words.
+    """Write each object's box and mask as "<loc>×4<seg>×16".
 
     Args:
-        boxes: n boxes (x0, y0, x1, y1), pixels.
-        masks: bool[n, height, width], as large as the picture; those of several pictures of one
-            size may be encoded together, which is faster.
+        boxes: (x0, y0, x1, y1) each, pixels.
+        masks: one for each box, bool[height, width], as large as the picture; those of several
+            pictures of one size may be encoded together, which is faster.
         codec: with an encoder.
         width, height: of the picture, pixels.
-
-    Returns:
-        "<loc>×4<seg>×16" for each.
-
-    Raises:
-        ValueError: masks of another size, and as in `encode_boxes`, `crop_masks`, `encode`.
     """
-    words, squares = encode_boxes(boxes, width, height), crop_masks(boxes, masks)
+    texts, squares = encode_boxes(boxes, width, height), crop_masks(boxes, masks)
     size = list(np.shape(masks)[1:])
-    if words and size != [height, width]:
+    if texts and size != [height, width]:
         turned = ": transpose them" if size == [width, height] else ""
         raise ValueError(f"masks are {size}; expected [height, width], {[height, width]}{turned}")
     codes = codec.encode(squares).tolist()
-    return [w + "".join(f"<seg{code:03d}>" for code in own) for w, own in zip(words, codes)]
+    return [t + "".join(f"<seg{code:03d}>" for code in own) for t, own in zip(texts, codes)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +98,7 @@ class Segment:
     Args:
         label: its name, as the model wrote it; "" where it wrote none.
         box: (x0, y0, x1, y1) in pixels of the given picture.
-        mask: bool[H, W], as large as the given picture.
+        mask: bool[height, width], as large as the given picture.
         score: how sure the model was, 0 to 1; 1 where nothing is known.
     """
 
@@ -121,53 +106,6 @@ class Segment:
     box: tuple[float, float, float, float]
     mask: np.ndarray
     score: float = 1.0
-
-
-def parse_segments(
-    text: str, width: int, height: int, codec: MaskCodec, dropped: list | None = None
-) -> list[Segment]:
-    """Read the objects with masks of a model's answer; whatever the text, it raises nothing.
-
-    Args:
-        text: "<loc>×4<seg>×16 label" joined by " ; ", with anything around; an object without a
-            label has the label "".
-        width, height: of the picture, pixels.
-        codec: draws the masks.
-        dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
-
-    Returns:
-        The well-formed objects, in order, with score 1.
-
-    Raises:
-        ValueError: a picture without size.
-    """
-    objects = find_masks(text, codec, dropped)
-    return draw_segments(objects, [1.0] * len(objects), width, height, codec)
-
-
-def score_segments(
-    ids: Sequence[int],
-    log_probs: Sequence[float],
-    tokenizer: Tokenizer,
-    width: int,
-    height: int,
-    codec: MaskCodec,
-    dropped: list | None = None,
-) -> list[Segment]:
-    """`parse_segments` of an answer given as tokens, each object with its score.
-
-    Args:
-        ids: the tokens of one answer.
-        log_probs: of each token, as `generate_steps` collects them.
-        tokenizer: spells them.
-        width, height, codec, dropped: as in `parse_segments`.
-
-    Returns:
-        The well-formed objects, in order.
-    """
-    objects = find_masks(tokenizer.decode(ids), codec, dropped)
-    scores = score_objects(objects, ids, log_probs, tokenizer)
-    return draw_segments(objects, scores, width, height, codec)
 
 
 def find_masks(text: str, codec: MaskCodec, dropped: list | None = None) -> list[Found]:
@@ -201,3 +139,34 @@ def draw_segments(
         mask = paste_mask(drawn, box, int(width), int(height))
         segments.append(Segment(found.label, box, mask, score))
     return segments
+
+
+def parse_segments(
+    text: str, width: int, height: int, codec: MaskCodec, dropped: list | None = None
+) -> list[Segment]:
+    """Read the objects with masks of a model's answer; no text makes it raise.
+
+    Args:
+        text: "<loc>×4<seg>×16 label" joined by " ; ", with anything around; an object without a
+            label has the label "".
+        width, height: of the given picture, whole pixels.
+        codec: draws the masks.
+        dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
+    """
+    objects = find_masks(text, codec, dropped)
+    return draw_segments(objects, [1.0] * len(objects), width, height, codec)
+
+
+def score_segments(
+    ids: Sequence[int],
+    log_probs: Sequence[float],
+    tokenizer: Tokenizer,
+    width: int,
+    height: int,
+    codec: MaskCodec,
+    dropped: list | None = None,
+) -> list[Segment]:
+    """`parse_segments` of an answer given as tokens, each object with its score."""
+    objects = find_masks(tokenizer.decode(ids), codec, dropped)
+    scores = score_objects(objects, ids, log_probs, tokenizer)
+    return draw_segments(objects, scores, width, height, codec)

@@ -536,7 +536,7 @@ assert "".join(pieces) == processor.decode(slow[0])
 # %% [markdown]
 # ## Against the reference
 #
-# The file holds a very small random model of transformers (12,000 weights), three left-padded
+# The file holds a very small random model of transformers (10,408 weights), three left-padded
 # prompts, and what its `generate` answered greedily, with an eos id at which the rows end at
 # different times. A test recomputes it.
 

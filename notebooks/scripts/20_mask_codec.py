@@ -1064,7 +1064,7 @@ check(test_3, try_codes)
 #
 # - Aaron van den Oord et al., *Neural Discrete Representation Learning*, 2017 (VQ-VAE, straight through).
 # - Jia Ning et al., *All in Tokens: Unifying Output Space of Visual Tasks via Soft Token*, 2023.
-# - Lucas Beyer et al., *PaliGemma: A versatile 3B VLM for transfer*, 2024 (the 128 segmentation tokens).
+# - Lucas Beyer et al., *PaliGemma: A versatile 3B VLM for transfer*, 2024 (its 128 codes).
 # - big_vision: `pp/proj/paligemma/segmentation.py` (the encoder) and
 #   `evaluators/proj/paligemma/transfers/segmentation.py` (the decoder), the published readers of
 #   `vae-oid.npz`.
