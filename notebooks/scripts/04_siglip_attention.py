@@ -165,6 +165,7 @@ q = x @ W_q.T  # [N, Dh] = [3, 4]
 k = x  # [N, Dh]
 v = x[:, 3:]  # [N, 1]
 weights = (q @ k.T / 2).softmax(dim=-1)  # [N, N]
+assert weights[0, 2] > 0.99
 print(
     "fur asks for:",
     q[0].int().tolist(),
@@ -646,11 +647,13 @@ save_figure(fig, "04_flops")
 
 # %%
 q = torch.randn(1, H, 1024, 72, requires_grad=True)
-for name, form in {"matrices": attention, "SDPA": F.scaled_dot_product_attention}.items():
+limits = {attention: H * 1024 * 1024 * 4, F.scaled_dot_product_attention: q.nbytes}
+for form, limit in limits.items():
     kept = []
     with saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         form(q, q, q)
-    print(f"{name:9} largest tensor kept at N = 1024: {max(kept) / 1e6:4.1f} MB (float32)")
+    assert max(kept) == limit
+    print(f"{form.__name__:29} keeps at N = 1024 up to {max(kept) / 1e6:4.1f} MB (float32)")
 
 # %% [markdown]
 # The first number is the matrix of weights, the second no more than queries, keys or values. How can
