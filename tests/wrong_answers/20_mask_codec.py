@@ -31,51 +31,62 @@ answers = [6400, 4, 32]
 # %% 1 · words
 answers = ["640", "4", "32"]
 
+
 # %% 2 · no gradient at all
 def quantise(z, table):
     return table.detach()[torch.cdist(z, table.expand(len(z), -1, -1)).argmin(-1)]
 
+
 # %% 2 · the gradient goes to the table
 def quantise(z, table):
     return table[torch.cdist(z, table.expand(len(z), -1, -1)).argmin(-1)]
+
 
 # %% 2 · the bracket the wrong way round
 def quantise(z, table):
     e = table[torch.cdist(z, table.expand(len(z), -1, -1)).argmin(-1)]
     return e + (z - e).detach()
 
+
 # %% 2 · detaches nothing
 def quantise(z, table):
     e = table[torch.cdist(z, table.expand(len(z), -1, -1)).argmin(-1)]
     return z + (e - z)
+
 
 # %% 2 · detaches only z
 def quantise(z, table):
     e = table[torch.cdist(z, table.expand(len(z), -1, -1)).argmin(-1)]
     return z + (e - z.detach())
 
+
 # %% 2 · the farthest row
 def quantise(z, table):
     e = table[torch.cdist(z, table.expand(len(z), -1, -1)).argmax(-1)]
     return z + (e - z).detach()
+
 
 # %% 2 · the largest product instead of the smallest distance
 def quantise(z, table):
     e = table[(z @ table.T).argmax(-1)]
     return z + (e - z).detach()
 
+
 # %% 2 · the numbers of the rows
 def quantise(z, table):
     return torch.cdist(z, table.expand(len(z), -1, -1)).argmin(-1)
+
 
 # %% 2 · returns z
 def quantise(z, table):
     return z
 
+
 # %% 2 · twice the gradient
 def quantise(z, table):
     e = table[torch.cdist(z, table.expand(len(z), -1, -1)).argmin(-1)]
     return 2 * z + (e - 2 * z).detach()
+
 
 # %% 3 · changes what it was given
 def try_codes(codec, codes, mask, place):
@@ -88,9 +99,11 @@ def try_codes(codec, codes, mask, place):
     codes[place] = kept
     return codes
 
+
 # %% 3 · changes nothing
 def try_codes(codec, codes, mask, place):
     return codes.clone()
+
 
 # %% 3 · the worst
 def try_codes(codec, codes, mask, place):
@@ -98,11 +111,13 @@ def try_codes(codec, codes, mask, place):
     trials[:, place] = torch.arange(codec.codes)
     return trials[mask_iou(codec.decode(trials) > 0, mask).argmin()]
 
+
 # %% 3 · only the number
 def try_codes(codec, codes, mask, place):
     trials = codes.repeat(codec.codes, 1)
     trials[:, place] = torch.arange(codec.codes)
     return int(mask_iou(codec.decode(trials) > 0, mask).argmax())
+
 
 # %% 3 · all places
 def try_codes(codec, codes, mask, place):
@@ -113,17 +128,20 @@ def try_codes(codec, codes, mask, place):
         codes = trials[mask_iou(codec.decode(trials) > 0, mask).argmax()]
     return codes
 
+
 # %% 3 · tries half of the codebook
 def try_codes(codec, codes, mask, place):
     trials = codes.repeat(64, 1)
     trials[:, place] = torch.arange(64)
     return trials[mask_iou(codec.decode(trials) > 0, mask).argmax()]
 
+
 # %% 3 · a threshold at a half
 def try_codes(codec, codes, mask, place):
     trials = codes.repeat(codec.codes, 1)
     trials[:, place] = torch.arange(codec.codes)
     return trials[mask_iou(codec.decode(trials) > 0.9, mask).argmax()]
+
 
 # %% 3 · a batch of one
 def try_codes(codec, codes, mask, place):
