@@ -14,19 +14,19 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Quantization](22_quantization.ipynb) | [contents](00_overview.ipynb) | [Scenes →](25_scenes.ipynb)
+# [← Compilation](23_compilation.ipynb) | [contents](00_overview.ipynb) | [Scenes →](25_scenes.ipynb)
 
 # %% [markdown]
 # # 24 · Inference: how does a folder of weights become a command that answers?
 #
-# *50 minutes* · part IV, Answering
+# *45 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
 # - take a checkpoint folder to an answer by hand;
 # - say where the time of a short answer goes, and what to keep;
-# - choose the number type to compute in, for a small model and a large one;
-# - say what a command owes to the person, and to the program, that calls it.
+# - let every kind of answer go one way, and say what is wrong before the slow work begins;
+# - write a command that people and programs can rely on.
 
 # %% tags=["map"]
 from paligemma.support.course_map import model_map
@@ -36,9 +36,8 @@ model_map("inference")
 # %% [markdown]
 # ## Setup
 #
-# Here everything comes together: pictures ([02](02_image_processor.ipynb)), prompts
-# ([14](14_processor.ipynb)), weights ([16](16_checkpoint.ipynb)) and answers
-# ([18](18_generation.ipynb)). The cells that begin with `#| export` become
+# Here everything comes together: pictures ([02](02_image_processor.ipynb)), prompts ([14](14_processor.ipynb)), weights
+# ([16](16_checkpoint.ipynb)) and answers ([18](18_generation.ipynb)). The cells that begin with `#| export` become
 # [inference.py](../paligemma/inference.py), which is also what `import paligemma` gives its users.
 
 # %%
@@ -77,13 +76,12 @@ TINY = Path(str(resources.files("paligemma") / "assets" / "tiny"))  # the checkp
 SMALL = 1_000_000_000  # bytes of weights up to which load() computes in float32
 
 # %% tags=["setup"]
-import shlex
+import contextlib
+import io
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from itertools import pairwise
 
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file
@@ -92,13 +90,13 @@ from paligemma.generation import generate
 from paligemma.model import PaliGemmaConfig
 from paligemma.plotting import show_images
 from paligemma.support.course import add_to_class, check, sample_picture, save_figure
-from paligemma.support.drawing import COLOURS, draw_boxes, draw_caption, draw_masks
+from paligemma.support.drawing import COLOURS, draw_boxes, draw_masks
 
 # %% [markdown]
 # ## The problem
 #
-# The model is done, and useless. It wants `pixel_values` and `input_ids`; people have `photo.jpg`
-# and a question. In between stand five steps, and behind each of them something can be wrong.
+# The model is done, and useless. It wants `pixel_values` and `input_ids`; people have `photo.jpg` and a question. In
+# between stand five steps, and behind each of them something can be wrong. Together they are a **pipeline**.
 
 
 # %% tags=["hide-input"]
@@ -112,9 +110,9 @@ STEPS = [  # what, lesson, colour, what users get wrong
 fig, ax = plt.subplots(figsize=(8, 2), layout="constrained")
 for x, (what, lesson, colour, wrong) in enumerate(STEPS):
     box = {"boxstyle": "round,pad=0.6", "fc": COLOURS[colour], "ec": "none"}
-    ax.text(x, 1, what, color="white", ha="center", va="center", bbox=box, fontsize=9.5)
-    ax.text(x, 1.6, f"lesson {lesson}", color=COLOURS[colour], ha="center", fontsize=8)
-    ax.text(x, 0.2, wrong, color=COLOURS["bad"], ha="center", va="center", fontsize=8.5)
+    ax.text(x, 1, what, color="white", ha="center", va="center", bbox=box, fontsize=10)
+    ax.text(x, 1.6, f"lesson {lesson}", color=COLOURS[colour], ha="center")
+    ax.text(x, 0.2, wrong, color=COLOURS["bad"], ha="center", va="center")
     if x:
         line = {"arrowstyle": "->", "color": COLOURS["muted"]}
         ax.annotate("", (x - 0.36, 1), (x - 0.64, 1), arrowprops=line)
@@ -123,23 +121,21 @@ ax.set_axis_off()
 save_figure(fig, "24_steps")
 
 # %% [markdown]
-# This lesson builds two things from these parts: an object that hides the tensors (`Pipeline`), and
-# a command. The model will not change by a single number. What changes is who can use it.
-#
-# And one idea runs through all of it: **what can be known to be wrong is said before the slow work
-# begins.**
+# This lesson builds an object that hides the tensors (`Pipeline`), and a command. The model will not change by a single
+# number; what changes is who can use it. And one idea runs through all of it: **what can be known to be wrong is
+# said before the slow work begins.**
 #
 # ## By hand
 #
-# A checkpoint is a folder. These four files are all that is needed:
+# A checkpoint is a folder. These four files are all that is needed: shapes, numbers, how a picture is scaled, how text
+# is cut.
 
 # %%
 for name in ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.model"):
     print(f"{name:26} {(TINY / name).stat().st_size / 1000:8.1f} KB")
 
 # %% [markdown]
-# The config gives the shapes, the safetensors the numbers, the preprocessor config says how a
-# picture is scaled, the tokenizer how text is cut. Five lines, one for each step of the figure:
+# Five lines, one for each step of the figure:
 
 # %%
 picture = open_picture(sample_picture("scene"))  # 02
@@ -148,15 +144,12 @@ inputs = processor(picture, "caption en")  # 14
 model = load_model(TINY)  # 16
 ids = generate(model, inputs["input_ids"], inputs["pixel_values"])  # 18
 by_hand = processor.decode(ids[0])
-print({name: tuple(tensor.shape) for name, tensor in inputs.items()})
 print(ids.tolist(), "→", by_hand)
 
 # %% [markdown]
 # ## As a loop
 #
-# The plainest program: a function of folder, picture and prompt, called once for each question.
-# Right, and easy to test. Where does its time go? We watch a fresh Python from its first line to the
-# last word, as the command would run.
+# The plainest program: a function of folder, picture and prompt, called once for each question. Right, and easy to test.
 
 
 # %%
@@ -169,59 +162,39 @@ def answer_plain(folder, image, prompt):
 
 assert answer_plain(TINY, picture, "caption en") == by_hand
 
+# %% [markdown]
+# Where does its time go? We watch a fresh Python from its first line to the last word, as a command would run.
+
 # %% tags=["nbval-ignore-output"]
 PROGRAM = """
-import time; stamps = [time.perf_counter()]
-def lap(): stamps.append(time.perf_counter())
-import torch; lap()
-import paligemma; pg = paligemma.load(); lap()
-from paligemma.support.course import sample_picture
-picture = sample_picture("scene"); lap()
-for piece in pg.stream(picture, "caption en"): lap()
-print(*stamps)
+from time import perf_counter as now
+a = now(); import torch
+b = now(); import paligemma; pg = paligemma.load()
+c = now(); pg("scene.png", "caption en")
+print(b - a, c - b, now() - c)
 """
+FOLDER = tempfile.TemporaryDirectory()
+picture.save(Path(FOLDER.name, "scene.png"))
 program = [sys.executable, "-c", PROGRAM]
-alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for others would be timed too
-done = subprocess.run(program, capture_output=True, text=True, check=True, env=alone)
-stamps = [float(stamp) for stamp in done.stdout.split()]
-laps = [after - before for before, after in pairwise(stamps)]
-torch_s, load_s, _, first, *others = laps
-parts = {"import torch": torch_s, "load": load_s, "first word": first, "the rest": sum(others)}
-for name, seconds in parts.items():
-    print(f"{name:13} {1e3 * seconds:8.1f} ms  {100 * seconds / sum(parts.values()):5.1f} %")
-assert parts["import torch"] + parts["load"] > parts["first word"] + parts["the rest"]
+done = subprocess.run(program, capture_output=True, text=True, check=True, cwd=FOLDER.name)
+parts = dict(zip(("import torch", "load", "answer"), map(float, done.stdout.split())))
+print({name: f"{1e3 * seconds:.0f} ms" for name, seconds in parts.items()})
 
 # %% tags=["nbval-ignore-output", "hide-input"]
 fig, ax = plt.subplots(figsize=(8, 1.5), layout="constrained")
 left = 0
-for (name, seconds), colour in zip(parts.items(), ("muted", "together", "vision", "accent")):
+for (name, seconds), colour in zip(parts.items(), ("muted", "together", "accent")):
     ax.barh(0, seconds, left=left, color=COLOURS[colour], height=0.5, label=name)
     left += seconds
 ax.set(yticks=[], xlabel="seconds from the first line to the last word", xlim=(0, left))
-ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 0.95), fontsize=8)
+ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.95))
 ax.spines["left"].set_visible(False)
 save_figure(fig, "24_time")
 
 # %% [markdown]
-# What to notice: the answer itself is the smaller part, at the end. Most is preparation:
-# starting torch and reading weights. The proportions differ for a large model, but not the
-# conclusion: **prepare once, ask often.** A function that loads on every call throws the
-# preparation away; an *object* keeps it.
-
-# %% [markdown]
-# ## Several at once
-#
-# The other way to use what is loaded: several pictures in one call, padded to one length. Greedy
-# answers are the same as one by one ([lesson 18](18_generation.ipynb)). Both forms, with the loading outside:
-
-# %%
-names = ["scene", "scene2", "scene3"]
-pictures = [sample_picture(name) for name in names]
-inputs = processor(pictures, ["caption en"] * 3)
-ids = generate(model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
-together = [processor.decode(row) for row in ids]
-assert together == [answer_plain(TINY, image, "caption en") for image in pictures]
-print(together)
+# What to notice: the answer itself is the smallest part, at the end. Most is preparation: starting torch and reading
+# weights. So: **prepare once, ask often.** A function that loads on every call throws the preparation away; an
+# *object* keeps it.
 
 # %% [markdown]
 # ## The module
@@ -263,36 +236,15 @@ assert pg(picture, "caption en") == by_hand
 print(pg(picture, "caption en"), "|", pg(picture, "answer en how many dogs are there?"))
 
 # %% [markdown]
-# That is all one needs, most of the time. What follows adds what people ask for next: the same
-# picture asked about often, words as they come, many pictures at once, boxes and masks. Each is a
-# method of a few lines, because every answer goes the same way.
-#
-# ### Look once, ask often
-#
-# Three questions about one picture send it through the vision tower three times. How much of an
-# answer is that?
-
-
-# %% tags=["nbval-ignore-output"]
-def best_ms(function, repeats=5):
-    """The fastest of some runs, in milliseconds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
-
-
-pixels = processor.image_processor(picture)
-with torch.inference_mode():
-    looking = best_ms(lambda: model.encode_image(pixels))
-asking = best_ms(lambda: pg(picture, "caption en"))
-print(f"looking {looking:.1f} ms, of {asking:.1f} ms for a caption")
+# That is all one needs, most of the time. What follows adds what people ask for next: the same picture asked about
+# often, words as they come, many pictures at once, boxes and masks. Each is a method of a few lines, because every
+# answer goes the same way.
 
 # %% [markdown]
-# So looking becomes a step of its own, and its result an object that may stand wherever a picture
-# may. The pictures of several prompts pass the tower together.
+# ### Look once, ask often
+#
+# Three questions about one picture send it through the vision tower three times. So looking becomes a step of its own,
+# and its result an object that may stand wherever a picture may.
 
 
 # %%
@@ -308,6 +260,10 @@ class EncodedImage:
 
     features: torch.Tensor
     size: tuple[int, int]
+
+
+# %% [markdown]
+# The pictures of several prompts pass the tower together:
 
 
 # %%
@@ -339,8 +295,7 @@ def _look(self, images: Sequence) -> "list[EncodedImage]":
 # %% [markdown]
 # ### One way to every answer
 #
-# The options come first: a misspelt one should be named before any work is done, and so should a
-# `top_p` of 90.
+# The options come first: a misspelt one should be named before any work is done, and so should a `top_p` of 90.
 
 
 # %%
@@ -361,9 +316,9 @@ def check_options(seed: int | None = None, **options) -> GenerationConfig:
 
 
 # %% [markdown]
-# Then the pictures are looked at, the prompts laid out with as many `<image>` as there are vectors,
-# and [lesson 18](18_generation.ipynb) takes over. One picture or a batch, encoded before or not,
-# streamed or collected: this method does not know.
+# Then the pictures are looked at, the prompts laid out with as many `<image>` as there are vectors, and
+# [lesson 18](18_generation.ipynb) takes over. One picture or a batch, encoded before or not, streamed or collected: this method does
+# not know.
 
 
 # %%
@@ -423,6 +378,11 @@ def stream(self, image, prompt: str, **options) -> Iterator[str]:
 print(list(pg.stream(picture, "caption en")))
 once = pg.encode(picture)
 assert pg(once, "caption en") == pg(picture, "caption en") == by_hand
+
+# %% [markdown]
+# What is wrong is told in the line that asks, not at the first piece:
+
+# %%
 for wrong in ({"temprature": 0.5}, {"top_p": 90}, {"seed": -1}):
     try:
         pg.stream(picture, "caption en", **wrong)
@@ -432,9 +392,9 @@ for wrong in ({"temprature": 0.5}, {"top_p": 90}, {"seed": -1}):
 # %% [markdown]
 # ### Several at once
 #
-# `batch` pads the prompts to one length, as above. One trap of Python lies in it: a string is a
-# sequence too. `zip(pictures, "caption en")` asks the first picture "c", the second "a", the
-# third "p", and the model answers. People who give one prompt mean it for all.
+# `batch` pads the prompts to one length ([lesson 14](14_processor.ipynb)). One trap of Python lies in it: a string is a sequence too.
+# `zip(pictures, "caption en")` asks the first picture "c", the second "a", the third "p", and the model answers. People
+# who give one prompt mean it for all.
 
 
 # %%
@@ -462,8 +422,10 @@ def batch(self, images: Sequence, prompts: str | Sequence[str], **options) -> li
 
 
 # %%
-assert pg.batch(pictures, "caption en") == together
-print(pg.batch([once, pictures[1]], ["answer en where is the cat?", "caption en"]))
+pictures = [sample_picture(name) for name in ("scene", "scene2", "scene3")]
+together = pg.batch(pictures, "caption en")
+assert together == [pg(picture, "caption en") for picture in pictures]
+print(together)
 
 # %% [markdown]
 # ### Boxes and masks
@@ -489,10 +451,10 @@ def task_prompt(task: str, what: str | Sequence[str]) -> str:
 
 
 # %% [markdown]
-# `detect` is [lesson 19](19_detection.ipynb) in three lines: the picture's own size, the answer with its log-probabilities,
-# the objects read from it. Whatever the model writes, this is a list; what is no object is not in it.
-# `segment` is [lesson 21](21_segmentation.ipynb) in the same way. Some published models (`ft-refcoco-seg`)
-# were trained on the bare sentence, "the dog on the left": `prefix=False` asks them so.
+# `detect` is [lesson 19](19_detection.ipynb) in one line: the answer with its log-probabilities and the picture's own size, and the objects
+# read from them. Whatever the model writes, this is a list; what is no object is not in it. `segment` is
+# [lesson 21](21_segmentation.ipynb) in the same way. Some published models were trained on the bare sentence, "the dog on the left":
+# `prefix=False` asks them so.
 
 
 # %%
@@ -534,19 +496,31 @@ def _scored(self, image, prompt, options) -> tuple[list[int], list[float], Token
 
 
 # %%
-pg.codec = MaskCodec.from_pretrained(TINY)
-for found in pg.detect(once, ["cat", "dog"]):
+boxes = pg.detect(once, ["cat", "dog"])
+for found in boxes:
     print(found.label, f"{found.score:.2f}", [round(value) for value in found.box])
 print("the answer behind it:", pg(once, "detect cat ; dog"))
-for found in pg.segment(once, "dog"):
-    print(found.label, f"{found.score:.2f}", found.mask.shape, int(found.mask.sum()), "pixels")
+
+# %%
+pg.codec = MaskCodec.from_pretrained(TINY)
+masks = pg.segment(once, "cat ; dog")
+for found in masks:
+    print(found.label, found.mask.shape, int(found.mask.sum()), "pixels")
 
 # %% [markdown]
 # ### Loading, and in which type to compute
 #
-# Weights are stored in bfloat16, two bytes a number. Compute in it, or in float32? On a CPU small
-# products in bfloat16 bring nothing, and float32 compares well with any reference. But a 3B model in float32 is 12 GB, and decode reads all of it for each token ([lesson 18](18_generation.ipynb)).
-#
+# Weights are stored in bfloat16, two bytes a number. Compute in it, or in float32? Float32 compares well with any
+# reference. But the 3B model in float32 is 12 GB, and decoding reads most of it for each token
+# ([lesson 18](18_generation.ipynb)).
+
+# %%
+with torch.device("meta"):
+    count = sum(p.numel() for p in PaliGemma(PaliGemmaConfig()).parameters())
+print(f"{count:,} parameters: float32 {count * 4 / 1e9:.1f} GB, bfloat16 {count * 2 / 1e9:.1f} GB")
+print(f"the tiny model's file: {(TINY / 'model.safetensors').stat().st_size / 1e9:.4f} GB")
+
+# %% [markdown]
 # So: **float32 while it is small, as stored when it is large.** The line is drawn at 1 GB of files.
 
 
@@ -603,6 +577,8 @@ def load(
     return Pipeline(model, processor, codec)
 
 
+# %%
+#| export
 def find_codec(folder: Path) -> MaskCodec | None:
     """The mask codec beside a model's weights: ours, or the published `vae-oid.npz`."""
     if (folder / "mask_codec.safetensors").is_file():
@@ -612,10 +588,9 @@ def find_codec(folder: Path) -> MaskCodec | None:
 
 
 # %% [markdown]
-# What is care and no idea (folders with `~`, the hub and its cache, names of devices and types, an
-# adapter and its base) is in [support/](../paligemma/support).
-#
-# And back: a pipeline can be moved, saved, and says what it is (folded: there is nothing new in it).
+# What is care and no idea (folders with `~`, the hub and its cache, names of devices and types, an adapter and its
+# base) is in [support/](../paligemma/support). And back: a pipeline can be moved, saved, and says what it is (folded: there is nothing
+# new in it).
 
 
 # %% tags=["hide-input"]
@@ -654,6 +629,8 @@ def __repr__(self) -> str:
 for how in ({}, {"dtype": torch.bfloat16}, {"quantize": "int8"}):
     pg = load(**how)
     print(how, pg(picture, "caption en"), pg, sep=" → ")
+
+# %%
 pg = load()
 for wrong in ({"path": "weights.bin"}, {"quantize": "int2"}, {"device": "gpu"}):
     try:
@@ -662,8 +639,8 @@ for wrong in ({"path": "weights.bin"}, {"quantize": "int2"}, {"device": "gpu"}):
         print(wrong, "→", error)
 
 # %% [markdown]
-# The last lines make the file a program: `python -m paligemma.inference` does what
-# `python -m paligemma` does. A notebook is called `__main__` as well, but has no file.
+# The last lines make the file a program, `python -m paligemma.inference`. (A notebook is called `__main__` as well, but
+# has no file.)
 
 # %%
 #| export
@@ -673,178 +650,85 @@ if __name__ == "__main__" and "__file__" in globals():
 # %% [markdown]
 # ### The command
 #
-# A command line is an interface for people in a hurry and for other programs, and it has customs:
+# It serves people in a hurry and other programs, and it has customs:
 #
-# - the answer goes to **standard output**, all else to **standard error**, so that `> answer.txt`
-#   holds only the answer;
+# - the answer goes to **standard output**, all else to **standard error**, so that `> answer.txt` holds only the answer;
 # - the **exit code** is 0 when it worked and 2 when the input was wrong;
 # - a mistake is answered in one line that says what to do, not in forty lines of traceback.
 #
-# Reading options is no idea of ours: it is done with Python's `argparse`, in
-# [support/command_line.py](../paligemma/support/command_line.py). Here it is in use, as a process of its own.
+# Python's `argparse` reads the options, in [support/command_line.py](../paligemma/support/command_line.py). Here it runs as a process of its own.
+
 
 # %%
-FOLDER = tempfile.TemporaryDirectory()
-for name, image in zip(names, pictures):
-    image.save(Path(FOLDER.name, f"{name}.png"))
-
-
-def command(line):
+def command(*arguments):
     """Run the command and show what comes out of which channel; returns the exit code."""
-    program = [sys.executable, "-m", "paligemma", *shlex.split(line)]
+    program = [sys.executable, "-m", "paligemma", *arguments]
     done = subprocess.run(program, capture_output=True, text=True, cwd=FOLDER.name)
-    print(f"$ paligemma {line}\n{done.stdout}{done.stderr}[exit {done.returncode}]\n")
+    print(f"output: {done.stdout!r}\nerror: {done.stderr!r}\nexit code: {done.returncode}\n")
     return done.returncode
 
 
-# %% tags=["nbval-ignore-output"]
-assert command("--help") == 0
-
-# %%
-assert command("--image_file_path scene.png") == 0
-assert command('--image-file-path . --prompt "answer en how many dogs are there?" --json') == 0
-assert command('--image_file_path scene.png --task detect --prompt "cat ; dog"') == 0
-assert command("--image_file_path scene.pgn") == 2
-assert command("--image_file_path scene.png --temp 0.5") == 2
+assert command("--image_file_path", "scene.png") == 0
+assert (
+    command("--image_file_path", "scene.png", "--task", "detect", "--prompt", "cat", "--json") == 0
+)
+assert command("--image_file_path", "scene.pgn") == 2
 
 # %% [markdown]
-# A folder gives a line for each picture. What does the program do with trouble? A `ValueError` is the
-# user's mistake: one line and 2. Ctrl-C is a wish, not an error: 130. A closed pipe (`paligemma … |
-# head -1`) means that the reader has enough: be quiet. Anything else is *our* mistake and keeps its
-# traceback.
-#
+# And other trouble? Ctrl-C is a wish, not an error: 130. A closed pipe (`paligemma … | head -1`) means that the reader
+# has enough: be quiet. Anything else is *our* mistake and keeps its traceback. (`paligemma --help` shows all options.)
+
+# %% [markdown]
 # ## Against the reference
 #
-# The whole path at once, not one part: the shipped checkpoint read by transformers, its own picture
-# processor, the ids laid out by hand, its own greedy `generate`. The file holds the ids that came
-# out, for three pictures and two prompts. A test recomputes it.
+# The whole path at once: the shipped checkpoint read by transformers, its own picture processor, the ids laid out by
+# hand, its own greedy `generate`. The file holds the ids that came out, for three pictures and two prompts. A test
+# recomputes it.
 
 # %%
 reference = load_file("reference/inference.safetensors")
-for name in names:
-    for task in ("caption", "count"):
-        prompt = {"caption": "caption en", "count": "answer en how many dogs are there?"}[task]
+PROMPTS = {"caption": "caption en", "count": "answer en how many dogs are there?"}
+for name, image in zip(("scene", "scene2", "scene3"), pictures):
+    for task, prompt in PROMPTS.items():
         theirs = pg.processor.decode(reference[f"{name}_{task}"])
-        ours = pg(sample_picture(name), prompt)
-        assert ours == theirs
-        print(f"{name:7} {prompt:36} {ours}")
+        assert pg(image, prompt) == theirs
+        print(f"{name:7} {prompt:36} {theirs}")
 
 # %% [markdown]
-# Equal, word for word. That says that we compute what the reference computes, not that the model is
-# right: two different questions. Nobody knows a model who has not looked for what it gets wrong, so
-# we ask until it fails. A cat of fur counts as a cat.
-
-# %%
-TRUTH = {"scene": {"cats": 1, "dogs": 2}, "scene2": {"bees": 1, "tulips": 1}}
-TRUTH |= {
-    "scene3": {"rockets": 1, "balloons": 2},
-    "cat": {"cats": 1},
-    "astronaut": {},
-    "coffee": {},
-}
-THINGS = ["cats", "dogs", "bees", "tulips", "rockets", "balloons", "lions", "snails", "cakes"]
-failed = None
-for name in TRUTH:
-    seen = pg.encode(sample_picture(name))
-    for things in THINGS:
-        said, true = pg(seen, f"answer en how many {things} are there?"), TRUTH[name].get(things, 0)
-        if said != str(true) and failed is None:
-            failed = f"{name}: {said} {things}, in truth {true}"
-assert failed is not None, "the model has learnt them all: ask something harder"
-print(failed)
-
-# %% [markdown]
+# Equal, word for word. That says that we compute what the reference computes, not that the model is right: two
+# different questions.
+#
 # ## See it
 #
 # One scene, three tasks; and a photograph of a real cat.
 
+# %%
+cat = sample_picture("cat")
+print(pg(cat, "caption en"), "|", pg(cat, "answer en how many cats are there?"))
+assert "cat" not in pg(cat, "caption en") and pg(cat, "answer en how many cats are there?") != "1"
+assert len(boxes) == len(masks) == 3 and max(box.score for box in boxes) < 0.5
+
 # %% tags=["hide-input"]
-scene, cat = (sample_picture(name).resize((448, 448)) for name in ("scene", "cat"))
-boxes, masks = pg.detect(scene, "cat ; dog"), pg.segment(scene, "cat ; dog")
-labels, scores = [one.label for one in boxes], [one.score for one in boxes]
-assert max(scores) < 0.5
-outlined = draw_masks(scene, [one.mask for one in masks], [one.label for one in masks])
-shown = [draw_caption(image, pg(image, "caption en")) for image in (scene, cat)]
-shown += [draw_boxes(scene, [one.box for one in boxes], labels, scores), outlined]
-save_figure(show_images(shown, columns=2, height=2.7), "24_tasks.png")
+scene, big_cat = (image.resize((448, 448)) for image in (picture, cat))
+labels, where = [one.label for one in boxes], 448 / picture.width
+boxed = draw_boxes(scene, [[where * value for value in one.box] for one in boxes], labels)
+outlined = draw_masks(scene, [one.mask for one in pg.segment(scene, "cat ; dog")], labels)
+titles = [f"caption en: {pg(image, 'caption en')}" for image in (picture, cat)]
+titles += ["detect cat ; dog", "segment cat ; dog"]
+shown = [scene, big_cat, boxed, outlined]
+save_figure(show_images(shown, titles, columns=2, height=3.2), "24_tasks.png")
 
 # %% [markdown]
-# What to notice: words, boxes and shapes say the same of the scene, and of the cat of fur the model
-# talks nonsense. It knows 48 emoji; it was never taught to say "I do not know". A confident tone is no
-# evidence. Nor is a modest one: boxes score low because training spread each edge over its
-# neighbours ([lesson 27](27_training.ipynb)), so no single location word is likely.
+# What to notice: words, boxes and shapes say the same of the scene, and of the cat of fur the model talks nonsense. It
+# knows 48 emoji; it was never taught to say "I do not know". A confident tone is no evidence. Nor is a modest one:
+# boxes score below a half because training spread each edge over its neighbours ([lesson 27](27_training.ipynb)), so no single
+# location token is likely.
 
 # %% [markdown]
-# ## At full size
+# ## A bug people really make: chance where none was meant
 #
-# Two numbers decide what a checkpoint of 3B needs: how many parameters, and how many bytes
-# each. Shapes on the `meta` device are free. A decode step reads all of the language model, so memory
-# sets a bound on the speed: how fast is it here?
-
-# %%
-with torch.device("meta"):
-    large = PaliGemma(PaliGemmaConfig())
-count = sum(p.numel() for p in large.parameters())
-language = sum(p.numel() for p in large.language_model.parameters())
-print(f"{count:,} parameters, {language:,} of them read for every token")
-for dtype in (torch.float32, torch.bfloat16):
-    print(f"{dtype!s:15} {count * dtype.itemsize / 1e9:5.1f} GB")
-
-# %% tags=["nbval-ignore-output"]
-row = torch.ones(64_000_000)  # 256 MB: no cache holds it
-speed = row.nbytes / 1e6 / best_ms(row.sum)  # GB a second
-for dtype in (torch.float32, torch.bfloat16):
-    bound = speed / (language * dtype.itemsize / 1e9)
-    print(f"{dtype!s:15} at most {bound:4.1f} tokens a second at {speed:.0f} GB/s")
-
-# %% [markdown]
-# In the stored type
-# nothing has to be converted, so the file is *mapped*: a page is read from disk when it is first
-# used, and loading takes next to no time. Converting means reading all of it and writing it again.
-# Measured on the tiny checkpoint, a hundred small tensors:
-
-# %% tags=["nbval-ignore-output"]
-mapped = best_ms(lambda: load_model(TINY, dtype=None))
-converted = best_ms(lambda: load_model(TINY, dtype=torch.float32))
-asked = best_ms(lambda: pg(picture, "caption en"))
-print(f"load as stored {mapped:.1f} ms, converted {converted:.1f} ms; a question {asked:.1f} ms")
-
-# %% [markdown]
-# ## A bug people really make: the prompt is almost right
-#
-# A colleague skips the processor; the prompt is only a few ids, after all. Picture tokens, bos, the
-# pieces of the text. Every shape fits, and the model answers:
-
-# %%
-tokenizer, layout = pg.processor.tokenizer, pg.processor.num_image_tokens
-different = 0
-for name, image in zip(names, pictures):
-    colleague = [tokenizer.image_id] * layout + [tokenizer.bos_id, *tokenizer.encode("caption en")]
-    pixels = pg.processor.image_processor(image)
-    theirs = pg.processor.decode(generate(pg.model, torch.tensor([colleague]), pixels)[0])
-    ours = pg(image, "caption en")
-    different += theirs.strip() != ours
-    print(f"{name:7} {theirs!r:34} ours: {ours!r}")
-assert different >= 1
-
-# %% [markdown]
-# No garbage: it would pass for a weak model. Before you read on: what is different?
-
-# %%
-right = pg.processor(pictures[0], "caption en")["input_ids"][0, layout:].tolist()
-print("right:    ", [tokenizer.sp.id_to_piece(i) for i in right])
-print("colleague:", [tokenizer.sp.id_to_piece(i) for i in colleague[layout:]])
-
-# %% [markdown]
-# The newline at the end is missing. In training it always stood between prompt and answer; without
-# it the model goes on writing the *prompt*. No error is possible: any ids are valid ids. The layout of
-# a prompt is part of the weights; compare ids, not answers.
-
-# %% [markdown]
-# ### A second one: chance where none was meant
-#
-# A script fills a catalogue with captions and samples with temperature 1.5, because a demo did. The
-# same picture, sixty times:
+# A script fills a catalogue with captions and samples with temperature 1.5, because a demo did. Each entry reads well.
+# The check: ask about the same picture again. Sixty times:
 
 # %%
 said = [pg(once, "caption en", temperature=1.5, seed=seed) for seed in range(60)]
@@ -860,21 +744,20 @@ colours = [COLOURS["good" if text == greedy else "bad"] for text, _ in draws]
 ax.barh([text[:44] for text, _ in draws], [count for _, count in draws], color=colours)
 ax.invert_yaxis()
 ax.set(xlabel="of 60 draws", title="the six most frequent; greedy says the green one, always")
+assert draws[0][0] == greedy
 save_figure(fig, "24_draws")
 
 # %% [markdown]
-# More than one catalogue entry in ten is wrong, and each reads as well as the others. A draw is right
-# for text that may vary. Where one answer is wanted, take the likeliest token: greedy,
-# which is why `temperature` is 0 unless asked for, and why the command draws only with
-# `--do_sample`, whatever `--temperature` says.
+# More than one entry in ten is wrong, and each reads as well as the others. A draw is right for text that may vary.
+# Where one answer is wanted, take the likeliest token: greedy, which is why `temperature` is 0 unless asked for, and why
+# the command draws only with `--do_sample`, whatever `--temperature` says.
 
 # %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1 (predict): how often is a picture looked at?
 #
-# Six calls, of which each may send pictures through the vision tower. Write down how many **passes**
-# of the tower each costs.
+# Six calls, of which each may send pictures through the vision tower. How many **passes** of the tower does each cost?
 
 # %% tags=["exercise"]
 CALLS = [
@@ -918,63 +801,99 @@ passes = [1, 0, 1, 0, 1, 2]
 check(test_1, passes)
 
 # %% [markdown]
-# ### Exercise 2 (fill in): ask until it is sure
+# ### Exercise 2 (write): a command
 #
-# "Self-consistency": draw $n$ answers with different seeds and return the most frequent one, and its
-# share. Write `vote(ask, n)`, where `ask(seed)` gives one answer. On a tie the answer that came first
-# wins; the same call gives the same result each time.
+# Write `run(arguments, pg)`, a small command. `arguments` should be a picture's path and a prompt. It keeps the customs
+# from above: what goes to which channel, and the exit code, which it *returns*. Use `print(…, file=sys.stderr)`.
 
 
 # %% tags=["exercise"]
-def vote(ask, n):
-    return None  # (answer, share)
+def run(arguments, pg):
+    return None  # the exit code
 
 
 # %% tags=["check"]
-def test_2(vote):
-    said = ["2", "1", "2", "3", "2"]
-    asked = []
+class Stub:
+    """A pipeline of which one knows what it does."""
 
-    def ask(seed):
-        asked.append(seed)
-        return said[len(asked) - 1]
-
-    assert vote(ask, 5) == ("2", 0.6), "three of five say '2': expected ('2', 0.6)"
-    assert len(set(asked)) == 5, "five different seeds, or all draws are the same"
-    seeds, asked[:] = list(asked), []
-    said = ["b", "a", "a", "b", "c"]
-    assert vote(ask, 5)[0] == "b", "on a tie the answer that came first wins"
-    assert asked == seeds, "the same seeds each time, or the result cannot be repeated"
-    real = vote(lambda seed: pg(picture, "caption en", temperature=0.7, seed=seed), 5)
-    assert real[0] == by_hand, "on the scene, most draws agree with greedy"
+    def __call__(self, image, prompt, **options):
+        if image == "missing.png":
+            raise ValueError("picture missing.png does not exist; give the path of an image file")
+        if image == "bug.png":
+            raise RuntimeError("shapes do not fit")
+        return f"{prompt} of {image}"
 
 
-check(test_2, vote)
+def heard(run, *arguments):
+    """What a command returns and says: (code, output, error)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = run(list(arguments), Stub())
+        except SystemExit:
+            code = "left"
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_2(run):
+    code, out, err = heard(run, "a.png", "caption en")
+    assert code != "left", "return the exit code; don't leave Python"
+    assert out == "caption en of a.png\n", (
+        "standard output: the answer, the end of its line, no more"
+    )
+    assert err == "" and code == 0 and code is not False, "all went well: no error, and which code?"
+    for wrong in (["missing.png", "caption en"], ["a.png"], []):
+        try:
+            code, out, err = heard(run, *wrong)
+        except (ValueError, TypeError, IndexError) as error:
+            raise AssertionError(f"{wrong}: the user sees the traceback of {error!r}") from None
+        assert code != "left", f"{wrong}: return the exit code; don't leave Python"
+        assert out == "", f"{wrong}: standard output is for answers"
+        assert err.count("\n") == 1 and len(err) > 10, (
+            f"{wrong}: one line on standard error, please"
+        )
+        assert code == 2, f"{wrong}: not the exit code of wrong input"
+    assert "does not exist" in heard(run, "missing.png", "x")[2], "the line says what was wrong"
+    try:
+        heard(run, "bug.png", "caption en")
+    except RuntimeError:
+        return
+    raise AssertionError("a bug of ours is hidden: nobody will find it without its traceback")
+
+
+check(test_2, run)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `Counter(list).most_common(1)` gives the most frequent element with its number; of equals it gives
-# the one it met first.
+# Which kind of exception is the user's mistake? Catch that one alone. What is wrong with the number of arguments is seen
+# before anything is asked.
 #
 # </details>
 
 
 # %% tags=["solution"]
-def vote(ask, n):
-    answer, times = Counter(ask(seed) for seed in range(n)).most_common(1)[0]
-    return answer, times / n
+def run(arguments, pg):
+    if len(arguments) != 2:  # seen before the slow work
+        print("error: give a picture and a prompt", file=sys.stderr)
+        return 2
+    try:
+        answer = pg(*arguments)
+    except ValueError as error:  # the user's mistake; all others are ours, and keep their traceback
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(answer)
+    return 0
 
 
-check(test_2, vote)
+check(test_2, run)
 
 # %% [markdown]
-# ### Exercise 3 (write): stop at a word
+# ### Exercise 3 (extend): stop at a word
 #
-# A program wants the text up to a stop word, and not a token more: each costs time. Write
-# `until(pieces, stop)`, a generator over the pieces of `stream`. It yields all that comes before the
-# first `stop` and then asks for no further piece; without a `stop` it yields everything. The pieces may
-# cut the stop word anywhere. Text that can no longer belong to it must not wait for the end.
+# A program wants the text up to a stop word, and not a token more: each costs time. Write `until(pieces, stop)`, a
+# generator over the pieces of `stream`. It yields all that comes before the first `stop` and then asks for no further
+# piece. The pieces may cut the stop word anywhere; text that can no longer belong to it must not wait.
 
 
 # %% tags=["exercise"]
@@ -993,6 +912,7 @@ def test_3(until):
     assert run(words, "bee")[0] == "a cat and two dogs", "no stop word: everything comes out"
     assert run(words, " and")[0] == "a cat", "what stands before the stop word, and no more"
     assert run(["a c", "at a", "nd two", " dogs"], " and")[0] == "a cat", "a piece may cut it"
+    assert run(["so EN", "D."], "END")[0] == "so ", "a piece may cut it at any letter"
     assert run(["x", "E", "N", "x"], "END")[0] == "xENx", "a beginning of it is not yet the word"
     assert run(words, " and")[1] == 2, "after the stop word no further piece is asked for"
     source = iter(["all this ", "may leave", "."])
@@ -1036,9 +956,8 @@ print(list(until(pg.stream(picture, "caption en"), " two")))
 # - From folder to answer are five steps; an object keeps what is slow to prepare.
 # - Pictures are looked at first, then every answer goes one way: streamed, batched, boxes, masks.
 # - What can be known to be wrong is said before the slow work, in one line.
-# - Answers to standard output, the rest to standard error, 0 or 2 as exit code.
-# - Small models compute in float32, large ones in the type they are stored in.
-# - The layout of a prompt belongs to the weights: one newline less, and a good model looks weak.
+# - Answers to standard output, the rest to standard error; 0 or 2.
+# - Small models compute in float32, large ones as they are stored. Greedy, unless chance is wanted.
 
 # %% [markdown]
 # ## Quiz
@@ -1079,10 +998,8 @@ print(list(until(pg.stream(picture, "caption en"), " two")))
 #
 # - Lucas Beyer et al., *PaliGemma: A versatile 3B VLM for transfer*, 2024, section 3 (the layout of a
 #   prompt).
-# - Xuezhi Wang et al., *Self-Consistency Improves Chain of Thought Reasoning in Language Models*,
-#   2023.
 # - Python: module `argparse`; POSIX: *Utility Conventions* (options, exit status).
 # - transformers: `models/paligemma/processing_paligemma.py`, function `build_string_from_input`.
 
 # %% [markdown] tags=["navigation"]
-# [← Quantization](22_quantization.ipynb) | [contents](00_overview.ipynb) | [Scenes →](25_scenes.ipynb)
+# [← Compilation](23_compilation.ipynb) | [contents](00_overview.ipynb) | [Scenes →](25_scenes.ipynb)
