@@ -24,16 +24,19 @@ STEMS = {name[3:]: colour for colour, names in PARTS.items() for name in names.s
 NUMBERS = {name[3:]: name[:2] for names in PARTS.values() for name in names.split()}
 FRAMES = (  # stem, left, bottom, width, height, title
     ("processor", 13.5, 33.2, 16, 27.3, "Processor"),
-    ("siglip", 51, 45.2, 26.5, 15.3, "SigLIP encoder block × 27"),
+    ("siglip", 48.6, 45.2, 32.4, 15.3, "SigLIP encoder block × 27"),
     ("gemma", 3.5, 13, 61.5, 16.2, "Gemma decoder block × 18"),
     ("grouped_query_attention", 14, 15, 23, 9.6, "grouped-query attention"),
 )
 ARROWS = (  # the corners of each line; the last one gets the head
-    *(((a, 51.6), (b, 51.6)) for a, b in ((11.5, 15.3), (27.5, 33.8), (47, 52.8), (64, 65.8))),
-    *(((a, 51.6), (b, 51.6)) for a, b in ((75.5, 81.3), (92, 95.6))),
-    *(((a, 38.6), (b, 38.6)) for a, b in ((11.5, 15.3), (27.5, 33.8), (47, 95.6))),
+    *(((a, 51.6), (b, 51.6)) for a, b in ((11.5, 15.3), (27.5, 33.8), (46, 50.6), (55.5, 56.6))),
+    *(((a, 51.6), (b, 51.6)) for a, b in ((64.8, 65.3), (67.7, 68.6), (73.5, 74.4))),
+    *(((a, 51.6), (b, 51.6)) for a, b in ((78.6, 78.7), (81, 83.1), (92.5, 95.6))),
+    *(((a, 38.6), (b, 38.6)) for a, b in ((11.5, 15.3), (27.5, 33.8), (46, 95.6))),
     *(((a, 19.8), (b, 19.8)) for a, b in ((11.8, 13.8), (37, 38.1), (40.5, 42), (48.5, 50.3))),
     *(((a, 19.8), (b, 19.8)) for a, b in ((58.5, 59.8), (62.2, 67.8), (75.5, 78.3), (87, 89.8))),
+    ((49.7, 51.6), (49.7, 56.8), (66.5, 56.8), (66.5, 52.8)),
+    ((68.1, 51.6), (68.1, 56.8), (79.8, 56.8), (79.8, 52.8)),
     ((97.5, 34), (97.5, 31), (1, 31), (1, 19.8), (5.3, 19.8)),
     ((4.4, 19.8), (4.4, 25.4), (39.3, 25.4), (39.3, 21)),
     ((41.3, 19.8), (41.3, 25.4), (61, 25.4), (61, 21)),
@@ -42,12 +45,14 @@ ARROWS = (  # the corners of each line; the last one gets the head
 
 BOXES = (  # stem, left, bottom, width, height, text; a low box has its number before the text
     ("image_processor", 15.5, 46.8, 12, 9.6, "image\nprocessor"),
-    ("patch_embedding", 34, 46.8, 13, 9.6, "patches +\npositions"),
-    ("siglip_attention", 53, 46.8, 11, 9.6, "attention\nall ↔ all"),
-    ("siglip", 66, 46.8, 9.5, 9.6, "MLP"),
-    ("model", 81.5, 46.8, 10.5, 9.6, "projector"),
+    ("patch_embedding", 34, 46.8, 12, 9.6, "patches +\npositions"),
+    ("siglip", 50.8, 47.5, 4.7, 8.2, "norm"),
+    ("siglip_attention", 56.8, 47.5, 8, 8.2, "attention\nall ↔ all"),
+    ("siglip", 68.8, 47.5, 4.7, 8.2, "norm"),
+    ("siglip", 74.6, 47.5, 4, 8.2, "MLP"),
+    ("model", 83.3, 46.8, 9.2, 9.6, "projector"),
     ("tokenizer", 15.5, 34.6, 12, 8, "tokenizer"),
-    ("gemma", 34, 34.6, 13, 8, "embedding"),
+    ("gemma", 34, 34.6, 12, 8, "embedding"),
     ("rms_norm", 5.5, 15, 6.3, 9.6, "RMS\nNorm"),
     ("rope", 15.2, 16, 6.4, 4.6, "RoPE"),
     ("kv_cache", 22.2, 16, 7.4, 4.6, "KV cache"),
@@ -186,9 +191,9 @@ def _draw_ends(ax, lit):
         ax.text(left + 0.2, bottom + height + 0.6, name, fontsize=9)
     ax.text(0.4, 6, "use it", fontsize=9, va="center")
     ax.text(0.4, 2, "train it", fontsize=9, va="center")
-    for x in (39.3, 61):
-        ax.add_patch(Circle((x, 19.8), 1.2, fc="white", ec=COLOURS["ink"], lw=0.9, zorder=4))
-        ax.text(x, 19.75, "+", ha="center", va="center", fontsize=9, zorder=5)
+    for x, y in ((39.3, 19.8), (61, 19.8), (66.5, 51.6), (79.8, 51.6)):
+        ax.add_patch(Circle((x, y), 1.2, fc="white", ec=COLOURS["ink"], lw=0.9, zorder=4))
+        ax.text(x, y - 0.05, "+", ha="center", va="center", fontsize=9, zorder=5)
 
 
 def _draw_cat(ax, left, bottom, strength, frame):
