@@ -36,7 +36,7 @@ model_map("sampling")
 # %% [markdown]
 # ## Setup
 #
-# The tiny trained model that ships with this course gives us real distributions: lesson [16](16_checkpoint.ipynb) loads it, lesson [14](14_processor.ipynb) prepares its pictures. The first cell becomes the opening lines of [sampling.py](../paligemma/sampling.py).
+# The trained model of this course gives us real distributions: lesson [16](16_checkpoint.ipynb) loads it, lesson [14](14_processor.ipynb) prepares its pictures. The result is [sampling.py](../paligemma/sampling.py).
 
 # %%
 #| export
@@ -56,9 +56,9 @@ import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
 from paligemma.checkpoint import load_model
+from paligemma.processor import Processor
 from paligemma.support.course import check, sample_picture, save_figure
 from paligemma.support.drawing import COLOURS, CYCLE
-from paligemma.processor import Processor
 
 tiny = resources.files("paligemma") / "assets" / "tiny"
 model, processor = load_model(tiny), Processor.from_pretrained(tiny)
@@ -68,7 +68,7 @@ torch.set_printoptions(precision=3, sci_mode=False)
 # %% [markdown]
 # ## The problem
 #
-# The model does not say a word. For each position it gives one number for *every* token it knows: the **logits**. We show it two pictures and ask for a caption that begins with "a". Which word comes next? One picture is from its world of small emoji; the other, a photograph, is like nothing it has seen.
+# The model does not say a word. For each position it gives one number for *every* token it knows: the logits. We show it two pictures and ask for a caption that begins with "a". Which token comes next? One picture is from its world of small emoji; the other, a photograph, is like nothing it has seen.
 
 
 # %%
@@ -80,56 +80,59 @@ def next_logits(picture, said, model=model):
         return model(**batch).logits[0, -2]  # the last position reads <eos>; we stop before it
 
 
+def spell(token):
+    return processor.tokenizer.decode([int(token)]).strip() or "(end)"
+
+
+# %%
 known, photo = next_logits("scene2", "a"), next_logits("cat", "a")
-words = {}
 for name, logits in (("scene2", known), ("cat", photo)):
-    chances, ids = logits.softmax(-1).topk(7)
-    words[name] = [processor.tokenizer.decode([i]).strip() or "(end)" for i in ids.tolist()]
-    print(f"{name:6}", *(f"{w} {c:.3f}" for w, c in zip(words[name], chances.tolist())), sep="  ")
+    chances, ids = logits.softmax(-1).topk(6)
+    print(f"{name:6}", *(f"{spell(i)} {c:.3f}" for i, c in zip(ids, chances.tolist())), sep="  ")
+assert known.softmax(-1).max() > 0.9 and photo.softmax(-1).max() < 0.5
 
 # %% tags=["hide-input"]
-fig, axes = plt.subplots(1, 5, figsize=(9, 2.3), layout="constrained", width_ratios=(2, 3, 2, 3, 4))
+widths = (2, 3, 2, 3, 4)
+fig, axes = plt.subplots(1, 5, figsize=(9.8, 2.5), layout="constrained", width_ratios=widths)
 for ax, name, logits in ((axes[:2], "scene2", known), (axes[2:4], "cat", photo)):
+    chances, ids = logits.softmax(-1).topk(7)
     ax[0].imshow(sample_picture(name).resize((160, 160)))
     ax[0].set_title('"a …"')
     ax[0].set_axis_off()
-    ax[1].barh(words[name], logits.softmax(-1).topk(7).values, color=COLOURS["language"])
+    ax[1].barh([spell(i) for i in ids], chances, color=COLOURS["language"])
     ax[1].set(xlim=(0, 1), xlabel="probability")
     ax[1].invert_yaxis()
-rank = torch.arange(1, len(photo) + 1)
+place = torch.arange(1, len(photo) + 1)
 for name, logits, colour in (("scene2", known, "vision"), ("cat", photo, "accent")):
     falling = logits.softmax(-1).sort(descending=True).values
-    axes[4].loglog(rank, falling, color=COLOURS[colour], label=name)
+    axes[4].loglog(place, falling, color=COLOURS[colour], label=name)
 axes[4].legend(loc="lower left", fontsize=9)
-axes[4].set(xlabel="rank of the word", title="all words", ylim=(1e-13, 3), yticks=[1, 1e-6, 1e-12])
+axes[4].set(xlabel="place in the order", title="all tokens", ylim=(1e-13, 3))
+axes[4].set_yticks([1, 1e-6, 1e-12])
 axes[4].minorticks_off()
 save_figure(fig, "17_two_pictures")
 
 # %%
-tail = photo.softmax(-1) < 0.001
-print("words in all:", len(photo), "| words below 0.001:", int(tail.sum()))
-assert known.softmax(-1).max() > 0.9 > photo.softmax(-1).max() and tail.sum() > 2000
+tail = int((photo.softmax(-1) < 0.001).sum())
+print(f"of {len(photo)} tokens {tail} are less likely than 0.001 after the photograph")
+assert tail > 2000
 
 # %% [markdown]
-# Left the model is sure. In the middle it is not: some words share the probability. And behind them stands a **long tail** of words that are nearly impossible, two thousand here (right; each step of an axis is a factor). Out of such a row of numbers **one** token has to be chosen. That choice is not part of the network: it has no weights, and you may change it for each question.
+# Left the model is sure. In the middle it is not: some tokens share the probability. And behind them stands a **long tail** of tokens that are nearly impossible (right; each step of an axis is a factor). Out of such a row of numbers **one** token has to be chosen. That choice is not part of the network: it has no weights, and you may change it for each question.
 
 # %% [markdown]
 # ## By hand: three words
 #
-# Say the logits of *cat*, *dog* and *bee* are 2, 1 and 0. **Softmax** turns them into probabilities: $p_i = e^{x_i} / \sum_j e^{x_j}$. With $e \approx 2.718$, the three numerators are $e^2 = 7.389$, $2.718$ and $1$.
+# Say the logits of *cat*, *dog* and *bee* are 2, 1 and 0. Softmax turns them into probabilities: $p_i = e^{x_i} / \sum_j e^{x_j}$. With $e \approx 2.718$, the three numerators are $e^2 = 7.389$, $2.718$ and $1$.
 
 # %%
 x = torch.tensor([2.0, 1, 0])
-print("numerators:   ", x.exp().tolist())
 p = x.exp() / x.exp().sum()
-print("probabilities:", [round(v, 3) for v in p.tolist()])
+ends = p.cumsum(0)
+print("probabilities:", p.numpy().round(3), "running sums:", ends.numpy().round(3))
 
 # %% [markdown]
-# **Greedy** takes the largest: *cat*, always. To **draw**, lay the three as pieces on a ruler of length 1 and throw a dart that lands anywhere with equal chance. The longer the piece, the likelier it is hit. The ends of the pieces are the running sums.
-
-# %%
-ends = p.cumsum(0)
-print("ends of the pieces:", [round(end, 3) for end in ends.tolist()])
+# Greedy takes the largest: *cat*, always. To **draw**, lay the three as pieces on a ruler of length 1 and throw a dart that lands anywhere with equal chance. The longer the piece, the likelier it is hit. The ends of the pieces are the running sums.
 
 # %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 1.4), layout="constrained")
@@ -145,14 +148,14 @@ save_figure(fig, "17_ruler")
 # %% [markdown]
 # ### Temperature: before the softmax
 #
-# Divide all logits by $T$. A small $T$ stretches the gaps between them, and the winner takes more. A large $T$ shrinks the gaps. At $T = 1$ you get what the model learned.
+# Divide all logits by the **temperature** $T$. A small $T$ stretches the gaps between them, and the winner takes more. A large $T$ shrinks the gaps. At $T = 1$ you get what the model learned.
 
 # %%
 for T in (0.5, 1, 2):
-    print(f"T = {T}:", [round(v, 3) for v in (x / T).softmax(0).tolist()])
+    print(f"T = {T}:", (x / T).softmax(0).numpy().round(3))
 
 # %% [markdown]
-# Now the photograph's words. Each curve is one word's probability; read the figure from the left: near 0 there is only the winner (greedy is the limit $T \to 0$), and far to the right all words of the vocabulary come to the same $1/V$.
+# Now the photograph's tokens. Each curve is one token's probability. Read the figure from the left: near 0 there is only the winner (greedy is the limit $T \to 0$), and far to the right all $V$ tokens of the vocabulary come to the same $1/V$.
 
 # %%
 temperatures = torch.logspace(-2, 1.3, 150)
@@ -160,14 +163,14 @@ curves = (photo / temperatures[:, None]).softmax(-1)  # (150, V)
 best = photo.topk(5).indices
 rest = 1 - curves[:, best].sum(-1)
 at = {T: round(rest[(temperatures - T).abs().argmin()].item(), 2) for T in (1, 3, 10)}
-print("all words but the best five:", at)
+print("all tokens but the best five share:", at)
 assert at[1] < 0.5 < at[3] < at[10] and at[10] > 0.9
 
 # %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 2.9), layout="constrained")
-for i, word, colour in zip(best.tolist(), words["cat"], CYCLE):
+for i, word, colour in zip(best.tolist(), map(spell, best), CYCLE):
     ax.plot(temperatures, curves[:, i], color=colour, label=word)
-ax.plot(temperatures, rest, color=COLOURS["muted"], ls="--", label="all other words")
+ax.plot(temperatures, rest, color=COLOURS["muted"], ls="--", label="all other tokens")
 ax.axvline(1, color=COLOURS["ink"], lw=0.8, ls=":")
 ax.set(xscale="log", xlabel="temperature", ylabel="probability", xlim=(0.01, 20), ylim=(0, 1.02))
 ax.set_xticks([0.01, 0.03, 0.1, 0.3, 1, 3, 10], ["0.01", "0.03", "0.1", "0.3", "1", "3", "10"])
@@ -176,12 +179,12 @@ ax.legend(loc="center right", fontsize=9)
 save_figure(fig, "17_temperature")
 
 # %% [markdown]
-# Look at the dashed line. Each word of the tail is nearly impossible, but there are two thousand (in the real model 257,000). Heat lifts them all: what they share is little at $T = 1$ and nearly everything at $T = 10$, and a hot model says mostly nonsense. So the tail has to be cut off. Where?
+# Look at the dashed line. Each token of the tail is nearly impossible, but there are two thousand (in the real model 257,000). Heat lifts them all: at $T = 10$ they share nearly everything, and a hot model says mostly nonsense. So the tail has to be cut off. Where?
 
 # %% [markdown]
 # ### Top-k and top-p
 #
-# **Top-k** keeps the $k$ most likely words, whatever their probabilities. **Top-p** (nucleus sampling) keeps as many as are needed to reach the mass $p$: go down from the most likely word, add up, and stop **with** the word that crosses $p$. In both cases the rest gets $-\infty$, and a softmax shares the mass among those that stay.
+# **Top-k** keeps the $k$ most likely tokens, whatever their probabilities. **Top-p** keeps as many as are needed to reach the mass $p$, the **nucleus**: go down from the most likely token, add up, and stop **with** the one that crosses $p$. In both cases the rest gets $-\infty$, and a softmax shares the mass among those that stay.
 
 # %%
 p5 = torch.tensor([0.40, 0.30, 0.15, 0.10, 0.05])
@@ -211,11 +214,9 @@ save_figure(fig, "17_top_p")
 
 # %%
 x5 = p5.log()
-for title, logits in (("T = 1", x5), ("T = 0.5", x5 / 0.5), ("T = 3", x5 / 3)):
-    mass = logits.softmax(0).cumsum(0)
-    print(
-        f"{title:8} running sums {mass.numpy().round(2)}, kept for 0.75: {(mass < 0.75).sum() + 1}"
-    )
+for T in (0.5, 1, 3):
+    mass = (x5 / T).softmax(0).cumsum(0)
+    print(f"T = {T:3}: {mass.numpy().round(2)}, kept for 0.75: {(mass < 0.75).sum() + 1}")
 
 # %% [markdown]
 # ## As a loop
@@ -225,8 +226,8 @@ for title, logits in (("T = 1", x5), ("T = 0.5", x5 / 0.5), ("T = 3", x5 / 3)):
 
 # %%
 def sample_loop(logits, temperature, top_k, top_p, dart):
-    weights = {i: torch.tensor(v / temperature).exp().item() for i, v in enumerate(logits)}
-    order = sorted(weights, key=weights.get, reverse=True)[:top_k]
+    weights = [math.exp(v / temperature) for v in logits]
+    order = sorted(range(len(weights)), key=weights.__getitem__, reverse=True)[:top_k]
     total = sum(weights[i] for i in order)
     kept, mass = [], 0.0
     for i in order:  # most likely first
@@ -234,13 +235,11 @@ def sample_loop(logits, temperature, top_k, top_p, dart):
             break
         kept.append(i)
         mass += weights[i] / total
-    kept.sort()  # the ruler lists the words in the order of the vocabulary
     left = dart * sum(weights[i] for i in kept)
-    for i in kept:
+    for i in sorted(kept):  # the ruler lists the tokens in the order of the vocabulary
         left -= weights[i]
         if left < 0:
-            return i, kept
-    return kept[-1], kept
+            return i, sorted(kept)
 
 
 for dart in (0.1, 0.71, 0.99):
@@ -250,7 +249,7 @@ print("kept of five:", sample_loop(x5.tolist(), 1.0, 5, 0.75, 0.0)[1])
 # %% [markdown]
 # ## Vectorised
 #
-# For a batch of rows: sort, softmax, running sum. A word stays when the mass **before** it has not yet reached $p$. This way the crossing word stays by itself, and the first word always does, since before it there is nothing. `scatter` brings the decisions back from sorted order to the order of the vocabulary.
+# For a batch of rows: sort, softmax, running sum. A token stays when the mass **before** it has not yet reached $p$. This way the crossing token stays by itself, and the first one always does, since before it there is nothing. `scatter` brings the decisions back from sorted order to the order of the vocabulary.
 
 
 # %%
@@ -262,14 +261,15 @@ def keep_top_p_sorted(logits, top_p):
     return logits.masked_fill(drop, -torch.inf)
 
 
+# %%
 rows = 2 * torch.randn(50, 30)
 kept = keep_top_p_sorted(rows / 0.7, 0.8).isfinite()
 for row, keep in zip(rows, kept):
     assert sample_loop(row.tolist(), 0.7, 30, 0.8, 0.0)[1] == keep.nonzero().flatten().tolist()
-print("50 rows: the same words as the loop,", kept.sum(-1).tolist()[:12], "…")
+print("50 rows: the same tokens as the loop,", kept.sum(-1).tolist()[:12], "…")
 
 # %% [markdown]
-# ## The module
+# ## The module, simple form
 #
 # Top-k needs no sort: `topk` finds the $k$ largest. Everything below the smallest of them goes.
 
@@ -293,7 +293,57 @@ def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 # %% [markdown]
-# Top-p, as above, seems to need all $V$ words in order. But the kept ones are almost always few! So take the 1,024 largest. If their mass reaches $p$, the decision is made; only a very flat row is sorted whole. The probabilities must be the true ones, so the denominator (`logsumexp`) runs over all words.
+# Then the whole is four lines:
+
+
+# %%
+def sample_plain(logits, temperature, top_k, top_p):
+    logits = keep_top_k(logits / temperature, top_k)
+    logits = keep_top_p_sorted(logits, top_p)
+    return torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+
+
+# %%
+different = []
+for T in (0.2, 1, 5):
+    drawn = sample_plain(photo.expand(8, -1), T, top_k=len(photo), top_p=0.9)
+    print(f"T = {T:3}: a", *map(spell, drawn), sep=" … ")
+    different.append(len(drawn.unique()))
+assert different[0] < different[2]
+
+# %% [markdown]
+# Eight draws for the photograph: cold ones repeat themselves, hot ones come from all over the vocabulary.
+#
+# ## What a real program adds
+#
+# ### Speed: no sort, one dart
+#
+# PaliGemma chooses among 257,216 tokens, once for each token of the answer. What do the steps cost?
+
+
+# %%
+def milliseconds(run, repeat=8):
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+V = 257216
+row = torch.randn(1, V)
+row[0, :200] = torch.linspace(18, 8, 200)  # a few likely tokens and a long tail
+chances = row.softmax(-1)
+
+# %% tags=["nbval-ignore-output"]
+print(f"argmax      {milliseconds(lambda: row.argmax(-1)):6.2f} ms")
+print(f"topk 1024   {milliseconds(lambda: row.topk(1024)):6.2f} ms")
+print(f"sort        {milliseconds(lambda: row.sort(dim=-1)):6.2f} ms")
+print(f"multinomial {milliseconds(lambda: torch.multinomial(chances, 1)):6.2f} ms")
+
+# %% [markdown]
+# Sorting is by far the dearest, and top-p seems to need it. But the kept tokens are almost always few! So take the 1,024 largest. If their mass reaches $p$, the decision is made; only a very flat row is sorted whole. The probabilities must be the true ones, so the denominator (`logsumexp`) runs over all tokens.
 
 # %%
 #| export
@@ -330,14 +380,15 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 # %%
+assert torch.equal(keep_top_p(row, 0.9), keep_top_p_sorted(row, 0.9))
 for spread in (0.1, 2.0, 10.0):
     wide = spread * torch.randn(3, 5000)
     kept = keep_top_p(wide, 0.9).isfinite()
     assert torch.equal(kept, keep_top_p_sorted(wide, 0.9).isfinite())
-    print(f"spread {spread:4}: of 5000 words stay", kept.sum(-1).tolist())
+    print(f"spread {spread:4}: of 5000 tokens stay", kept.sum(-1).tolist())
 
 # %% [markdown]
-# The draw is the ruler and the dart. `searchsorted` finds the first piece that ends beyond the dart. Sums of floats are rounded, and a word that was cut off must *never* appear, not even once in a million: the middle line makes its piece exactly as long as nothing.
+# `torch.multinomial` draws a random number for every token of the vocabulary; one dart is enough. `searchsorted` finds the first piece that ends beyond it. Sums of floats are rounded, and a token that was cut off must *never* appear, not even once in a million: the middle line makes its piece exactly as long as nothing.
 
 
 # %%
@@ -361,8 +412,23 @@ def multinomial(
     return torch.searchsorted(end, dart * end[:, -1:], right=True).squeeze(-1)
 
 
+# %% tags=["nbval-ignore-output"]
+print(f"top-p with sort {milliseconds(lambda: keep_top_p_sorted(row, 0.9)):6.2f} ms")
+print(f"top-p, ours     {milliseconds(lambda: keep_top_p(row, 0.9)):6.2f} ms")
+print(f"one dart        {milliseconds(lambda: multinomial(chances)):6.2f} ms")
+
 # %% [markdown]
-# Parameters out of range are refused, not repaired: a `top_p` of 90 is a percentage that someone mistyped. So are logits with NaN in them. `argmax` would return the place of the NaN, and the model would answer fluent nonsense instead of an error.
+# ### Care: numbers that are none
+#
+# Some float16 computation has overflowed, and one logit is NaN. What do the tools make of it?
+
+# %%
+broken = torch.tensor([[3.0, torch.nan, 1.0]])
+print("argmax:", broken.argmax(-1).item())
+assert broken.argmax(-1) == 1
+
+# %% [markdown]
+# `argmax` returns the place of the NaN, and the model would answer fluent nonsense instead of an error. So broken logits are refused. Parameters out of range are, too, and not repaired: a `top_p` of 90 is a percentage that someone mistyped.
 
 
 # %%
@@ -389,6 +455,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
         raise ValueError(f"top_p is {top_p!r}; expected more than 0 and at most 1")
 
 
+# %%
+#| export
 def _check_logits(logits: torch.Tensor, largest: torch.Tensor) -> None:
     """One row a text, and in each row something to choose from."""
     if logits.dim() != 2:
@@ -404,7 +472,17 @@ def _check_logits(logits: torch.Tensor, largest: torch.Tensor) -> None:
 
 
 # %% [markdown]
-# Now the whole in order. One line deserves care: the largest logit is subtracted *before* the division. Softmax does not see a common shift, so nothing changes but the rounding. $20.3 / 0.001$ is 20,300, where float32 counts in steps of 0.002; near 0 it has all its digits.
+# ### Precision: cold, and in few bits
+#
+# Dividing by a small temperature makes large numbers, and those have fewer digits after the point. In float16 they become infinite, and a softmax of infinities is no number:
+
+# %%
+close = torch.tensor([[20.00, 20.05, 19.90]]).half()
+print("plain:", (close / 0.0002).softmax(-1).tolist())
+assert (close / 0.0002).softmax(-1).isnan().all()
+
+# %% [markdown]
+# Now the whole in order: `sample` computes in float32, and subtracts the largest logit *before* the division. Softmax does not see a common shift, so nothing changes but the rounding.
 
 
 # %%
@@ -444,34 +522,53 @@ def sample(
 
 
 # %%
+print("cold float16:", sample(close, temperature=0.0002).tolist())
+assert sample(close, temperature=0.0002) == 1
 logits = torch.randn(4, 30)
-for seed in (0, 0, 1):
-    generator = torch.Generator().manual_seed(seed)
-    print(f"seed {seed}:", sample(logits, 0.8, top_k=10, top_p=0.9, generator=generator).tolist())
-print("greedy:", sample(logits, temperature=0).tolist(), "argmax:", logits.argmax(-1).tolist())
-assert torch.equal(sample(logits, temperature=1e-50), logits.argmax(-1))
+for start in (0, 0, 1):
+    generator = torch.Generator().manual_seed(start)
+    print(f"generator {start}:", sample(logits, 0.8, 10, 0.9, generator).tolist())
+assert torch.equal(sample(logits, temperature=0), logits.argmax(-1))
+
+# %% [markdown]
+# The model's logits are float32 ([lesson 15](15_model.ipynb)). Is all well, then, with weights in bfloat16?
+
+# %%
+half = load_model(tiny, dtype=torch.bfloat16)
+logits = next_logits("cat", "a", half)
+print(logits.dtype, "| another rounding changes:", int((logits != logits.bfloat16()).sum()))
+assert logits.dtype == torch.float32 and torch.equal(logits, logits.bfloat16().float())
+
+# %% [markdown]
+# These float32 numbers hold nothing that bfloat16 could not hold: they were rounded where they were made, in the product with the head's weights, and `.float()` brings nothing back. What it protects is everything *after* it, such as the running sum of many small numbers:
+
+# %%
+flat = torch.full((V,), 1 / V)
+for dtype in (torch.float32, torch.bfloat16):
+    print(f"{dtype!s:15} {V} equal probabilities sum to {flat.to(dtype).cumsum(0)[-1]:.3f}")
+assert flat.bfloat16().cumsum(0)[-1] < 0.999 < flat.cumsum(0)[-1]
 
 # %% [markdown]
 # ### Does it follow the distribution?
 #
-# A draw is random, so one result proves nothing. Four thousand do. If $n$ darts are thrown at a piece of length $p$, the count strays from $np$ by about $\sqrt{np(1-p)}$. We measure each word's count in that unit: most should lie within 2, nearly all within 3.
+# A draw is random, so one result proves nothing. Four thousand do. If $n$ darts are thrown at a piece of length $p$, the count strays from $np$ by about $\sqrt{np(1-p)}$. Measured in that unit, most tokens should lie within 2, nearly all within 3.
 
 # %%
-chances = keep_top_p(photo[None] / 1.0, 0.9).softmax(-1)[0]  # (V,)
+chances = keep_top_p(photo[None], 0.9).softmax(-1)[0]  # (V,)
 n = 4_000
 counts = sample(photo.expand(n, -1), top_p=0.9, generator=torch.Generator().manual_seed(0))
 counts = counts.bincount(minlength=len(photo))
 for i in chances.topk(int((chances > 0).sum())).indices.tolist():
     expected = n * chances[i]
     off = (counts[i] - expected) / (expected * (1 - chances[i])) ** 0.5
-    word = processor.tokenizer.decode([i]).strip()
-    print(f"{word:8} expected {expected:7.1f}, drawn {counts[i]:5}, off by {off:5.2f} units")
+    print(f"{spell(i):10} expected {expected:6.1f}, drawn {counts[i]:4}, off by {off:5.2f} units")
+    assert abs(off) < 3
 assert counts.sum() == n and not counts[chances == 0].any()
 
 # %% [markdown]
 # ## Against the reference
 #
-# The stored file holds random logits and, for five settings, the probabilities from which transformers draws. We catch ours just before the dart. The same words must stay, with the same probabilities.
+# The stored file holds random logits and, for five settings, the probabilities from which transformers draws. We catch ours just before the dart. The same tokens must stay, with the same probabilities.
 
 # %%
 reference = load_file("reference/sampling.safetensors")
@@ -489,15 +586,15 @@ for case in range(5):
 # %% [markdown]
 # ## See it: sure, less sure, at a loss
 #
-# How many words does top-p keep? We ask the tiny model for three words: the one after "a" for its own scene, for the photograph, and for the photograph with the temperature at 2.
+# How many tokens does top-p keep? We ask the trained model three times for the token after "a": for its own scene, for the photograph, and for the photograph with the temperature at 2.
 
 # %%
 cases = {"scene, T = 1": known, "photograph, T = 1": photo, "photograph, T = 2": photo / 2}
 kept = {}
 for title, logits in cases.items():
     kept[title] = [int(keep_top_p(logits[None], p).isfinite().sum()) for p in (0.5, 0.9, 0.99)]
-    print(f"{title:18} words kept by 0.5, 0.9 and 0.99: {kept[title]}")
-assert kept["scene, T = 1"] == [1, 1, 1] and kept["photograph, T = 2"][2] > 5
+    print(f"{title:18} tokens kept by 0.5, 0.9 and 0.99: {kept[title]}")
+assert kept["scene, T = 1"] == [1, 1, 1] and kept["photograph, T = 2"][2] > 100
 
 # %% tags=["hide-input"]
 grid = torch.linspace(0.01, 0.999, 300)
@@ -507,68 +604,32 @@ for (title, logits), colour in zip(cases.items(), CYCLE):
     number = torch.stack([keep_top_p(logits[None], p).isfinite().sum() for p in grid.tolist()])
     axes[0].plot(grid, number, color=colour, label=title)
     axes[1].plot(grid, falling.cumsum(0)[number - 1], color=colour, drawstyle="steps-post")
-axes[0].set(yscale="log", xlabel="top_p", ylabel="words kept")
+axes[0].set(yscale="log", xlabel="top_p", ylabel="tokens kept")
 axes[0].legend(fontsize=9)
 axes[1].plot([0, 1], [0, 1], color=COLOURS["muted"], lw=1, ls=":")
 axes[1].set(xlabel="top_p", ylabel="mass kept", ylim=(0, 1.03))
 save_figure(fig, "17_kept")
 
 # %% [markdown]
-# What to notice: left, one setting of `top_p` keeps one word where the model is sure and many where it is not. Top-k could not: $k = 5$ is four too many for the scene. **Top-k fixes a number; top-p asks the model.**
+# What to notice: left, one setting of `top_p` keeps one token where the model is sure and many where it is not. Top-k could not: $k = 5$ is four too many for the scene. **Top-k fixes a number; top-p asks the model.**
 #
-# Right, every curve lies *on or above* the diagonal: the kept mass reaches $p$, and overshoots by the word that crosses.
+# Right, every curve lies *on or above* the diagonal: the kept mass reaches $p$, and overshoots by the token that crosses.
 
 # %% [markdown]
 # ## At full size
 #
-# PaliGemma chooses among 257,216 tokens, once for each token of the answer. No weights and hardly any arithmetic, so it is free? Measured on a row with a few likely tokens and a long tail:
-
-
-# %% tags=["nbval-ignore-output"]
-def milliseconds(run, repeat=8):
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1000 * min(times)
-
-
-row = torch.randn(1, 257216)
-row[0, :200] = torch.linspace(18, 8, 200)
-chances = row.softmax(-1)
-steps = {
-    "argmax": lambda: row.argmax(-1),
-    "topk, 1024 tokens": lambda: row.topk(1024),
-    "sort everything": lambda: row.sort(dim=-1, descending=True),
-    "top-p with sort": lambda: keep_top_p_sorted(row, 0.9),
-    "top-p, ours": lambda: keep_top_p(row, 0.9),
-    "torch.multinomial": lambda: torch.multinomial(chances, 1),
-    "multinomial, ours": lambda: multinomial(chances),
-    "sample, ours, all of it": lambda: sample(row, 0.8, top_p=0.9),
-}
-times = {title: milliseconds(step) for title, step in steps.items()}
-for title, ms in times.items():
-    print(f"{title:24} {ms:7.2f} ms = {ms / times['argmax']:5.0f} × argmax")
-assert times["sort everything"] > 10 * times["argmax"]
-assert times["top-p with sort"] > 3 * times["top-p, ours"]
-
-# %% [markdown]
-# Sorting costs *tens* of argmaxes and more, and each step of the answer would pay it again. Our top-p takes the few largest instead. `torch.multinomial` draws a random number for every token of the vocabulary; one dart is enough.
-#
-# How much memory? One row of logits in float32 is 1 MB. A batch of 64 prompts of 300 tokens would be 20 GB if all positions were computed: keep the last one only.
+# Sampling has no weights; what it reads is logits. How much memory do they take, if all positions of a batch of 64 prompts of 300 tokens were computed?
 
 # %%
-V = 257216
-print(f"one row: {4 * V / 1e6:.2f} MB; 64 prompts × 300 positions: {4 * V * 64 * 300 / 1e9:.1f} GB")
-assert torch.equal(keep_top_p(row, 0.9), keep_top_p_sorted(row, 0.9))
-assert round(4 * V / 1e6) == 1 and round(4 * V * 64 * 300 / 1e9) == 20
-print("of", V, "tokens stay:", int(keep_top_p(row, 0.9).isfinite().sum()))
+print(f"one row: {4 * V / 1e6:.2f} MB; 64 × 300 positions: {4 * V * 64 * 300 / 1e9:.1f} GB")
+assert round(4 * V * 64 * 300 / 1e9) == 20
 
 # %% [markdown]
+# So the model computes the last position only, unless it is asked for more ([lesson 12](12_gemma.ipynb)).
+#
 # ## A bug people really make: top-p that crashes on easy questions
 #
-# A colleague's top-p has been in use for weeks, on photographs, without trouble. Today someone asks about a simple scene, and it dies. Here is the symptom, word by word:
+# A colleague's top-p has been in use for weeks, on photographs, without trouble. Today someone asks about a simple scene, and it dies. Here is the symptom, token by token:
 
 
 # %%
@@ -579,33 +640,32 @@ def keep_top_p_colleague(logits, top_p):
     return logits.masked_fill(drop, -torch.inf)
 
 
-answers = (("cat", ["", "a"]), ("scene2", ["a", "a bee", "a bee and"]))
-for picture, beginnings in answers:
-    for said in beginnings:
-        logits = next_logits(picture, said)[None]
-        probability = keep_top_p_colleague(logits, 0.9).softmax(-1)
-        try:
-            word = processor.tokenizer.decode(torch.multinomial(probability, 1)[0].tolist())
-        except RuntimeError as error:
-            word = f"RuntimeError: {str(error).split(';')[0]}"
-        print(f"{picture:6} {said!r:12} → {word!r}")
+# %%
+beginnings = [("cat", ""), ("cat", "a"), ("scene2", "a"), ("scene2", "a bee and")]
+for picture, said in beginnings:
+    probability = keep_top_p_colleague(next_logits(picture, said)[None], 0.9).softmax(-1)
+    try:
+        token = spell(torch.multinomial(probability, 1))
+    except RuntimeError as error:
+        token = f"RuntimeError: {str(error).split(' contains')[0]} …"
+    print(f"{picture:6} {said!r:12} → {token}")
 
 # %% [markdown]
-# The surer the model, the surer the crash. Compare how many words each version keeps:
+# The surer the model, the surer the crash. Compare how many tokens each version keeps:
 
 # %%
-for picture, beginnings in answers:
-    for said in beginnings:
-        logits = next_logits(picture, said)[None]
-        right, wrong = (f(logits, 0.9).isfinite().sum() for f in (keep_top_p, keep_top_p_colleague))
-        print(
-            f"{picture:6} {said!r:12} largest {logits.softmax(-1).max():.3f}, kept {right}, colleague {wrong}"
-        )
+for picture, said in beginnings:
+    logits = next_logits(picture, said)[None]
+    right, wrong = (
+        int(f(logits, 0.9).isfinite().sum()) for f in (keep_top_p, keep_top_p_colleague)
+    )
+    print(f"{picture:6} largest {logits.softmax(-1).max():.3f}, kept {right}, colleague {wrong}")
+    assert wrong == right - 1
 
 # %% [markdown]
-# `mass > top_p` drops the word that *crosses* $p$. Where the first word alone exceeds $p$, nothing stays; the softmax of nothing but $-\infty$ is 0/0. And in all other rows one word too few was kept, for weeks, and nobody saw it.
+# `mass > top_p` drops the token that *crosses* $p$. Where the first one alone exceeds $p$, nothing stays; the softmax of nothing but $-\infty$ is 0/0. And in all other rows one token too few was kept, for weeks, and nobody saw it.
 #
-# The rule: decide by the mass **before** a word, not by the mass including it.
+# The rule: decide by the mass **before** a token, not by the mass including it.
 
 # %% [markdown]
 # ### A second one: top-p before temperature
@@ -614,53 +674,13 @@ for picture, beginnings in answers:
 
 # %%
 for T in (0.5, 1.0, 2.0):
-    right = keep_top_p(photo[None] / T, 0.9)
-    wrong = keep_top_p(photo[None], 0.9) / T
-    right, wrong = int(right.isfinite().sum()), int(wrong.isfinite().sum())
+    right = int(keep_top_p(photo[None] / T, 0.9).isfinite().sum())
+    wrong = int(keep_top_p(photo[None], 0.9).isfinite().sum())
     print(f"T = {T}: kept {right:3}, cut first {wrong:3}")
-    assert wrong == right if T == 1 else (wrong >= right if T < 1 else wrong < right)
+    assert wrong == right if T == 1 else (wrong > right if T < 1 else wrong < right)
 
 # %% [markdown]
-# With the wrong order `top_p` no longer means anything at low temperature (too many stay), and at high temperature the answers are less varied than asked for.
-#
-# ### A third: half precision
-#
-# bfloat16 keeps 8 significant bits, so numbers between 16 and 32 come in steps of 0.125. Different words become equal, and another one wins:
-
-# %%
-close = torch.tensor([20.00, 20.05, 19.90])
-for dtype in (torch.float32, torch.bfloat16):
-    rounded = close.to(dtype).float()
-    print(
-        f"{dtype!s:15}", [round(v, 3) for v in rounded.tolist()], "largest:", int(rounded.argmax())
-    )
-assert close.argmax() == 1 and close.bfloat16().argmax() == 0
-
-# %% [markdown]
-# Our model returns float32 ([lesson 15](15_model.ipynb)). Does that save it? We load its weights in bfloat16 and look:
-
-# %%
-half = load_model(tiny, dtype=torch.bfloat16)
-logits = next_logits("cat", "a", half)
-print(
-    logits.dtype, "| unchanged by another rounding:", torch.equal(logits, logits.bfloat16().float())
-)
-assert logits.dtype == torch.float32 and torch.equal(logits, logits.bfloat16().float())
-
-# %% [markdown]
-# It does not. These float32 numbers hold nothing that bfloat16 could not hold: they were rounded where they were made, in the product with the head's weights, and `.float()` brings nothing back. What it protects is everything *after* it. The division, the softmax and the running sum of 257,216 small numbers are done in float32, so nothing is rounded a second time:
-
-# %%
-flat = torch.full((V,), 1 / V)
-for dtype in (torch.float32, torch.bfloat16):
-    print(f"{dtype!s:15} the sum of {V} equal probabilities: {flat.to(dtype).cumsum(0)[-1]:.4f}")
-cold = (close.half() / 0.0002).softmax(-1)
-print("float16, T = 0.0002:", cold.tolist())
-print("sample:             ", sample(close.half()[None], temperature=0.0002).tolist())
-assert cold.isnan().all() and sample(close.half()[None], temperature=0.0002) == 1
-
-# %% [markdown]
-# In bfloat16 the ruler is too short. In float16 a cold temperature makes infinities, and their softmax is no number. `sample` converts first and subtracts the largest, and finds the winner (20.00 and 20.05 still differ in float16).
+# With the wrong order too many stay at a low temperature, and at a high one the answers are less varied than asked for.
 
 # %% [markdown]
 # ## Exercises
@@ -681,8 +701,11 @@ a, b, c = None, None, None  # three whole numbers
 def test_1(a, b, c):
     logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
     count = lambda logits, p: int(keep_top_p(logits, p).isfinite().sum())
+    assert all(type(v) is int for v in (a, b, c)), "give three whole numbers"
     assert a == count(logits, 0.6), "a: add up from the largest until 0.6 is reached"
-    assert b == count(keep_top_k(logits, 2), 0.7), "b: what two words share is 0.7, of which 0.5 …"
+    assert b == count(keep_top_k(logits, 2), 0.7), (
+        "b: the two that k leaves share all the mass anew"
+    )
     assert c == count(logits / 0.5, 0.7), "c: squares first, then divide by their sum"
 
 
@@ -701,9 +724,9 @@ a, b, c = 2, 1, 1
 check(test_1, a, b, c)
 
 # %% [markdown]
-# ### Exercise 2 (extend): min-p
+# ### Exercise 2 (write): min-p
 #
-# A younger rule: keep every word whose probability is at least `min_p` times that of the most likely one. Write it for `float[B, V]` logits: the kept logits as they were, the others $-\infty$. No softmax is needed. Why?
+# A younger rule: keep every token whose probability is at least `min_p` times that of the most likely one. Write it for `float[B, V]` logits: the kept logits as they were, the others $-\infty$. No softmax is needed. Why?
 
 
 # %% tags=["exercise"]
@@ -720,13 +743,20 @@ def test_2(keep_min_p):
     )
     for logits in cases:
         for min_p in (0.01, 0.2, 0.55, 1.0):
+            before = logits.clone()
             result = keep_min_p(logits, min_p)
             assert isinstance(result, torch.Tensor), "return a tensor"
             assert result.shape == logits.shape, f"shape {list(result.shape)}"
+            assert torch.equal(logits, before), "the logits that came in were changed"
             probability = logits.softmax(-1)
             keep = probability >= min_p * probability.amax(-1, keepdim=True) * (1 - 1e-6)
-            assert torch.equal(result > -torch.inf, keep), f"min_p {min_p}: other words stay"
-            assert torch.equal(result[keep], logits[keep]), "kept logits change"
+            found = result > -torch.inf
+            assert found[probability == probability.amax(-1, keepdim=True)].all(), (
+                f"min_p {min_p}: the most likely token has to stay"
+            )
+            assert not (found & ~keep).any(), f"min_p {min_p}: an unlikely token stays"
+            assert torch.equal(found, keep), f"min_p {min_p}: a token is lost that is likely enough"
+            assert torch.equal(result[keep], logits[keep]), "kept logits have to stay as they were"
 
 
 check(test_2, keep_min_p)
@@ -740,6 +770,7 @@ check(test_2, keep_min_p)
 
 
 # %% tags=["solution"]
+# A ratio of two probabilities is a difference of two logits: the softmax's sum cancels.
 def keep_min_p(logits, min_p):
     gap = logits - logits.amax(-1, keepdim=True)
     return logits.masked_fill(gap < torch.tensor(min_p).log() - 1e-6, -torch.inf)
@@ -750,7 +781,7 @@ check(test_2, keep_min_p)
 # %% [markdown]
 # ### Exercise 3 (break): write the test that was missing
 #
-# Return True if a `keep(logits, top_p)` is right, and False if not. `check` tries yours on two right versions and on four wrong ones: the colleague's, one that always drops the crossing word but never the first, one that keeps a word too many, and one that sorts but forgets to go back to the order of the vocabulary.
+# Return True if a `keep(logits, top_p)` is right, and False if not. The check tries yours on two right versions and on four wrong ones: the colleague's, one that always drops the crossing token but never the first, one that keeps a token too many, and one that sorts but forgets to go back to the order of the vocabulary.
 
 
 # %% tags=["exercise"]
@@ -771,11 +802,12 @@ def test_3(is_right):
         return keep_top_p(logits.sort(dim=-1, descending=True).values, top_p)
 
     for name, keep in {"the sorted version": keep_top_p_sorted, "the module": keep_top_p}.items():
+        assert isinstance(is_right(keep), bool), "return True or False"
         assert is_right(keep) is True, f"rejects what is right: {name}"
     for name, keep in {
         "the colleague's": keep_top_p_colleague,
-        "never empty, but the crossing word is dropped": never_empty,
-        "one word too many": one_more,
+        "never empty, but the crossing token is dropped": never_empty,
+        "one token too many": one_more,
         "not back in the order of the vocabulary": unsorted,
     }.items():
         assert is_right(keep) is False, f"lets this one through: {name}"
@@ -786,12 +818,13 @@ check(test_3, is_right)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# One row is enough if its words are not in falling order. Choose probabilities whose running sums are far from `top_p`, write down by hand which stay, and compare with `.isfinite().tolist()`.
+# One row is enough if its tokens are not in falling order. Choose probabilities whose running sums are far from `top_p`, write down by hand which stay, and compare with `.isfinite().tolist()`.
 #
 # </details>
 
 
 # %% tags=["solution"]
+# Not in falling order, more than one to keep, and more left over: each wrong version shows itself.
 def is_right(keep):
     logits = torch.tensor([[0.15, 0.40, 0.05, 0.30, 0.10]]).log()
     return keep(logits, 0.6).isfinite().tolist() == [[False, True, False, True, False]]
@@ -802,10 +835,10 @@ check(test_3, is_right)
 # %% [markdown]
 # ## Summary
 #
-# - A model gives a distribution; the choice of a word is yours, and has no weights.
+# - A model gives a distribution; the choice of a token is yours, and has no weights.
 # - A draw is a dart on a ruler whose pieces are the probabilities.
 # - Temperature moves mass, top-k fixes a number, top-p asks the model. In this order.
-# - The word that crosses $p$ stays. Decide by the mass *before* it.
+# - The token that crosses $p$ stays. Decide by the mass *before* it.
 # - Never sort 257,216 numbers to keep ten of them.
 
 # %% [markdown]
@@ -820,11 +853,11 @@ check(test_3, is_right)
 # </details>
 
 # %% [markdown]
-# **2.** Is the most likely *sentence* found by taking the most likely word each time?
+# **2.** Is the most likely *sentence* found by taking the most likely token each time?
 #
 # <details><summary>Answer</summary>
 #
-# No. A likely first word may have only unlikely continuations. With probabilities 0.6 and then 0.5, the greedy sentence has 0.3; another beginning with 0.4 and then 1.0 has 0.4. Beam search looks at several beginnings at once, at several times the cost.
+# No. A likely first token may have only unlikely continuations. With probabilities 0.6 and then 0.5, the greedy sentence has 0.3; another beginning with 0.4 and then 1.0 has 0.4. Beam search looks at several beginnings at once, at several times the cost.
 #
 # </details>
 
@@ -833,7 +866,7 @@ check(test_3, is_right)
 #
 # <details><summary>Answer</summary>
 #
-# The first model state is sure, the second is not: the nucleus follows the distribution. The second exceeds 1,024 tokens, so the whole row is ordered, which costs as much as the sort we wanted to avoid. It is rare.
+# In the first row the model is sure, in the second it is not: the nucleus follows the distribution. The second exceeds 1,024 tokens, so the whole row is ordered, which costs as much as the sort that we wanted to avoid. It is rare.
 #
 # </details>
 
