@@ -227,6 +227,7 @@ def may_look(i, j, real, types):
     return bool(real[j]) and (types[j] == 0 or j <= i)
 
 
+# %%
 def mask_loop(real, types):
     """One row, one pair at a time: int64[L] twice → bool[L, L]."""
     places = range(len(real))
@@ -402,10 +403,6 @@ print(tiny.load_state_dict(weights))
 
 
 # %%
-processor = Processor.from_pretrained(TINY)
-batch = processor(sample_picture("scene"), "caption en")
-
-
 def write(batch):
     """The answer, greedily; the whole sequence anew for each token."""
     ids, types, start = batch["input_ids"], batch["token_type_ids"], len(batch["input_ids"][0])
@@ -417,6 +414,9 @@ def write(batch):
     return processor.decode(ids[0, start:])
 
 
+# %%
+processor = Processor.from_pretrained(TINY)
+batch = processor(sample_picture("scene"), "caption en")
 caption = write(batch)
 print(caption)
 assert caption == "a cat and two dogs"
@@ -442,6 +442,9 @@ config = PaliGemmaConfig(
 )
 pixel_values = torch.zeros(16, 3, 42, 42)
 prompts = [[31] * 9 + [2, 5, 4]] * 16  # nine image tokens, bos, a word, newline
+
+
+# %%
 
 
 def losses_on_random_answers(change, steps=120):
@@ -777,7 +780,9 @@ small = PaliGemma(
         image_token_index=60,
     )
 )
-small.load_state_dict({name: stored.pop(name) for name in small.state_dict()})
+print(small.load_state_dict({name: stored.pop(name) for name in small.state_dict()}))
+
+# %%
 inputs = {name: stored[name] for name in whole}
 with torch.no_grad():
     out = small(**inputs)
@@ -865,6 +870,8 @@ parts = ("vision_tower", "projector", "embed_tokens", "self_attn", "mlp", "norm"
 sizes = dict.fromkeys(parts, 0)
 for name, weight in full.named_parameters():
     sizes[next(part for part in parts if part in name)] += weight.numel()
+
+# %%
 total = sum(sizes.values())
 for part, size in sizes.items():
     print(f"{part:12} {size:13,}  {size / total:6.1%}")
