@@ -260,7 +260,7 @@ save_figure(figure, "06_merges")
 # %% [markdown]
 # ## A real tokenizer
 #
-# The model that ships with this course has the file [tokenizer.model](../paligemma/assets/tiny), laid out as PaliGemma's. SentencePiece made it, a library that does the same in C++ and takes care of the rest. The first four ids are **special tokens**: they structure a sequence and stand for no text. Then come the line break, 256 bytes, and what was learned.
+# The model that ships with this course has the file [tokenizer.model](../paligemma/assets/tiny), laid out like PaliGemma's. It was made by SentencePiece, a library that does in C++ what we did by hand. The first four ids are **special tokens**: they structure a sequence and stand for no text. Then come the line break, 256 bytes, the learned pieces, single letters, and at the end tokens for boxes and masks, which we explain below.
 
 # %%
 tiny = resources.files("paligemma") / "assets" / "tiny" / "tokenizer.model"
@@ -280,7 +280,7 @@ for text in ("12 cats", " cat", "café", "søt", "🐱", "a\nb"):
     print(f"{text!r:10} {ids!s:27} {parts}")
 
 # %% [markdown]
-# `12` is two pieces: digits are kept apart, so that numbers of any length look alike. The `é` of French captions has a piece; `ø` and the cat don't and are spelled as their UTF-8 bytes, two and four of them: **byte fallback**. The space in front is kept. So `decode(encode(text))` gives the text back.
+# `12` is two pieces: digits are kept apart, so that every number is spelled in the same way. The `é` of French captions has a piece; `ø` and the cat have none and are spelled as their UTF-8 bytes, two and four of them: **byte fallback**. The space in front is kept. So `decode(encode(text))` gives the text back.
 
 # %% [markdown]
 # ### Its ids by our rules
@@ -428,7 +428,7 @@ for text in ("<image> a cat", "a cat<eos>"):
 # %% [markdown]
 # ## The module, complete
 #
-# Some releases of the file end *before* `<loc0000>`. Then a location is spelled letter by letter, and the model, which knows it as one token, reads nonsense:
+# Some releases of the file end *before* `<loc0000>`. Then a location is spelled letter by letter, and the model, which knows it as one token, reads nonsense. A small file of that kind:
 
 # %%
 stored = load_file("reference/tokenizer.safetensors")
@@ -549,7 +549,7 @@ assert differ == 0
 # %% [markdown]
 # ## See it: a box is text
 #
-# A box has four numbers: how far down and how far right its first corner lies, then its second. Each is a share of the height or the width. We give it one of 1024 steps, and each step is a *token*. ([Lesson 19](19_detection.ipynb) does it with care.)
+# A box has four numbers: how far down and how far right its upper left corner lies, then the same for its lower right corner. Each is a share of the height or the width. We give it one of 1024 steps, and each step is a *token*. ([Lesson 19](19_detection.ipynb) does it with care.)
 
 # %%
 scene = sample_picture("scene")
@@ -566,7 +566,7 @@ figure, (left, right) = plt.subplots(
 )
 left.imshow(draw_boxes(scene, [box], ["cat"]))
 for y, label, row in (
-    (0, "picture", ["<image>", "<image>", "<image>", "… ×64"]),
+    (0, "picture", ["<image>", "<image>", "…", "<image>", "64 in all"]),
     (-1, "question", ["<bos>", *tokenizer.sp.encode("detect cat", out_type=str), "\n"]),
     (-2, "answer", re.findall(r"<loc\d{4}>", answer)),
     (-3, "", [*tokenizer.sp.encode(" cat", out_type=str), "<eos>"]),
@@ -597,12 +597,12 @@ sentence = {
 # %%
 cost = {name: len(tokenizer.encode(text)) for name, text in sentence.items()}
 for name, text in sentence.items():
-    print(f"{name:8} {len(text):3} letters {len(text.encode()):3} bytes {cost[name]:3} tokens")
+    print(f"{name:8} {len(text):3} characters {len(text.encode()):3} bytes {cost[name]:3} tokens")
 assert all(cost[name] == len(sentence[name].encode()) for name in ("Chinese", "Greek", "Hindi"))
 assert cost["Hindi"] > 10 * cost["English"]
 
 # %% [markdown]
-# **What to notice.** An alphabet that the corpus lacked costs one token a *byte*. The Hindi sentence costs more than ten times as much as the English one: in time, in money, in room for context. This tokenizer is an extreme case: it saw three languages. Byte fallback makes every language *possible*, not equally cheap. Gemma's list serves many languages; that is one reason for its 256,000 pieces.
+# **What to notice.** A script that the corpus lacked costs one token a *byte*. The Hindi sentence costs more than ten times as much as the English one: in time, in money, in room for context. This tokenizer is an extreme case: it saw three languages. Byte fallback makes every language *possible*, not equally cheap. Gemma's list serves many languages; that is one reason for its 256,000 pieces.
 
 # %% [markdown]
 # ## At full size
@@ -671,6 +671,7 @@ def test_2(train_bytes):
         ("aaabdaaabac", 0, [], "no merges, no pairs"),
         ("éé", 1, [(195, 169)], "begin with bytes, not with letters"),
         ("ab", 5, [(97, 98)], "stop when no pair is left"),
+        ("a b a b", 1, [(97, 32)], "a space is a byte like the others: do not split into words"),
         ("mnxyab abxymn", 1, [(109, 110)], "on a tie the pair that was met first"),
         ("abab", 2, [(97, 98), (256, 256)], "merge number 0 puts 256 into the text"),
         ("aaa b", 2, [(97, 97), (256, 97)], "merge from left to right"),

@@ -109,6 +109,37 @@ def train_bytes(text, merges):
     return [max(counts, key=counts.get)]
 
 
+# %% 2 · splits the text into words first
+def train_bytes(text, merges):
+    words, pairs = [list(word.encode()) for word in text.split()], []
+    while len(pairs) < merges and any(len(word) > 1 for word in words):
+        counts = Counter(pair for word in words for pair in pairwise(word))
+        best = max(counts, key=counts.get)
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [256 + len(pairs)]
+                i += 1
+        pairs.append(best)
+    return pairs
+
+
+# %% 2 · keeps a table of the bytes instead of numbers for the merged pairs
+def train_bytes(text, merges):
+    parts, pairs = [bytes([byte]) for byte in text.encode()], []
+    while len(pairs) < merges and len(parts) > 1:
+        counts = Counter(pairwise(parts))
+        best = max(counts, key=counts.get)
+        pairs.append(best)
+        i = 0
+        while i < len(parts) - 1:
+            if (parts[i], parts[i + 1]) == best:
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            i += 1
+    return pairs
+
+
 # %% 3 · two spaces in a row
 broken = "two  cats"
 # %% 3 · a control token
@@ -123,3 +154,9 @@ broken = "<0x41>"
 broken = " cat"
 # %% 3 · bytes, no text
 broken = b"\xff"
+# %% 3 · a line break of another system
+broken = "a\r\nb"
+# %% 3 · the name of the unknown token
+broken = "<unk>"
+# %% 3 · nothing
+broken = ""
