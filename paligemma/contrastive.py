@@ -13,111 +13,28 @@ from torch.utils.checkpoint import checkpoint
 from paligemma.siglip import SiglipEncoderLayer, SiglipMLP, SiglipVisionConfig, SiglipVisionModel
 
 
-def block_loss(
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    scale: torch.Tensor | float,
-    bias: torch.Tensor | float,
-    own: bool = True,
-) -> torch.Tensor:
-    """Sum of the sigmoid losses of some pictures with some texts.
-
-    Args:
-        image_features: float[M, D], rows of length 1.
-        text_features: float[M, D], rows of length 1.
-        scale: what cosines are multiplied with.
-        bias: what is added to them then.
-        own: True where row i of both is a pair; False where no row of one belongs to the other.
-
-    Returns:
-        float[], the sum over all M² cells.
-    """
-    logits = scale * image_features @ text_features.T + bias  # (M, M)
-    signs = -torch.ones_like(logits)
-    if own:
-        signs.fill_diagonal_(1)
-    return -F.logsigmoid(signs * logits).sum()
-
-
-def _unit_pairs(image_features, text_features):
-    """Both features with rows of length 1, if they can be pairs."""
-    shapes = list(image_features.shape), list(text_features.shape)
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]:
-        raise ValueError(
-            f"features must be [B, D] of the same shape, got {shapes[0]} for pictures and "
-            f"{shapes[1]} for texts: row i of one belongs to row i of the other"
-        )
-    return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-
-
 def sigmoid_loss(
     image_features: torch.Tensor,
     text_features: torch.Tensor,
     scale: torch.Tensor | float,
     bias: torch.Tensor | float,
+    chunks: int = 1,
 ) -> torch.Tensor:
     """SigLIP's loss: for each picture and each text, do the two belong together?
 
     Args:
         image_features: float[B, D], of any length.
         text_features: float[B, D]; row i belongs to picture i.
-        scale: what cosines are multiplied with, exp of `logit_scale`.
-        bias: what is added to them then.
+        scale, bias: of the logits; `logit_scale.exp()` and `logit_bias` of the model.
+        chunks: how many devices would share the batch; memory holds (B / chunks)² cells at a time.
 
     Returns:
         float[], summed over the B² cells and divided by B.
 
     Raises:
-        ValueError: features that cannot be pairs.
-
-    Source: Zhai et al. 2023, algorithm 1; `SiglipModel` in transformers.
-    """
-    images, texts = _unit_pairs(image_features, text_features)
-    return block_loss(images, texts, scale, bias) / len(images)
-
-
-def softmax_loss(
-    image_features: torch.Tensor, text_features: torch.Tensor, scale: torch.Tensor | float
-) -> torch.Tensor:
-    """CLIP's loss (InfoNCE): which of the texts is this picture's, which picture this text's?
-
-    Args:
-        image_features, text_features, scale: as in `sigmoid_loss`; a bias would have no effect.
-
-    Returns:
-        float[], the mean of both directions.
-
-    Raises:
-        ValueError: features that cannot be pairs.
-
-    Source: Radford et al. 2021, figure 3; Oord et al. 2018.
-    """
-    images, texts = _unit_pairs(image_features, text_features)
-    logits = scale * images @ texts.T  # (B, B)
-    truth = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
-
-
-def chunked_sigmoid_loss(
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    scale: torch.Tensor | float,
-    bias: torch.Tensor | float,
-    chunks: int,
-) -> torch.Tensor:
-    """`sigmoid_loss` block by block, in the order in which `chunks` devices would pass texts round.
-
-    Args:
-        image_features, text_features, scale, bias: as in `sigmoid_loss`.
-        chunks: number of devices; divides B.
-
-    Returns:
-        float[], the same loss with the same gradients; holds (B / chunks)² cells at a time.
-
-    Raises:
         ValueError: features that cannot be pairs, or chunks of different sizes.
 
-    Source: Zhai et al. 2023, section 3.3.
+    Source: Zhai et al. 2023, algorithm 1 and section 3.3; `SiglipModel` in transformers.
     """
     images, texts = _unit_pairs(image_features, text_features)
     if chunks < 1 or len(images) % chunks:
@@ -125,14 +42,15 @@ def chunked_sigmoid_loss(
             f"{len(images)} pairs cannot be shared by {chunks} devices evenly: choose a number of "
             "chunks that divides the batch"
         )
-    images, texts = images.chunk(chunks), texts.chunk(chunks)
-    total = images[0].new_zeros(())
-    for turn in range(chunks):
+    if chunks == 1:
+        return block_loss(images, texts, scale, bias) / len(images)
+    total, size = images.new_zeros(()), len(images) // chunks
+    for turn in range(chunks):  # the rounds of the figure
         for device in range(chunks):
-            visiting = texts[(device + turn) % chunks]
-            pair = images[device], visiting, scale, bias, turn == 0
+            visiting = texts.split(size)[(device + turn) % chunks]
+            pair = images.split(size)[device], visiting, scale, bias, turn == 0
             total = total + checkpoint(block_loss, *pair, use_reentrant=False)
-    return total / (chunks * len(images[0]))
+    return total / len(images)
 
 
 class PoolingHead(nn.Module):
@@ -154,21 +72,21 @@ class PoolingHead(nn.Module):
         self.mlp = SiglipMLP(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`float[B, N, D]` → `float[B, D]`."""
-        probe = self.probe.expand(len(x), -1, -1)  # (B, 1, D)
-        x = self.attention(probe, x, x, need_weights=False)[0][:, 0]  # (B, D)
+        """`float[P, N, D]` → `float[P, D]`."""
+        probe = self.probe.expand(len(x), -1, -1)  # [P, 1, D]
+        x = self.attention(probe, x, x, need_weights=False)[0][:, 0]  # [P, D]
         return x + self.mlp(self.layernorm(x))
 
 
 class PooledVisionModel(SiglipVisionModel):
-    """The vision tower of lesson 05 with a pooling head."""
+    """SigLIP's vision tower with a pooling head."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
         self.head = PoolingHead(config)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`float[B, 3, H, W]` in -1…1 → `float[B, D]`."""
+        """`float[P, 3, H, W]` in -1…1 → `float[P, D]`."""
         return self.head(super().forward(pixel_values))
 
 
@@ -214,14 +132,14 @@ class SiglipTextModel(nn.Module):
         self.head = nn.Linear(width, width)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`int64[B, T]`, padded to the full length T → `float[B, D]`."""
+        """`int64[B, L]`, padded to the full length L → `float[B, D]`."""
         length = self.config.max_position_embeddings
         if input_ids.dim() != 2 or input_ids.shape[1] != length:
             raise ValueError(
                 f"input_ids are {list(input_ids.shape)}; this tower reads [B, {length}]: pad every "
                 "text to the full length, its vector is the last position's"
             )
-        tokens = self.embeddings["token_embedding"](input_ids)  # (B, T, D)
+        tokens = self.embeddings["token_embedding"](input_ids)  # [B, L, D]
         x = tokens + self.embeddings["position_embedding"].weight
         for layer in self.encoder["layers"].children():
             x = layer(x)
@@ -255,9 +173,9 @@ class ContrastiveModel(nn.Module):
         init_weights(self)
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """`float[B, 3, H, W]` and `int64[C, T]` → logits `float[B, C]`, texts by pictures."""
-        images = F.normalize(self.vision_model(pixel_values), dim=-1)  # (B, D)
-        texts = F.normalize(self.text_model(input_ids), dim=-1)  # (C, D)
+        """`float[P, 3, H, W]` and `int64[B, L]` → logits `float[P, B]`, texts by pictures."""
+        images = F.normalize(self.vision_model(pixel_values), dim=-1)  # [P, D]
+        texts = F.normalize(self.text_model(input_ids), dim=-1)  # [B, D]
         return self.logit_scale.exp() * images @ texts.T + self.logit_bias
 
     def loss(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -284,3 +202,41 @@ def init_weights(model: nn.Module) -> None:
             nn.init.xavier_uniform_(weight)
         elif name.endswith("bias") and not name.endswith("logit_bias"):
             nn.init.zeros_(weight)
+
+
+def softmax_loss(
+    image_features: torch.Tensor, text_features: torch.Tensor, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """CLIP's loss (InfoNCE): which of the texts is this picture's, which picture this text's?
+
+    The arguments are those of `sigmoid_loss`; a bias would have no effect.
+
+    Source: Radford et al. 2021, figure 3; Oord et al. 2018.
+    """
+    images, texts = _unit_pairs(image_features, text_features)
+    logits = scale * images @ texts.T  # [B, B]
+    truth = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
+
+def block_loss(images, texts, scale, bias, own: bool = True) -> torch.Tensor:
+    """Sum of the sigmoid losses of some pictures with some texts, both float[B, D] of length 1.
+
+    With `own` row i of both is a pair; without, no row of one belongs to any of the other.
+    """
+    logits = scale * images @ texts.T + bias  # [B, B]
+    signs = -torch.ones_like(logits)
+    if own:
+        signs.fill_diagonal_(1)
+    return -F.logsigmoid(signs * logits).sum()
+
+
+def _unit_pairs(image_features, text_features):
+    """Both features with rows of length 1, if they can be pairs."""
+    shapes = list(image_features.shape), list(text_features.shape)
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]:
+        raise ValueError(
+            f"features must be [B, D] of the same shape, got {shapes[0]} for pictures and "
+            f"{shapes[1]} for texts: row i of one belongs to row i of the other"
+        )
+    return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)

@@ -13,7 +13,6 @@ from paligemma.contrastive import (
     ContrastiveModel,
     SiglipTextConfig,
     block_loss,
-    chunked_sigmoid_loss,
     init_weights,
     sigmoid_loss,
     softmax_loss,
@@ -87,7 +86,7 @@ def test_loss_agrees_with_transformers_on_its_features():
         out = theirs(pixel_values=pictures, input_ids=ids, return_loss=True)
         scale, bias = theirs.logit_scale.exp(), theirs.logit_bias
         for chunks in (1, 5):
-            found = chunked_sigmoid_loss(out.image_embeds, out.text_embeds, scale, bias, chunks)
+            found = sigmoid_loss(out.image_embeds, out.text_embeds, scale, bias, chunks)
             torch.testing.assert_close(found, out.loss)
         torch.testing.assert_close(
             sigmoid_loss(3 * out.image_embeds, out.text_embeds, scale, bias), out.loss
@@ -122,27 +121,27 @@ def test_by_hand():
 )
 def test_chunked_is_the_full_loss(chunks, each, width, scale, bias, seed):
     found = []
-    for loss, more in ((sigmoid_loss, ()), (chunked_sigmoid_loss, (chunks,))):
+    for more in ((), (chunks,)):
         leaves = [*features(chunks * each, width, seed), *torch.tensor([scale, bias]).double()]
         leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-        value = loss(*leaves, *more)
+        value = sigmoid_loss(*leaves, *more)
         value.backward()
         found.append([value.detach(), *(leaf.grad for leaf in leaves)])
     torch.testing.assert_close(found[1], found[0], atol=1e-9, rtol=1e-9)
 
 
 def test_chunked_holds_one_block_at_a_time():
-    def largest(loss, *more):
+    def largest(*more):
         sizes = []
         a, b = features(64, 4)
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
         ):
-            loss(a.requires_grad_(), b, 10.0, -10.0, *more)
+            sigmoid_loss(a.requires_grad_(), b, 10.0, -10.0, *more)
         return max(sizes)
 
-    assert largest(sigmoid_loss) == 64 * 64
-    assert largest(chunked_sigmoid_loss, 8) <= 64 * 4
+    assert largest() == 64 * 64
+    assert largest(8) <= 64 * 4
 
 
 def test_gradients_by_finite_differences():
@@ -150,7 +149,7 @@ def test_gradients_by_finite_differences():
     leaves = [a, b, torch.tensor(3.0).double(), torch.tensor(-1.0).double()]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(sigmoid_loss, leaves)
-    assert torch.autograd.gradcheck(lambda *x: chunked_sigmoid_loss(*x, 2), leaves)
+    assert torch.autograd.gradcheck(lambda *x: sigmoid_loss(*x, chunks=2), leaves)
     assert torch.autograd.gradcheck(softmax_loss, leaves[:3])
 
 
@@ -267,7 +266,7 @@ def test_published_size():
     "loss",
     [
         lambda a, b: sigmoid_loss(a, b, 10, -10),
-        lambda a, b: chunked_sigmoid_loss(a, b, 10, -10, 1),
+        lambda a, b: sigmoid_loss(a, b, 10, -10, chunks=2),
         lambda a, b: softmax_loss(a, b, 10),
     ],
 )
@@ -279,7 +278,7 @@ def test_features_that_are_no_pairs_are_refused(loss, shapes):
 @pytest.mark.parametrize("chunks", [0, -1, 3, 16])
 def test_chunks_that_do_not_divide_the_batch_are_refused(chunks):
     with pytest.raises(ValueError, match="8 pairs cannot be shared"):
-        chunked_sigmoid_loss(*features(8), 10, -10, chunks)
+        sigmoid_loss(*features(8), 10, -10, chunks)
 
 
 def test_texts_of_another_length_are_refused():
