@@ -566,13 +566,13 @@ figure, (left, right) = plt.subplots(
 )
 left.imshow(draw_boxes(scene, [box], ["cat"]))
 for y, label, row in (
-    (0, "picture", ["<image>", "<image>", "…", "<image>", "64 in all"]),
+    (0, "picture (64)", ["<image>", "<image>", "…", "<image>"]),
     (-1, "question", ["<bos>", *tokenizer.sp.encode("detect cat", out_type=str), "\n"]),
     (-2, "answer", re.findall(r"<loc\d{4}>", answer)),
     (-3, "", [*tokenizer.sp.encode(" cat", out_type=str), "<eos>"]),
 ):
     draw_tokens(right, y, row, label)
-right.set(xlim=(-7, 37), ylim=(-3.6, 0.6))
+right.set(xlim=(-9, 37), ylim=(-3.6, 0.6))
 for ax in (left, right):
     ax.set_axis_off()
 save_figure(figure, "06_box")
