@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from paligemma.checkpoint import load_model, save_model
+from paligemma.compilation import compile_decode
 from paligemma.detection import Detection, score_detections
 from paligemma.generation import GenerationConfig, generate_steps
 from paligemma.generation import stream as text_pieces
@@ -46,12 +47,14 @@ class Pipeline:
         model: in evaluation mode, on any device.
         processor: from the same checkpoint.
         codec: draws the masks of `segment`; None: this model has none.
+        decoder: what `generate` asks, such as a `CompiledDecoder` of the model; None: the model.
     """
 
-    def __init__(self, model: PaliGemma, processor: Processor, codec: MaskCodec | None = None):
-        self.model = model
-        self.processor = processor
-        self.codec = codec
+    def __init__(
+        self, model: PaliGemma, processor: Processor, codec: MaskCodec | None = None, decoder=None
+    ):
+        self.model, self.processor = model, processor
+        self.codec, self.decoder = codec, decoder
 
     def __call__(self, image, prompt: str, **options) -> str:
         """Answer one prompt about one picture: the pieces of `stream`, joined."""
@@ -101,8 +104,9 @@ class Pipeline:
         batch = collate(prefixes, [], tokenizer.pad_id)
         input_ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
         features = torch.cat([one.features.to(device) for one in looked])
+        decoder = self.decoder or self.model
         return generate_steps(
-            self.model, input_ids, None, mask, config, generator, features, log_probs
+            decoder, input_ids, None, mask, config, generator, features, log_probs
         )
 
     def stream(self, image, prompt: str, **options) -> Iterator[str]:
@@ -239,6 +243,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     quantize: str | None = None,
     adapter: str | os.PathLike | None = None,
+    compile: bool = False,
     revision: str | None = None,
     progress: bool = False,
 ) -> Pipeline:
@@ -255,6 +260,7 @@ def load(
             checkpoint is. What `save` wrote of a quantised model is recognised.
         adapter: a directory with a LoRA adapter, as peft saves it; one in `path` is found. `path`
             may also be an adapter alone, if the base that it names is a directory.
+        compile: compile the decode step: a slow first answer, fast ones after it.
         revision: branch, tag or commit, for a hub name.
         progress: show a bar on standard error while loading.
 
@@ -268,20 +274,18 @@ def load(
     processor, codec = Processor.from_pretrained(folder), find_codec(folder)
     quantized = read_quantization(folder) is not None
     if quantized and adapter is not None:
-        raise ValueError(
-            f"{folder} is quantised; an adapter needs the original weights: load those"
-        )
+        raise ValueError(f"{folder} is quantised; load the original weights to add an adapter")
     if quantized or (quantize and adapter is None):
         model = load_quantized(folder, quantize, device=device, dtype=dtype)
-        return Pipeline(model, processor, codec)
-    if dtype is None and sum(file.stat().st_size for file in weight_files(folder)) <= SMALL:
-        dtype = torch.float32
-    model = load_model(folder, device, dtype, progress)
-    if adapter is not None:
-        add_adapter(model, adapter)
-    if quantize:
-        quantize_model(model, quantize)
-    return Pipeline(model, processor, codec)
+    else:
+        if dtype is None and sum(file.stat().st_size for file in weight_files(folder)) <= SMALL:
+            dtype = torch.float32
+        model = load_model(folder, device, dtype, progress)
+        if adapter is not None:
+            add_adapter(model, adapter)
+        if quantize:
+            quantize_model(model, quantize)
+    return Pipeline(model, processor, codec, compile_decode(model) if compile else None)
 
 
 def find_codec(folder: Path) -> MaskCodec | None:

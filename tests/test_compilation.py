@@ -159,3 +159,14 @@ def test_what_memory_held_before_does_not_matter(make):
             answers.append(decode_step(model, torch.full((3, 1), 7), cache))
     assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
     assert cache.visible.sum(-1).flatten().tolist() == [IMAGE_TOKENS + 13 - n for n in (0, 3, 5)]
+
+
+def test_load_compiles_and_the_answers_are_the_same():
+    plain, fast = paligemma.load(), paligemma.load(compile=True)
+    scene = sample_picture("scene")
+    assert isinstance(fast.decoder, CompiledDecoder) and plain.decoder is None
+    for prompt in ("caption en", "answer en how many dogs are there?"):
+        assert fast(scene, prompt) == plain(scene, prompt)
+    assert fast.detect(scene, "cat")[0].score == pytest.approx(plain.detect(scene, "cat")[0].score)
+    fast.to(torch.bfloat16)  # other memory is taken, not that of before
+    assert fast(scene, "caption en") == plain.to(torch.bfloat16)(scene, "caption en")

@@ -393,7 +393,9 @@ def test_quantized_weights_answer_and_come_back(pg, tmp_path, mode):
     assert again.model.language_model.head is not None
     with pytest.raises(ValueError, match=f"was quantised with mode '{mode}'"):
         load(tmp_path, quantize="int8" if mode == "int4" else "int4")
-    with pytest.raises(ValueError, match="is quantised; an adapter needs the original weights"):
+    with pytest.raises(
+        ValueError, match="is quantised; load the original weights to add an adapter"
+    ):
         load(tmp_path, adapter=adapter_folder(tmp_path / "adapter"))
 
 

@@ -66,7 +66,7 @@ def minutes(nb):
     """How long a lesson takes: 200 words or 15 visible lines a minute, 4 minutes an exercise."""
     shown = [c for c in nb.cells if not tags(c) & (FOLDED | {"navigation", "map"})]
     prose = " ".join(c.source for c in shown if c.cell_type == "markdown")
-    prose = re.sub(r"\]\([^)]*\)|<[^>]+>", " ", prose)  # addresses and HTML tags aren't read
+    prose = re.sub(r"\]\([^)]*\)|</?[a-z]+>", " ", prose)  # addresses and HTML tags aren't read
     code = [line for c in shown if c.cell_type == "code" for line in c.source.split("\n")]
     lines = sum(bool(line.strip()) for line in code)
     exercises = sum("exercise" in tags(c) for c in shown)

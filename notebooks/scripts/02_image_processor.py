@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 02 · Image processor: what does a model receive instead of a picture?
 #
-# *35 minutes* · part I, Seeing
+# *40 minutes* · part I, Seeing
 #
 # **What you will be able to do**
 #

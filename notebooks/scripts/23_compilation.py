@@ -407,7 +407,7 @@ class CompiledDecoder:
         # Not fullgraph: after many shapes PyTorch goes on uncompiled, instead of with an error.
         options = {"mode": "reduce-overhead", "dynamic": False}
         self.step = step or torch.compile(decode_step, **options)
-        self.spare: dict[tuple[int, int], list[StaticCache]] = {}
+        self.spare: dict[tuple, list[StaticCache]] = {}
 
     def make_cache(self, batch_size: int, max_length: int) -> StaticCache:
         """A static cache for `batch_size` rows of up to `max_length` tokens.
@@ -415,11 +415,12 @@ class CompiledDecoder:
         Its memory is used again once the answer is over and the cache gone: a CUDA graph holds
         addresses, so other memory would mean another recording.
         """
-        shape = batch_size, -(-max_length // 128) * 128
-        if shape not in self.spare:
-            self.spare = {shape: []}  # of one shape at a time
-        spare = self.spare[shape]
-        store = spare.pop() if spare else self.new_store(*shape)
+        room = -(-max_length // 128) * 128
+        kind = batch_size, room, self.model.device, self.model.dtype
+        if kind not in self.spare:
+            self.spare = {kind: []}  # of one kind at a time
+        spare = self.spare[kind]
+        store = spare.pop() if spare else self.new_store(batch_size, room)
         cache = copy.copy(store)  # shares the tensors
         cache._lengths = [0] * len(store.keys)
         weakref.finalize(cache, spare.append, store)

@@ -7,6 +7,7 @@ machine failed; 2 after one line about input that cannot be right; 130 after Ctr
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -105,6 +106,7 @@ def make_parser() -> Parser:
     add("--only_cpu", **flag, help="leave a GPU alone")
     add("--quantize", choices=["int8", "int4"], help="fewer bits a weight")
     add("--adapter", metavar="DIR", help="a LoRA adapter, as peft saves it, for the model")
+    add("--compile", **flag, help="compile the decode step: pays for many pictures")
     add("--task", choices=["answer", "detect", "segment"], default="answer", help="default: answer")
     add(
         "--output",
@@ -196,13 +198,19 @@ def run(args: argparse.Namespace) -> int:
             continue
         try:
             if pipeline is None:
-                pipeline = load(
-                    args.model_path,
-                    device="cpu" if args.only_cpu else "auto",
-                    quantize=args.quantize,
-                    adapter=args.adapter,
-                    progress=for_people,
-                )
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    pipeline = load(
+                        args.model_path,
+                        device="cpu" if args.only_cpu else "auto",
+                        quantize=args.quantize,
+                        adapter=args.adapter,
+                        compile=args.compile,
+                        progress=for_people,
+                    )
+                for warning in caught:
+                    if warning.category is UserWarning:  # ours; others' go nowhere
+                        say(f"paligemma: {warning.message}")
             draw = answer(pipeline, file, picture, args.task, prompt, options, args.json, several)
         except torch.OutOfMemoryError:
             raise Failure("the GPU's memory is full; try --only_cpu") from None

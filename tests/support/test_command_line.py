@@ -320,10 +320,26 @@ def test_the_adapter_and_the_bits_reach_load(capsys, monkeypatch, pg):
     flags = ["--adapter", "a/b", "--quantize", "int4", "--only_cpu", "--model-path", "c"]
     assert run(capsys, "--image_file_path", SCENE, *flags) == (0, CAPTION + "\n", "")
     progress = given.pop("progress")
-    assert given == {"path": "c", "device": "cpu", "quantize": "int4", "adapter": "a/b"}
+    assert given == {
+        "path": "c",
+        "device": "cpu",
+        "quantize": "int4",
+        "adapter": "a/b",
+        "compile": False,
+    }
     assert progress is False
     run(capsys, "--image_file_path", SCENE)
     assert given["device"] == "auto" and given["adapter"] is None
+
+
+def test_without_a_compiler_it_says_so_and_answers(capsys, monkeypatch):
+    def compile(*args, **options):
+        raise RuntimeError("no compiler\nmore about it")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    code, out, err = run(capsys, "--image_file_path", SCENE, "--compile")
+    assert (code, out) == (0, CAPTION + "\n")
+    assert err == "paligemma: nothing can be compiled here, going on without: no compiler\n"
 
 
 # ---------------------------------------------------------------- several pictures

@@ -72,6 +72,20 @@ def llama_norm(x, weight, eps):
     return h.type_as(x).float() * weight.float()
 
 
+# %% 2 · adds eps outside the root
+def llama_norm(x, weight, eps):
+    h = x.float()
+    h = h / (h.square().mean(-1, keepdim=True).sqrt() + eps)
+    return h.type_as(x) * weight
+
+
+# %% 2 · forgets the root
+def llama_norm(x, weight, eps):
+    h = x.float()
+    h = h / (h.square().mean(-1, keepdim=True) + eps)
+    return h.type_as(x) * weight
+
+
 # %% 3 · scales the rows
 def fold(norm, linear):
     folded = nn.Linear(linear.in_features, linear.out_features, bias=False)
@@ -131,3 +145,20 @@ def fold(norm, linear):
 # %% 3 · returns a tensor
 def fold(norm, linear):
     return linear.weight * (1 + norm.weight)
+
+
+# %% 3 · shares its weight with the given layer
+def fold(norm, linear):
+    folded = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    folded.weight = linear.weight
+    with torch.no_grad():
+        folded.weight *= 1 + norm.weight
+    return folded
+
+
+# %% 3 · scales the inputs by the length of the weight
+def fold(norm, linear):
+    folded = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    with torch.no_grad():
+        folded.weight.copy_(linear.weight * (1 + norm.weight).norm())
+    return folded
