@@ -44,7 +44,7 @@ def to_pixels(image) -> np.ndarray:
     """
     pixels = to_array(image)
     if pixels.ndim == 2:
-        pixels = np.stack([pixels] * 3, axis=-1)  # (H, W, 3)
+        pixels = np.stack([pixels] * 3, axis=-1)  # [H, W, 3]
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise ValueError(
             f"a picture must be [height, width, 3], got shape {list(pixels.shape)}: for a "
@@ -193,6 +193,6 @@ def show_attention(image, weights, titles=None, columns: int | None = None) -> F
     bright = 0.5 * pixels + 0.5 * np.array([255, 205, 70])
     pictures = []
     for level in maps.clip(0) / maps.max(axis=1, keepdims=True).clip(1e-12):
-        level = level.reshape(side, side)[rows][:, columns_of, None]  # (H, W, 1)
+        level = level.reshape(side, side)[rows][:, columns_of, None]  # [H, W, 1]
         pictures.append((dim + (bright - dim) * level).round().astype(np.uint8))
     return show_images(pictures, titles, columns, height=2.4)

@@ -200,7 +200,7 @@ assert np.array_equal(to_pixels(tiny.float() / 255), tiny) and signed[1, 3, 2] <
 
 # %% [markdown]
 # This was the cat's orange. Its blue was negative, and eight bits have no sign: what comes out is
-# anything. An error here is worth a day of searching later. So what would have to be guessed is
+# anything. An error here saves a day of searching later. So what would have to be guessed is
 # refused: floats outside $[0, 1]$, and a channel-first tensor. First, one door for everything that
 # holds numbers:
 
@@ -240,7 +240,7 @@ def to_pixels(image) -> np.ndarray:
     """
     pixels = to_array(image)
     if pixels.ndim == 2:
-        pixels = np.stack([pixels] * 3, axis=-1)  # (H, W, 3)
+        pixels = np.stack([pixels] * 3, axis=-1)  # [H, W, 3]
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise ValueError(
             f"a picture must be [height, width, 3], got shape {list(pixels.shape)}: for a "
@@ -494,7 +494,7 @@ def show_attention(image, weights, titles=None, columns: int | None = None) -> F
     bright = 0.5 * pixels + 0.5 * np.array([255, 205, 70])
     pictures = []
     for level in maps.clip(0) / maps.max(axis=1, keepdims=True).clip(1e-12):
-        level = level.reshape(side, side)[rows][:, columns_of, None]  # (H, W, 1)
+        level = level.reshape(side, side)[rows][:, columns_of, None]  # [H, W, 1]
         pictures.append((dim + (bright - dim) * level).round().astype(np.uint8))
     return show_images(pictures, titles, columns, height=2.4)
 
@@ -509,11 +509,12 @@ assert (like_cloth[:, :12] > 0.3).sum() > 30  # many squares left of column 12: 
 
 # %% [markdown]
 # **What to notice.** It works a little: the eye finds the other eye. But "like the cloth" in the
-# background finds the cat's fur, too. Equal colours are not equal things. The next four lessons build
-# vectors that compare what squares *show*.
+# background finds the cat's fur, too. Equal colours are not equal things. Lessons
+# [03](03_patch_embedding.ipynb) to [05](05_siglip.ipynb) build vectors that compare what squares
+# *show*.
 #
-# Colours mean the same in every figure of this course: **blue** sees, **orange** reads, **green**
-# joins the two, **purple** answers.
+# Parts of the model have the same colour in every figure: **blue** sees, **orange** reads, **green**
+# joins the two, **purple** answers, **brown** trains.
 
 # %% [markdown]
 # ## Against the reference
@@ -544,19 +545,17 @@ assert difference == 0
 # %% [markdown]
 # ## At full size
 #
-# A picture has no parameters, but it has bytes. The published models take three sizes. The number of
-# small squares grows with the square of the side, and so does everything after it.
+# A picture has no parameters, but it has bytes. The published models take three sizes. Twice the side
+# means four times as many small squares, and four times the bytes.
 
 # %%
 print("side  squares   uint8 kB   float32 kB   batch of 32, MB")
 for side in (224, 448, 896):
-    numbers, squares = side * side * 3, (side // 14) ** 2
-    print(
-        f"{side}{squares:9}{numbers / 1e3:11.1f}{4 * numbers / 1e3:13.1f}{32 * 4 * numbers / 1e6:18.1f}"
-    )
+    kilobytes, squares = side * side * 3 / 1e3, (side // 14) ** 2
+    print(f"{side}{squares:9}{kilobytes:11.1f}{4 * kilobytes:13.1f}{0.128 * kilobytes:18.1f}")
 
 # %% [markdown]
-# Float32 costs four times what the file's bytes cost. So data loaders keep `uint8` as long as they can,
+# Float32 costs four times what `uint8` costs. So data loaders keep `uint8` as long as they can,
 # and convert last.
 
 # %% [markdown]
@@ -572,14 +571,13 @@ loaders = {
     "C": lambda hwc: hwc.flip(2).permute(2, 0, 1),
 }
 hwc = torch.tensor(to_array(cat))
+printed = set()
 for name, load in loaders.items():
     out = load(hwc)
-    print(
-        name,
-        list(out.shape),
-        out.dtype,
-        f"{out.min()} to {out.max()}, mean {out.double().mean():.3f}",
-    )
+    numbers = f"{out.min()} to {out.max()}, mean {out.double().mean():.3f}"
+    print(name, list(out.shape), out.dtype, numbers)
+    printed.add((out.shape, out.dtype, numbers))
+assert len(printed) == 1
 
 # %% [markdown]
 # The symptom, in practice: training works, only the model is worse than it should be. Nobody looks at
