@@ -6,7 +6,7 @@ from torch import nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + weight), computed in float32 whatever the input's type.
+    """x / rms(x) · (1 + weight), over the last axis.
 
     Args:
         hidden_size: width D of the vectors.
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`float[…, D]` → `float[…, D]` of the same dtype."""
+        """`float[…, D]` → `float[…, D]` of the same dtype, computed in float32."""
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return (h * (1.0 + self.weight.float())).type_as(x)

@@ -77,7 +77,8 @@ def rms(x):
 # %%
 folder = resources.files("paligemma") / "assets" / "tiny"
 weights = load_file(str(folder / "model.safetensors"))
-table = weights["language_model.model.embed_tokens.weight"].float() * 128**0.5
+table = weights["language_model.model.embed_tokens.weight"].float()
+table = table * 128**0.5  # Gemma reads its rows times √D; lesson 12 says why
 print("table:", tuple(table.shape))
 
 # %%
@@ -89,7 +90,7 @@ print(f"all <loc>: {loc.mean():.2f} on average, all <seg>: {seg.mean():.2f}")
 assert seg.mean() > 2 * loc.mean() and seg.min() > 1.5 * loc.max()
 
 # %% [markdown]
-# A `<seg>` token is more than twice as large as a location. A matrix that reads both would be moved twice as much by the one, for no reason of meaning. And the stream's vectors grow from block to block, as [lesson 05](05_siglip.ipynb) showed.
+# On average a `<seg>` token is more than twice as large as a location. A matrix that reads both would be moved twice as much by the one, for no reason of meaning. And the stream's vectors grow from block to block, as [lesson 05](05_siglip.ipynb) showed.
 #
 # So each block first makes a copy in which every vector has size 1. Then a layer can count on its input. That is the whole purpose.
 
@@ -188,7 +189,7 @@ print("with weights of 0:      ", rms(rms_norm_loop(x, torch.zeros(16))))
 assert not rms_norm_loop(torch.zeros(1, 16), weight).any()  # zeros stay zeros, thanks to eps
 
 # %% [markdown]
-# Each token is normalised **alone**: no statistic mixes tokens, pictures or the rows of a batch. So the result for a token does not depend on its neighbours.
+# Each token is normalised **alone**: no statistic mixes tokens or the rows of a batch. So the result for a token does not depend on its neighbours.
 #
 # ## Vectorised
 #
@@ -213,7 +214,7 @@ print("loop and tensor form agree")
 # %%
 #| export
 class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + weight), computed in float32 whatever the input's type.
+    """x / rms(x) · (1 + weight), over the last axis.
 
     Args:
         hidden_size: width D of the vectors.
@@ -285,7 +286,7 @@ for name, error in (("all in bfloat16", all_short), ("rounded once", once)):
         f"{name:15} error of a number {error.abs().mean():.2%}, shared by its vector {shared:.2%}"
     )
 assert all_short.mean(-1).abs().mean() > 20 * once.mean(-1).abs().mean()
-assert all_short.abs().mean() < 3 * once.abs().mean()
+assert 2 < all_short.abs().mean() / once.abs().mean() < 3
 
 # %% [markdown]
 # Number by number, bfloat16 throughout is only two or three times as bad. But rounding once errs up and down at random, which the next layer's sums average away. The other error is **shared**: the scale of a whole vector is rounded, and the learned 0.003 never arrives. Shared errors do not average away.
@@ -297,7 +298,7 @@ assert all_short.abs().mean() < 3 * once.abs().mean()
 #| export
 @add_to_class(RMSNorm)
 def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """`float[…, D]` → `float[…, D]` of the same dtype."""
+    """`float[…, D]` → `float[…, D]` of the same dtype, computed in float32."""
     h = x.float()
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
     return (h * (1.0 + self.weight.float())).type_as(x)
@@ -367,10 +368,9 @@ trained["last norm"] = weights["language_model.model.norm.weight"].float()
 # %%
 for name, w in trained.items():
     print(f"{name:18} mean of w {w.mean():5.2f}, negative in {(w < 0).float().mean():4.0%}")
-means = torch.stack([w.mean() for w in trained.values()])
-assert means[:-2].max() < 0 < means[-2] < 0.2 and means[-1] > 0.5
+down = torch.stack([(w < 0).float().mean() for w in trained.values()])  # share turned down
+assert down[:-2].min() > 0.5 and down[-2] < 0.5 and down[-1] < 0.05
 assert max(w.abs().max() for w in list(trained.values())[:-1]) < 0.5
-assert (trained["last norm"] > 0).float().mean() > 0.95
 
 # %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
@@ -390,7 +390,7 @@ save_figure(fig, "07_trained")
 # %% [markdown]
 # ## At full size
 #
-# Gemma 2B has 18 blocks with two norms each, and one last norm: 37. For each number a norm does four operations: square, add, and two products. In bfloat16 it reads two bytes and writes two. Beside it, one linear layer of the same width, for 264 positions:
+# Gemma 2B has 18 blocks with two norms each, and one last norm: 37. For each number a norm does four operations: square, add, and two products. In bfloat16 it reads two bytes and writes two. Beside it, one linear layer of the same width, for 264 positions (a picture's 256 and a short prompt):
 
 # %%
 D, L, norms = 2048, 264, 37
@@ -454,7 +454,7 @@ for name, kind, add in (
 #
 # ### Exercise 1 (predict): how long?
 #
-# The *length* of a vector is the root of its **sum** of squares. With eps negligible, how long is a vector of 2048 numbers after RMSNorm when
+# The *length* of a vector is the root of its **sum** of squares. How long is a vector of 2048 random numbers after our `RMSNorm` when
 #
 # 1. all stored weights are 0;
 # 2. all stored weights are 1;
@@ -581,7 +581,7 @@ check(test_3, fold)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `linear.weight` has the shape (out, in). Which of its rows or columns does input channel $i$ meet? Make a new layer of the same size and copy the product into its weight under `torch.no_grad()`.
+# `linear.weight` has the shape `[out, in]`. Which of its rows or columns does input channel $i$ meet? Make a new layer of the same size and copy the product into its weight under `torch.no_grad()`.
 #
 # </details>
 
@@ -589,7 +589,7 @@ check(test_3, fold)
 # %% tags=["solution"]
 def fold(norm, linear):
     folded = nn.Linear(linear.in_features, linear.out_features, bias=False)
-    with torch.no_grad():  # input channel i meets column i: (out, in) · (in,)
+    with torch.no_grad():  # input channel i meets column i: [out, in] · [in]
         folded.weight.copy_(linear.weight * (1 + norm.weight))
     return folded
 
@@ -601,7 +601,7 @@ check(test_3, fold)
 #
 # - A norm before each layer gives it vectors of size 1, whatever the stream holds.
 # - RMSNorm keeps the direction of a vector and forgets its size. LayerNorm also removes the mean.
-# - Gemma stores $w$ around 0 and means $1 + w$. Trained, most are negative in the blocks; the last norm turns up.
+# - Gemma stores $w$ around 0 and means $1 + w$. Trained, most are negative in the blocks; the last norm makes nearly all channels larger.
 # - Squares and sums need float32; round once, at the end.
 # - Its danger is being nearly right: test behaviour, with a weight of zero.
 
@@ -630,7 +630,7 @@ check(test_3, fold)
 #
 # <details><summary>Answer</summary>
 #
-# Nothing is reported, and each channel is multiplied by $1 + \text{weight}$: about twice too much where the weight is near 1, in another proportion elsewhere. Subtract 1 from the stored norm weights when loading, exactly once, in float32.
+# Nothing is reported, and each channel is multiplied by $1 + \text{weight}$: about twice as much where the weight is near 1, in another proportion elsewhere. Subtract 1 from the stored norm weights when loading, exactly once, in float32.
 #
 # </details>
 
