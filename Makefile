@@ -53,6 +53,13 @@ train: $(DEV) ## train the shipped model again; Ctrl-C and the same command go o
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 tools/train_tiny.py \
 		--config paligemma/assets/tiny/recipe.json --work runs/tiny
 
+student: $(DEV) ## the lessons without solutions, in student/
+	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --output-dir student \
+		--TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_cell_tags solution notebooks/*.ipynb
+	@cp -r notebooks/reference student/
+	@echo "student/ holds the lessons with stubs, checks and hints."
+
 clean: ## remove what these commands wrote, but not .venv
 	@rm -rf demo.png student build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find paligemma tests tools notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

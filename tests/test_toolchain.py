@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -410,3 +411,16 @@ def test_nbval_ignores_times_and_noise_only(text):
     for regex, replacement in get_sanitize_patterns((ROOT / "tools" / "nbval.cfg").read_text()):
         sanitized = re.sub(regex, replacement, sanitized)
     assert sanitized == SANITIZED[text]
+
+
+def test_student_edition_has_no_solutions(tmp_path):
+    """The Makefile's own command, on one lesson; what is cut are the solutions and nothing else."""
+    recipe = (ROOT / "Makefile").read_text().split("\nstudent:")[1].split("\n\n")[0]
+    command = re.search(r"nbconvert (.+?) notebooks/\*\.ipynb", recipe, re.DOTALL)[1]
+    options = command.replace("\\\n", " ").replace("--output-dir student", "").split()
+    lesson = ROOT / "notebooks/02_image_processor.ipynb"
+    jupyter = [sys.executable, "-m", "nbconvert", *options, "--output-dir", str(tmp_path)]
+    subprocess.run([*jupyter, str(lesson)], check=True, capture_output=True)
+    whole, student = (nbformat.read(p, 4).cells for p in (lesson, tmp_path / lesson.name))
+    kept = [c.source for c in whole if "solution" not in c.metadata.get("tags", [])]
+    assert [c.source for c in student] == kept and len(kept) == len(whole) - 3
