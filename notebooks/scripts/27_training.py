@@ -295,6 +295,8 @@ for rate in (1e-5, 1e-2):
     model = load_model(TINY).train()
     simple_train(model, Leftmost(10_000), steps=24, learning_rate=rate)
     found[rate] = loss_on(model, held_out), loss_on(model, swapped)
+
+# %% tags=["nbval-ignore-output"]
 for rate, (own, other) in sorted(found.items()):
     print(f"rate {rate:.0e}: own pictures {own:.2f}, others' {other:.2f}")
 assert found[1e-3][0] < 0.6 * min(found[1e-5][0], found[1e-2][0])
@@ -693,6 +695,8 @@ losses_at_once = train(at_once, Leftmost(50), TrainingConfig(steps=6, **few))
 with tempfile.TemporaryDirectory() as folder:
     train(load_model(TINY), Leftmost(50), TrainingConfig(steps=3, folder=folder, **few))
     losses_in_two = train(in_two, Leftmost(50), TrainingConfig(steps=6, folder=folder, **few))
+
+# %%
 assert losses_in_two == losses_at_once  # every loss, all digits
 assert all(torch.equal(a, b) for a, b in zip(at_once.parameters(), in_two.parameters()))
 print("6 steps = 3 + 3 steps: losses and weights are equal bit for bit")
@@ -751,6 +755,8 @@ for name, arm in arms.items():
 after = say(trained)
 print(f"trained start: right {share_right(after):.0%}")
 print("random start says:", [answer[:12] for answer in say(fresh, held_out[:3])])
+
+# %%
 assert share_right(after) > 0.7
 assert looks["trained start"][0] < blind / 3 and looks["trained start"][1] > blind
 assert looks["random start"][0] > blind and abs(np.subtract(*looks["random start"])) < 0.05
