@@ -52,9 +52,9 @@ class ImageProcessor:
     def to_pixel_values(self, image: Picture) -> torch.Tensor:
         """One picture to `float32[3, size, size]`."""
         picture = open_picture(image).resize((self.size, self.size), self.resample)
-        pixels = np.array(picture, dtype=np.float32) / 255  # (size, size, 3) in 0…1
+        pixels = np.array(picture, dtype=np.float32) / 255  # [size, size, 3] in 0…1
         pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, size, size)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # [3, size, size]
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, size: int = 224) -> "ImageProcessor":
