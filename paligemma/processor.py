@@ -39,9 +39,9 @@ def collate(
     answers = suffixes or [[]] * len(prefixes)
     rows = [prefix + answer for prefix, answer in zip(prefixes, answers)]
     lengths, answer_lengths = torch.tensor([[len(r), len(a)] for r, a in zip(rows, answers)]).T
-    from_right = torch.arange(int(lengths.max()), 0, -1)  # (L,): L, …, 2, 1
-    real = from_right <= lengths[:, None]  # (B, L)
-    is_suffix = from_right <= answer_lengths[:, None]  # (B, L)
+    from_right = torch.arange(int(lengths.max()), 0, -1)  # [L]: L, …, 2, 1
+    real = from_right <= lengths[:, None]  # [B, L]
+    is_suffix = from_right <= answer_lengths[:, None]  # [B, L]
     input_ids = torch.full(real.shape, pad_id)
     input_ids[real] = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
     batch = {
@@ -100,17 +100,17 @@ class Processor:
         return batch | collate(prefixes, endings, self.tokenizer.pad_id)
 
     def encode_prefix(self, prompt: str, num_images: int = 1) -> list[int]:
-        """`<image>`×(N · num_images), bos, the prompt's pieces, newline."""
+        """`<image>`×(N · num_images), bos, the prompt's tokens, newline."""
         t = self.tokenizer
         image = [t.image_id] * (self.num_image_tokens * num_images)
         return [*image, t.bos_id, *t.encode(prompt), t.newline_id]
 
     def encode_suffix(self, text: str) -> list[int]:
-        """The answer's pieces, eos."""
+        """The answer's tokens, eos."""
         return [*self.tokenizer.encode(text), self.tokenizer.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Generated ids, `int64[T]` or a list, to text; what follows the first eos is ignored."""
+        """Generated ids, `int64[L]` or a list, to text; what follows the first eos is ignored."""
         ids = [*map(int, ids), self.tokenizer.eos_id]
         return self.tokenizer.decode(ids[: ids.index(self.tokenizer.eos_id)])
 

@@ -145,15 +145,15 @@ ax.set_axis_off()
 save_figure(fig, "14_strips.png")
 
 # %% [markdown]
-# Blue: places that the picture's vectors will fill ([lesson 15](15_model.ipynb)). Orange: the **prompt**.
+# Blue: positions that the picture's vectors will fill ([lesson 15](15_model.ipynb)). Orange: the **prompt**.
 # Purple: the answer to learn, the **suffix**. Green: bos, newline and eos. Grey: padding, because a
 # tensor has to be rectangular. Picture and prompt, up to the newline, are the **prefix**.
 #
 # That is all there is. A task is nothing but a wording of the orange part.
 
 # %% [markdown]
-# No user can type bos or eos: the tokenizer refuses their spelling. The line break is another
-# matter. It is an ordinary piece, so a prompt may hold some; what ends the prefix is the *last* one.
+# The line break is an ordinary token, so a prompt may hold some of its own. What ends the prefix
+# is the *last* one.
 
 # %%
 lines = tokenizer.encode("two\nlines")
@@ -173,7 +173,7 @@ suffix = [12, 1]  # yes, eos
 print(prefix + suffix)
 
 # %% [markdown]
-# Two questions have to be answered for each place, and a list for each will travel with the ids.
+# Two questions have to be answered for each position, and a list for each will travel with the ids.
 #
 # - **Token type**: prefix (0) or suffix (1)? It decides who may look at whom.
 # - **Label**: what is to be learned here? The id itself on the suffix, and −100 elsewhere, which means
@@ -196,7 +196,7 @@ for name, row in (("ids", prefix + suffix), ("types", types), ("labels", labels)
 # ## As a loop
 #
 # Rows of unequal length make no tensor. Fill them up to the longest, **on the left**, and keep a
-# fourth list that says which places are real:
+# fourth list that says which positions are real:
 
 
 # %%
@@ -255,20 +255,20 @@ save_figure(fig, "14_padding.png")
 # %% [markdown]
 # ## Vectorised
 #
-# Left padding has a second charm. Count the places **from the right end**: …, 3, 2, 1. A
-# place is real when its number is at most the row's length, and suffix when it is at most the
+# Left padding has a second charm. Count the positions **from the right end**: …, 3, 2, 1. A
+# position is real when its number is at most the row's length, and suffix when it is at most the
 # answer's length. Two comparisons make all four tensors.
 
 # %%
-lengths = torch.tensor([len(p) + len(s) for p, s in zip(prefixes, answers)])[:, None]  # (B, 1)
-answer_lengths = torch.tensor([len(s) for s in answers])[:, None]  # (B, 1)
-from_right = torch.arange(int(lengths.max()), 0, -1)  # (L,)
-real = from_right <= lengths  # (B, L)
-is_suffix = from_right <= answer_lengths  # (B, L)
+lengths = torch.tensor([len(p) + len(s) for p, s in zip(prefixes, answers)])[:, None]  # [B, 1]
+answer_lengths = torch.tensor([len(s) for s in answers])[:, None]  # [B, 1]
+from_right = torch.arange(int(lengths.max()), 0, -1)  # [L]
+real = from_right <= lengths  # [B, L]
+is_suffix = from_right <= answer_lengths  # [B, L]
 print(from_right.tolist(), *is_suffix.int().tolist(), sep="\n")
 
 # %% [markdown]
-# The True places of `real`, row by row, are exactly as many as there are ids. So all ids go in with
+# The True values of `real`, row by row, are exactly as many as there are ids. So all ids go in with
 # one assignment.
 
 # %%
@@ -313,9 +313,9 @@ def collate(
     answers = suffixes or [[]] * len(prefixes)
     rows = [prefix + answer for prefix, answer in zip(prefixes, answers)]
     lengths, answer_lengths = torch.tensor([[len(r), len(a)] for r, a in zip(rows, answers)]).T
-    from_right = torch.arange(int(lengths.max()), 0, -1)  # (L,): L, …, 2, 1
-    real = from_right <= lengths[:, None]  # (B, L)
-    is_suffix = from_right <= answer_lengths[:, None]  # (B, L)
+    from_right = torch.arange(int(lengths.max()), 0, -1)  # [L]: L, …, 2, 1
+    real = from_right <= lengths[:, None]  # [B, L]
+    is_suffix = from_right <= answer_lengths[:, None]  # [B, L]
     input_ids = torch.full(real.shape, pad_id)
     input_ids[real] = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
     batch = {
@@ -335,7 +335,7 @@ print(*fast, "| without suffixes:", *collate(prefixes, []))
 # ### The class
 #
 # `encode_prefix` and `encode_suffix` *are* the layout, one line each. Prompt, newline and suffix are
-# tokenised separately: pieces can never merge across a border.
+# tokenised separately, so that nothing can merge across a border.
 
 
 # %%
@@ -369,7 +369,7 @@ class Processor:
         return [t.image_id] * self.num_image_tokens + [t.bos_id, *t.encode(prompt), t.newline_id]
 
     def encode_suffix(self, text: str) -> list[int]:
-        """The answer's pieces, eos."""
+        """The answer's tokens, eos."""
         return [*self.tokenizer.encode(text), self.tokenizer.eos_id]
 
 
@@ -388,7 +388,7 @@ for name, tensor in batch.items():
 #| export
 @add_to_class(Processor)
 def decode(self, ids: Iterable[int]) -> str:
-    """Generated ids, `int64[T]` or a list, to text; what follows the first eos is ignored."""
+    """Generated ids, `int64[L]` or a list, to text; what follows the first eos is ignored."""
     ids = [*map(int, ids), self.tokenizer.eos_id]
     return self.tokenizer.decode(ids[: ids.index(self.tokenizer.eos_id)])
 
@@ -414,7 +414,7 @@ assert processor.decode([*answer_ids, 0, 0]) == suffixes[0]
 #| export
 @add_to_class(Processor)
 def encode_prefix(self, prompt: str, num_images: int = 1) -> list[int]:
-    """`<image>`×(N · num_images), bos, the prompt's pieces, newline."""
+    """`<image>`×(N · num_images), bos, the prompt's tokens, newline."""
     t = self.tokenizer
     image = [t.image_id] * (self.num_image_tokens * num_images)
     return [*image, t.bos_id, *t.encode(prompt), t.newline_id]
@@ -568,13 +568,13 @@ REFERENCE_TEXTS = [
 ours = processor([photos[0]] * 4, *map(list, zip(*REFERENCE_TEXTS)))
 for name, tensor in stored.items():
     different = int((ours[name] != tensor).sum())
-    print(f"{name:15} {tuple(tensor.shape)}, different places: {different}")
+    print(f"{name:15} {tuple(tensor.shape)}, different: {different}")
     assert different == 0
 
 # %% [markdown]
 # ## See it: four tensors, one row
 #
-# The last row of the batch from the beginning, place by place, as the model gets it (of its 64 image
+# The last row of the batch from the beginning, position by position, as the model gets it (of its 64 image
 # tokens three are drawn).
 
 # %% tags=["hide-input"]
@@ -593,24 +593,25 @@ save_figure(fig, "14_tensors")
 
 # %%
 counted = (batch["labels"] != -100).sum().item()
-places = batch["labels"].numel()
-print(f"{counted} of {places} places carry a label: {counted / places:.0%}")
-assert counted / places < 0.1
+length = batch["labels"].numel()
+pictures = (batch["input_ids"] == tokenizer.image_id).sum().item()
+print(f"of {length} positions {pictures} are picture, {counted} carry a label")
+assert counted / length < 0.1 and pictures / length > 0.85
 assert torch.equal(batch["labels"] != -100, batch["token_type_ids"] == 1)
 
 # %% [markdown]
-# What to notice: types and labels mark the same places, but for different readers. The types go to the
+# What to notice: types and labels mark the same positions, but for different readers. The types go to the
 # *mask*, so they are needed whenever a suffix is given; the labels go to the *loss*, so they exist only
 # in training.
 #
-# Fewer than one place in ten is counted. With `labels = input_ids`, which also runs, a loss would be nearly
-# all about what comes after `<image>` (another `<image>`): small from the first step, and about nothing.
+# Fewer than one position in ten is counted. With `labels = input_ids`, which also runs, the loss would be
+# nearly all about what comes after `<image>`: another `<image>`. It would soon be small, and say nothing.
 
 # %% [markdown]
 # ## At full size
 #
 # The layout has no parameters and almost no arithmetic. What it costs is *length*: every later layer
-# works on each place. Eight text tokens, at the three sizes of PaliGemma:
+# works on each position. Eight text tokens, at the three sizes of PaliGemma:
 
 # %%
 for size in (224, 448, 896):
@@ -619,24 +620,25 @@ for size in (224, 448, 896):
     assert N / (N + 8) > 0.96
 
 # %% [markdown]
-# And padding? A padded place costs as much as a real one. Take 512 prompts of random lengths, of 2
-# to 40 pieces, in batches of eight: as they come, and sorted by length first.
+# And padding? A padded position costs as much as a real one. Take 512 prompts of random lengths, of 2
+# to 40 tokens, in batches of eight: as they come, and sorted by length first.
 
 
 # %%
 def wasted(lengths, image_tokens):
-    """Share of padded places over all batches of eight."""
+    """Share of padded positions over all batches of eight."""
     groups = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
     total = sum(8 * (max(group) + image_tokens + 2) for group in groups)
     return 1 - sum(n + image_tokens + 2 for n in lengths) / total
 
 
 generator = random.Random(0)
-pieces = [generator.randint(2, 40) for _ in range(512)]
+prompt_lengths = [generator.randint(2, 40) for _ in range(512)]
 for image_tokens in (0, 256):
-    a, b = wasted(pieces, image_tokens), wasted(sorted(pieces), image_tokens)
+    a = wasted(prompt_lengths, image_tokens)
+    b = wasted(sorted(prompt_lengths), image_tokens)
     print(f"{image_tokens:3} image tokens: {a:.1%} padding, sorted {b:.1%}")
-assert wasted(pieces, 0) > 0.38 and wasted(pieces, 256) < 0.06
+assert wasted(prompt_lengths, 0) > 0.38 and wasted(prompt_lengths, 256) < 0.06
 
 # %% [markdown]
 # For text alone, two fifths of the work would be padding, and sorting is a must. With a picture in
@@ -697,7 +699,7 @@ save_figure(fig, "14_bug")
 # counting are seen in the wild: the columns, or only what is real.
 
 # %%
-mask = collate(prefixes, [])["attention_mask"][1:]  # one padded place, then six real ones
+mask = collate(prefixes, [])["attention_mask"][1:]  # one padded position, then six real ones
 columns = torch.arange(mask.shape[1])[None]
 counted = (mask.cumsum(-1) - 1).clamp(min=0)
 print("columns:", columns[0].tolist())
@@ -715,17 +717,18 @@ print("counted:", by_count - first, "| mixed:", by_column - first)
 assert by_column - by_count == (mask == 0).sum()
 
 # %% [markdown]
-# Each padded place puts one step between the answer and *everything* before it, as the extra token of A
-# and B does. So an answer depends on who shares its batch. The check: a prompt alone and the same prompt
-# in a padded batch must give the same logits.
+# Each padded position puts one step more between the answer and *everything* before it. So an
+# answer depends on who shares its batch. The check: a prompt alone and the same prompt in a padded batch
+# must give the same logits.
 
 # %% [markdown]
 # ## Exercises
 #
-# ### Exercise 1 (predict): count the places
+# ### Exercise 1 (predict): count the positions
 #
-# Pictures of 224 pixels in patches of 14. Prompts of 5 and 9 pieces, answers of 7 and 2 pieces. What
-# is the length L of the batch, how many places are padding, and how many carry a label?
+# Pictures of 224 pixels in patches of 14. The tokenizer makes 5 and 9 tokens of two
+# prompts, 7 and 2 of their answers. What is the length L of the batch, how many positions are padding,
+# and how many carry a label?
 
 # %% tags=["exercise"]
 answer = None  # three numbers: (L, padded, labelled)
@@ -765,7 +768,8 @@ check(test_1, answer)
 #
 # Who debugs a data set reads its rows. Write the layout backwards: from one row of `input_ids` and
 # `token_type_ids` (1-D tensors) to the number of pictures, the prompt and the answer, as text without bos,
-# newline, eos or padding. A prompt may contain line breaks of its own; without a suffix the answer is "".
+# newline, eos or padding. A prompt may contain line breaks of its own, even at its end; without a
+# suffix the answer is "".
 
 
 # %% tags=["exercise"]
@@ -778,7 +782,7 @@ def test_2(read_row):
     cases = [
         (1, "caption en", "a cat and two dogs"),
         (2, "answer en more cats?", "2"),
-        (1, "two\nlines", "yes"),
+        (1, "two\nlines\n", "yes"),
         (1, "detect cat ; dog", "<loc0008><loc0061><loc0960><loc0854> cat"),
         (1, "", "a bee\nand a dog"),
     ]
@@ -921,8 +925,8 @@ check(test_3, sound)
 #
 # <details><summary>Answer</summary>
 #
-# The pictures give 1,024 vectors and the ids hold 256 places. Our model refuses ([lesson 15](15_model.ipynb)). A
-# careless one would fill the 256 places with the first quarter of the picture: its top.
+# The pictures give 1,024 vectors and the ids hold 256 placeholders. Our model refuses ([lesson 15](15_model.ipynb)). A
+# careless one would fill the 256 with the first quarter of the picture: its top.
 #
 # </details>
 

@@ -153,3 +153,10 @@ def sound(batch):
 
 # %% 1 · takes the longer prompt for the longer row
 answer = (270, 1, 11)
+
+
+# %% 2 · strips the text instead of taking off the one newline
+def read_row(input_ids, token_type_ids):
+    pictures = int((input_ids == tokenizer.image_id).sum()) // processor.num_image_tokens
+    prompt = tokenizer.decode(input_ids[token_type_ids == 0].tolist()).strip()
+    return pictures, prompt, processor.decode(input_ids[token_type_ids == 1])
