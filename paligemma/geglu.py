@@ -11,7 +11,7 @@ class GeGLU(nn.Module):
 
     Args:
         hidden_size: width D of the residual stream.
-        intermediate_size: width of the gate and of what it gates.
+        intermediate_size: width M of the gate and of what it gates.
 
     Source: Shazeer 2020 (GLU variants); `GemmaMLP` in gemma_pytorch and transformers.
     """

@@ -141,6 +141,7 @@ gap = gelu(x) - F.gelu(x)  # PyTorch's default is the exact one
 worst = x[gap.argmax()].abs().item()
 print(f"largest difference {gap.max():.5f}, at ±{worst:.1f}")
 print(f"smallest value {gelu(x).min():.2f}, at {x[gelu(x).argmin()]:.2f}")
+assert gap.max() < 0.0005 and 2.6 < worst < 2.8 and -0.171 < gelu(x).min() < -0.169
 
 # %% tags=["hide-input"]
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 3), layout="constrained")
@@ -156,7 +157,7 @@ save_figure(fig, "08_gelu")
 # %% [markdown]
 # On the left the two lie on each other. On the right, ten thousand times larger, they differ. Gemma was trained with the **tanh** version. Keep this picture in mind for the bug below.
 #
-# Unlike relu, GELU has no corner, and it is slightly negative left of zero.
+# Unlike relu, which is $\max(x, 0)$, GELU has no corner, and it is slightly negative left of zero.
 
 # %% [markdown]
 # ### A gated layer
@@ -232,7 +233,7 @@ class GeGLU(nn.Module):
 
     Args:
         hidden_size: width D of the residual stream.
-        intermediate_size: width of the gate and of what it gates.
+        intermediate_size: width M of the gate and of what it gates.
 
     Source: Shazeer 2020 (GLU variants); `GemmaMLP` in gemma_pytorch and transformers.
     """
@@ -299,7 +300,7 @@ for ax, (title, values) in zip(axes[1:], maps.items()):
 save_figure(fig, "08_cat.png")
 
 # %% [markdown]
-# **What to notice.** The up side finds edges everywhere, orange and blue for the two directions. The gate opens on eyes, nose and stripes. Only the edges there are left; cheeks, whiskers and background are nearly silent. Both signs survive.
+# **What to notice.** The up side finds edges everywhere, orange and blue for the two directions. The gate opens where it is dark: eyes, nose, stripes, a corner at the top. Only the edges there are left; cheeks, whiskers and background are nearly silent. Both signs survive.
 
 # %% [markdown]
 # ### What a trained gate opens on
@@ -495,7 +496,7 @@ def run(activation, x):
     out = []
     for norm, mlp in map(trained_mlp, range(4)):
         norm, mlp = norm.to(x.dtype), mlp.to(x.dtype)
-        h = F.rms_norm(x, (128,), 1 + norm.weight, 1e-6)
+        h = F.rms_norm(x, (128,), 1 + norm.weight, 1e-6)  # ours would round to float32
         x = x + mlp.down_proj(activation(mlp.gate_proj(h)) * mlp.up_proj(h))
         out.append(x.double())
     return out
@@ -559,21 +560,27 @@ print(f"mean length: right {size[0]:.0f}, port {size[1]:.0f}; cosine between the
 assert 0.8 < size[1] / size[0] < 1.25 and alike > 0.5
 
 # %% [markdown]
-# The port takes the first half for the gate; the file has up first. Both halves have the same shape, so nothing complains. Now sort the neurons by the signs of $g\cdot x$ and $u\cdot x$:
+# The port takes the first half for the gate; the file has up first. Both halves have the same shape, so nothing complains. What becomes of three pairs of numbers?
+
+# %%
+for a, b in ((3, 3), (1, 3), (3, -3)):
+    product = f"right {gelu_tanh(a) * b:.2f}, swapped {gelu_tanh(b) * a:.2f}"
+    print(f"gate {a}, up {b:2}: {product}")
+
+# %% [markdown]
+# So it depends on the signs. Sort the trained neurons' cases by the signs of $g\cdot x$ and $u\cdot x$:
 
 # %%
 equal = g * u > 0
 for name, chosen in (("equal signs", equal), ("opposite signs", ~equal)):
     error_here = (right - swapped)[chosen].norm() / right[chosen].norm()
     print(f"{name:15} {chosen.float().mean():.0%} of the cases, relative error {error_here:.0%}")
-print(f"3 and 3: {gelu_tanh(3) * 3:.2f}, swapped the same; 1 and 3: {gelu_tanh(1) * 3:.2f}", end="")
-print(f" and {gelu_tanh(3) * 1:.2f}; 3 and −3: {gelu_tanh(3) * -3:.2f} and {gelu_tanh(-3) * 3:.2f}")
 assert 0.4 < equal.float().mean() < 0.6
 assert (right - swapped)[equal].norm() < 0.2 * right[equal].norm()
 assert (right - swapped)[~equal].norm() > right[~equal].norm()
 
 # %% [markdown]
-# With equal signs *and* sizes there is no difference at all; with equal signs it is small. With opposite signs one form passes what the other shuts, and the error is larger than the value. Half of the cases are nearly right: that is why the outputs resemble each other.
+# With equal signs the difference is small. With opposite signs one form passes what the other shuts, and the error is larger than the value. Half of the cases are nearly right: that is why the outputs resemble each other.
 #
 # The check: **shut the gate**. With a gate that is strongly negative, the output must be zero (nearly). Swapped, it is not.
 
@@ -635,7 +642,7 @@ check(test_1, passes)
 # %% [markdown]
 # ### Exercise 2 (write): one product instead of two
 #
-# Gate and up read the same input, so their weights can be stacked, **gate first**, into one matrix `gate_up` of shape $(2M, D)$. Then one large product does the work of two. Write both: the stacking, and the layer that uses it.
+# Gate and up read the same input, so their weights can be stacked, **gate first**, into one matrix `gate_up` of shape $[2M, D]$. Then one large product does the work of two. Write both: the stacking, and the layer that uses it.
 
 
 # %% tags=["exercise"]
@@ -648,6 +655,17 @@ def merged_forward(x, gate_up, down):
 
 
 # %% tags=["check"]
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Products(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "mm" in func.__name__  # mm, addmm, bmm: the matrix products
+        return func(*args, **(kwargs or {}))
+
+
 def test_2(merge, merged_forward):
     for width, neurons, shape in ((8, 24, (2, 5, 8)), (16, 4, (1, 3, 16))):
         layer, x = GeGLU(width, neurons).requires_grad_(False), torch.randn(shape) * 3
@@ -657,7 +675,8 @@ def test_2(merge, merged_forward):
         assert torch.equal(weight[:neurons], layer.gate_proj.weight), "the gate comes first"
         assert torch.equal(weight[neurons:], layer.up_proj.weight), "below the gate stands up"
         down = layer.down_proj.weight
-        out = merged_forward(x, weight, down)
+        with Products() as products:
+            out = merged_forward(x, weight, down)
         assert isinstance(out, torch.Tensor) and out.shape == x.shape, f"return shape {shape}"
         gate, up = (x @ weight.T).chunk(2, -1)
         for wrong, why in (
@@ -668,6 +687,7 @@ def test_2(merge, merged_forward):
         ):
             assert not torch.allclose(out, wrong @ down.T, atol=1e-6), why
         assert torch.allclose(out, layer(x), atol=1e-5), "the output differs from the layer's"
+        assert products.count == 2, f"right, but with {products.count} matrix products, not two"
 
 
 check(test_2, merge, merged_forward)

@@ -92,6 +92,36 @@ def merged_forward(x, gate_up, down):
     return F.gelu(gate, approximate="tanh") * up
 
 
+# %% 2 · cuts the weight and makes three products
+def merge(layer):
+    return torch.cat((layer.gate_proj.weight, layer.up_proj.weight))
+
+
+def merged_forward(x, gate_up, down):
+    gate, up = gate_up.chunk(2)
+    return F.linear(F.gelu(x @ gate.T, approximate="tanh") * (x @ up.T), down)
+
+
+# %% 2 · takes every other channel for the gate
+def merge(layer):
+    return torch.cat((layer.gate_proj.weight, layer.up_proj.weight))
+
+
+def merged_forward(x, gate_up, down):
+    both = F.linear(x, gate_up)
+    return F.linear(F.gelu(both[..., ::2], approximate="tanh") * both[..., 1::2], down)
+
+
+# %% 2 · weaves the rows
+def merge(layer):
+    return torch.stack((layer.gate_proj.weight, layer.up_proj.weight), dim=1).flatten(0, 1)
+
+
+def merged_forward(x, gate_up, down):
+    both = F.linear(x, gate_up)
+    return F.linear(F.gelu(both[..., ::2], approximate="tanh") * both[..., 1::2], down)
+
+
 # %% 3 · one neuron is enough
 def multiplier():
     return torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([[0.0, 1], [0, 0]]), torch.ones(1, 2)
