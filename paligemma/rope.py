@@ -32,7 +32,7 @@ class RotaryEmbedding(nn.Module):
         """Angles for the given positions.
 
         Args:
-            positions: `int64[B, L]`, each token's place in its row.
+            positions: `int64[B, L]`, where each token stands in its row.
 
         Returns:
             cos, sin: `float32[B, 1, L, Dh]`, ready to broadcast over heads.

@@ -107,6 +107,17 @@ def rotation_matrix(position, head_dim, base=10000.0):
     return torch.tensor([[c, -s], [s, c]])
 
 
+# %% 2 · only the cosines and sines of position times frequency on the diagonal
+def rotation_matrix(position, head_dim, base=10000.0):
+    angle = position * base ** (-2 * torch.arange(head_dim // 2) / head_dim)
+    return torch.diag(torch.cat((angle.cos(), angle.sin())))
+
+
+# %% 2 · gives what it does to a vector of ones
+def rotation_matrix(position, head_dim, base=10000.0):
+    return rope_loop(torch.ones(head_dim), position, base)
+
+
 # %% 3 · leaves everything where it is
 def half_order(head_dim):
     return torch.arange(head_dim)
@@ -141,3 +152,14 @@ def half_order(head_dim):
 # %% 3 · a list
 def half_order(head_dim):
     return [*range(0, head_dim, 2), *range(1, head_dim, 2)]
+
+
+# %% 3 · pairs right, but in the opposite order
+def half_order(head_dim):
+    channels = torch.arange(head_dim)
+    return torch.cat((channels[0::2].flip(0), channels[1::2].flip(0)))
+
+
+# %% 3 · the order as numbers with a point
+def half_order(head_dim):
+    return torch.cat((torch.arange(0.0, head_dim, 2), torch.arange(1.0, head_dim, 2)))
