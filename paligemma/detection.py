@@ -115,7 +115,7 @@ def parse_detections(
         text: "<loc>×4 label" joined by " ; ", with anything around; a mask's `<seg>` are skipped,
             and an object without a label has the label "".
         width, height: of the given picture, pixels.
-        dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
+        dropped: a list that gets (part of the text, what is wrong with it) for each broken object.
     """
     _check_size(width, height)
     detections = []
@@ -141,17 +141,13 @@ def score_objects(
     """
     ids = [int(token) for token in ids]
     ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
-    starts = [0, *ends[:-1]]
+    # a token that writes nothing, as the end-of-sequence, belongs to no object
+    written = [(end, float(p)) for start, end, p in zip([0, *ends], ends, log_probs) if start < end]
     scores = []
     for found in objects:
-        means = []
-        for first, last in ((found.start, found.name), (found.name, found.end)):
-            own = [
-                float(log_prob)
-                for start, end, log_prob in zip(starts, ends, log_probs)
-                if start < end and first < end <= last
-            ]
-            means += [sum(own) / len(own)] if own else []
+        place = [p for end, p in written if found.start < end <= found.name]
+        name = [p for end, p in written if found.name < end <= found.end]
+        means = [sum(part) / len(part) for part in (place, name) if part]
         scores.append(min(1.0, math.exp(sum(means) / len(means))) if means else 0.0)
     return scores
 
@@ -241,5 +237,5 @@ def average_precision(
     right = torch.tensor([hit for _, hit in hits], dtype=torch.float64).cumsum(0)
     precision = right / torch.arange(1, len(hits) + 1)
     precision = precision.flip(0).cummax(0).values.flip(0)  # the best from here on
-    places = torch.searchsorted(right / total, torch.linspace(0, 1, 101, dtype=torch.float64))
-    return float(torch.cat([precision, precision.new_zeros(1)])[places].mean())
+    reached = torch.searchsorted(right / total, torch.linspace(0, 1, 101, dtype=torch.float64))
+    return float(torch.cat([precision, precision.new_zeros(1)])[reached].mean())
