@@ -75,7 +75,7 @@ _ = torch.manual_seed(0)
 for side in (1, 14):
     tokens = (224 // side) ** 2
     print(
-        f"one token for {side:2} × {side:2} pixels: {tokens:6,} tokens, {tokens**2:13,} pairs to compare"
+        f"{side:2} × {side:2} pixels a token: {tokens:6,} tokens, {tokens**2:13,} pairs to compare"
     )
 assert round(14**4, -3) == 38_000
 
@@ -115,7 +115,7 @@ axes["whole"].imshow((cat[0].permute(1, 2, 0) + 1) / 2)
 axes["whole"].set_title("224 × 224 pixels")
 axes["cut"].imshow(mosaic(patches, 16, gap=1))
 axes["cut"].add_patch(
-    plt.Rectangle((0, 7 * 16), 255, 16, fill=False, color=COLOURS["language"], linewidth=2)
+    plt.Rectangle((0, 7 * 16), 255, 16, fill=False, color=COLOURS["vision"], linewidth=2)
 )
 axes["cut"].set_title("16 × 16 patches of 14 × 14 pixels")
 axes["row"].imshow(mosaic(patches[112:128], 1, gap=1))
@@ -167,16 +167,16 @@ print(tiny @ weight.T)  # [N = 4, D = 2]
 # ### Where was it?
 #
 # Take a picture of plain sky: all pixels equal, so all vectors are equal. Top and bottom cannot be told
-# apart. The cure is to add to each vector a second one that depends only on the *place*, its
-# **position embedding**.
+# apart. The cure is to add to each vector a second one that depends only on its
+# *position* in the sequence, the **position embedding**.
 
 # %%
 sky = torch.full((4, 4), 5) @ weight.T
-positions = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])  # one vector a place
+positions = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])  # one vector a position
 print(sky, sky + positions, sep="\n\n")
 
 # %% [markdown]
-# Now the four are distinct. `positions` is a plain table with one row for each place. In SigLIP it
+# Now the four are distinct. `positions` is a plain table with one row for each position. In SigLIP it
 # starts as random numbers and is **learned** like any other weight. Nobody tells the model which rows
 # are neighbours.
 
@@ -420,10 +420,9 @@ def nearest_is_neighbour(table):
     return ((places - places[nearest]).abs().amax(dim=1) == 1).float().mean().item()
 
 
-print(
-    f"trained {nearest_is_neighbour(trained):.0%}, fresh {nearest_is_neighbour(torch.randn(64, 128)):.0%}"
-)
-assert nearest_is_neighbour(trained) > 0.85
+learned, fresh = nearest_is_neighbour(trained), nearest_is_neighbour(torch.randn(64, 128))
+print(f"trained {learned:.0%}, fresh {fresh:.0%}")
+assert learned > 0.85 and fresh < 0.25
 
 # %% [markdown]
 # It has found out who lies next to whom, though nobody told it. What are the 64 vectors like? Look for
@@ -461,9 +460,10 @@ for i, (axis, name) in enumerate(zip(axes, ("border or inside", "left or right",
 save_figure(figure, "03_positions")
 
 # %% [markdown]
-# **What to notice.** Three of 128 directions hold nearly nine tenths of all differences, and they are
-# the ones that a person would choose: is it at the *border*, how far *right*, how far *down*. Nobody wrote
-# rows and columns into the table. But this model has to put boxes around things, and boxes need places.
+# **What to notice.** Orange and blue are the two ends of a direction. Three of 128 directions hold about
+# nine tenths of all differences, and they are nearly the ones that a person would choose: is it at the
+# *border*, how far *right*, how far *down* (the last two lie a little askew). Nobody wrote rows and
+# columns into the table. But this model has to put boxes around things, and boxes need places.
 
 # %% [markdown]
 # ### Nothing is lost
@@ -495,16 +495,15 @@ for size in (224, 448, 896):
     count, flops = sum(p.numel() for p in full.parameters()), counter.get_total_flops()
     assert flops == 2 * full.num_patches * 588 * 1152
     weights, result = count * 2 / 1e6, out.numel() * 2 / 1e6  # two bytes a number
-    print(
-        f"{size} {full.num_patches:8} {count:11,} {flops / 1e6:8,.0f} {weights:14.2f} {result:7.2f}"
-    )
+    sums = f"{full.num_patches:8} {count:11,} {flops / 1e6:8,.0f}"
+    print(f"{size} {sums} {weights:14.2f} {result:7.2f}")
 assert 973_440 / 412_442_352 < 0.0025
 
 # %% [markdown]
 # Twice the side: four times the tokens, FLOPs and output; of the weights only the table grows. At 224
 # the part has a quarter of one percent of the tower's 412,442,352 parameters
-# ([lesson 05](05_siglip.ipynb)). It is nearly free; its *choice* is dear, since it fixes how many tokens
-# all later layers carry.
+# ([lesson 05](05_siglip.ipynb)). It is nearly free. What costs is the choice of `patch_size`: it fixes how
+# many tokens all later layers carry.
 
 # %% [markdown]
 # ## A bug people really make
@@ -629,6 +628,7 @@ def tokens_touched(kind):
 print("ours:", tokens_touched(PatchEmbedding), " expected:", [3 * 16 + 5])
 touched = tokens_touched(ColleaguesEmbedding)
 print("the colleague's:", len(touched), "tokens:", touched[:5], "…")
+assert tokens_touched(PatchEmbedding) == [53] and len(touched) > 1
 
 # %% [markdown]
 # ## Exercises
@@ -717,6 +717,9 @@ def test_2(embed_by_hand):
     rest[1] += 1
     assert same(embed_by_hand(rest, kernel, bias, table)[0], out[0]), (
         "a picture's tokens depend on the other picture of the batch"
+    )
+    assert same(embed_by_hand(x[1:], kernel, bias, table)[0], out[1]), (
+        "the second picture gives other tokens alone than in a batch"
     )
     changed = x.clone()
     changed[:, :, 4:8, 8:] += 1  # row 1, column 2
@@ -813,8 +816,8 @@ check(test_3, resize_positions)
 # - A picture becomes a sequence by cutting: N = (size / patch)², in reading order.
 # - The embedding is one matrix product for each patch. `Conv2d` with kernel = stride is that
 #   product.
-# - Without positions a picture is a bag of patches; a learned table gives each place its own
-#   vector.
+# - Without positions a picture is a bag of patches; a learned table gives each position its
+#   own vector.
 # - The part is cheap. The number of tokens it makes is not.
 # - Test *what affects what*, not only shapes.
 
@@ -825,8 +828,8 @@ check(test_3, resize_positions)
 #
 # <details><summary>Answer</summary>
 #
-# Patches overlap by half. The window stops (224 − 14) / 7 + 1 = 31 times each way: 961 tokens for
-# 256, and each inner pixel is seen four times. The weights keep their shape.
+# Patches overlap by half. The window stops (224 − 14) / 7 + 1 = 31 times each way: 961 tokens
+# instead of 256, and each inner pixel is seen four times. The weights keep their shape.
 #
 # </details>
 

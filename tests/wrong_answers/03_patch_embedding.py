@@ -150,3 +150,19 @@ def resize_positions(table, side):
 # %% 3 · repeats the table
 def resize_positions(table, side):
     return table.repeat(side * side // len(table), 1)
+
+
+# %% 2 · embeds the first picture only
+def embed_by_hand(pixel_values, weight, bias, table):
+    size = weight.shape[-1]
+    side = pixel_values.shape[-1] // size
+    grid = pixel_values[0].reshape(3, side, size, side, size).permute(1, 3, 0, 2, 4)
+    one = grid.reshape(side * side, -1) @ weight.flatten(1).T + bias + table
+    return one.expand(len(pixel_values), *one.shape)
+
+
+# %% 3 · rows and columns change places on the way there
+def resize_positions(table, side):
+    old = round(len(table) ** 0.5)
+    grid = table.reshape(1, old, old, -1).permute(0, 3, 2, 1)
+    return F.interpolate(grid, (side, side), mode="bilinear").flatten(2)[0].T
