@@ -111,7 +111,8 @@ fig
 # %% [markdown]
 # ## By hand
 #
-# Three patches, each described by four channels. One row is one patch:
+# Three patches, each described by four numbers. (A vector's numbers are called its *channels*, too.)
+# One row is one patch:
 
 # %%
 names, channels = ["fur", "ear", "wall"], ["brown", "grey", "striped", "bright"]
@@ -166,16 +167,13 @@ k = x  # [N, Dh]
 v = x[:, 3:]  # [N, 1]
 weights = (q @ k.T / 2).softmax(dim=-1)  # [N, N]
 assert weights[0, 2] > 0.99
-print(
-    "fur asks for:",
-    q[0].int().tolist(),
-    "and receives bright =",
-    (weights @ v)[0].round().int().item(),
-)
+received = (weights @ v)[0].item()
+print("fur asks for", q[0].int().tolist(), f"and receives bright = {received:.0f}")
 show_heatmap(weights, rows=names, columns=names, annotate=True)
 
 # %% [markdown]
-# Fur now looks at the wall, because it was told to. In one line, for $N$ patches:
+# Fur now looks at the wall, because it was told to. The wall asks for nothing, so it takes from all
+# alike. In one line, for $N$ patches:
 #
 # $$\mathrm{attention}(Q, K, V) = \mathrm{softmax}\!\left(\frac{QK^\top}{\sqrt{D_h}}\right) V$$
 #
@@ -214,7 +212,7 @@ assert scaled[:, 1].max() < 0.1 and scaled[:, 2].min() > 0.95
 
 # %% tags=["hide-input"]
 fig, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), layout="constrained")
-axes[0].plot(widths, torch.tensor(widths).sqrt(), ":", color=COLOURS["ink"], label="√Dh")
+axes[0].plot(widths, torch.tensor(widths).sqrt(), ":", color=COLOURS["ink"], label="√Dh", zorder=3)
 titles = ["spread of the scores", "largest of 256 weights", "room to move: 1 − Σ w²"]
 for index, (axis, title) in enumerate(zip(axes, titles)):
     axis.plot(widths, raw[:, index], "o-", color=COLOURS["bad"], label="q·k")
@@ -421,6 +419,7 @@ changed = x.clone()
 changed[:, 2] += 1
 moved = (layer(changed) - out).abs().amax(dim=2)[0] > 1e-6
 print("patch 2 changed; outputs that moved:", moved.nonzero().flatten().tolist())
+assert moved.all()
 order = torch.randperm(6)
 torch.testing.assert_close(layer(x[:, order]), out[:, order])
 
@@ -565,8 +564,7 @@ save_figure(fig, "04_trained.png")
 # **What to notice.** Asked from the cat's face, the heads differ here too: head 3 finds the two dogs'
 # faces as well, with more than twice an equal share. But no patch gets even a quarter of a head's
 # weight. This is the *first* layer, which knows only pixels and places, and it gathers from nearly
-# everywhere. What the last one does with the same picture is the finest figure of
-# [lesson 05](05_siglip.ipynb).
+# everywhere. [Lesson 05](05_siglip.ipynb) shows what the last one does with the same picture.
 
 # %% [markdown]
 # ### What comes back: a mean of look-alikes
@@ -620,9 +618,9 @@ for size in (224, 448, 896):
     linear, square = 8 * N * D**2, 4 * N**2 * D
     assert counter.get_total_flops() == linear + square
     share, memory = square / (linear + square), H * N * N * 2 / 1e6
-    print(
-        f"{size} {N:5} {linear / 1e9:9.1f} GFLOP {square / 1e9:5.1f} GFLOP {share:6.0%} {memory:9.0f} MB"
-    )
+    work = f"{linear / 1e9:9.1f} GFLOP {square / 1e9:5.1f} GFLOP"
+    print(f"{size} {N:5} {work} {share:6.0%} {memory:9.0f} MB")
+    assert (share > 0.5) == (N > 2 * D)
 
 # %% tags=["hide-input"]
 tokens = torch.arange(64, 4097, 16)
@@ -768,7 +766,7 @@ fig
 # %% [markdown]
 # Left: head 0 holds all four patches, channels 0 … 2. Right: it holds patches 0 and 1 with *all*
 # channels, each torn in two. A head has become a strip of the sequence, and strips never meet: in our
-# task three strips of four never see the mark, so three quarters of the error stay.
+# task three strips of four never see the mark, so at least three quarters of the error stay.
 #
 # `view(N, H, Dh)` then `transpose` is right; `view(H, N, Dh)` has the same shape and another meaning.
 

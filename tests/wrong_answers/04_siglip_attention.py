@@ -173,3 +173,20 @@ def attend_stream(q, chunks):
         mixed = mixed * (largest - new).exp() + (scores - new).exp() @ v
         largest = new
     return mixed
+
+
+# %% 3 · measures all shares against the first chunk's largest score
+def attend_stream(q, chunks):
+    first, total, mixed = None, 0.0, 0.0
+    for k, v in chunks:
+        scores = k @ q / len(q) ** 0.5
+        first = scores.max() if first is None else first
+        shares = (scores - first).exp()
+        total, mixed = total + shares.sum(), mixed + shares @ v
+    return mixed / total
+
+
+# %% 2 · the result of each head is added, not laid beside the others
+def multi_head(q, k, v, num_heads):
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return attention(q, k, v).sum(dim=1).repeat(1, 1, num_heads)
