@@ -93,7 +93,8 @@ class GroupedQueryAttention(nn.Module):
         Args:
             x: `float[B, L, D]`.
             cos, sin: rotation of the L positions, `float32[B, 1, L, Dh]`.
-            mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
+            mask: `bool[B, 1, L, S]`, True where a query may look; None: everywhere. S counts
+                what the cache holds and these L.
             cache: anything with `update(layer_idx, k, v) -> (k, v)`, such as `KVCache`.
 
         Returns:
@@ -104,7 +105,7 @@ class GroupedQueryAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, L, Dh]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(self.layer_idx, k, v)  # [B, K, S + L, Dh]
+            k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, Dh]: the earlier ones too
         out = self.attend(q, k, v, mask)  # [B, H, L, Dh]
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 

@@ -345,7 +345,7 @@ print("K = 8, 4, 2, 1: equal to the loop and to PyTorch")
 #
 # Around the function stand four projections. Only `k_proj` and `v_proj` shrink with $K$; `q_proj`
 # and `o_proj` stay. A head has a width of its own: $H \cdot D_h$ need not equal the width $D$ of
-# the stream.
+# the stream. (`layer_idx` is for later.)
 
 
 # %%
@@ -459,7 +459,8 @@ def forward(
     Args:
         x: `float[B, L, D]`.
         cos, sin: rotation of the L positions, `float32[B, 1, L, Dh]`.
-        mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
+        mask: `bool[B, 1, L, S]`, True where a query may look; None: everywhere. S counts
+            what the cache holds and these L.
         cache: anything with `update(layer_idx, k, v) -> (k, v)`, such as `KVCache`.
 
     Returns:
@@ -470,7 +471,7 @@ def forward(
     v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, L, Dh]
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     if cache is not None:
-        k, v = cache.update(self.layer_idx, k, v)  # [B, K, S + L, Dh]
+        k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, Dh]: the earlier ones too
     out = self.attend(q, k, v, mask)  # [B, H, L, Dh]
     return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, L, D]
 
@@ -611,7 +612,6 @@ assert lower[0, 1] > 0.85 and upper[3, 1] > 0.85 and min(upper[2, 1], lower[2, 1
 
 # %%
 LAYERS, D, H, Dh, BYTES = 18, 2048, 8, 256, 2  # bfloat16: 2 bytes a number
-assert D // H == Dh  # by chance: see the end of the lesson
 S = 64 * 64 + 8  # a picture of 896 × 896 and a question
 KINDS = {"MHA": 8, "GQA": 4, "MQA": 1}
 parameters, kept = {}, {}
@@ -708,11 +708,6 @@ print("colleague:", heads_read(attention_colleague))
 # own name.
 
 # %% [markdown]
-# Another wrong number sleeps in code that divides the scores by the root of `hidden_size //
-# num_attention_heads` instead of $\sqrt{D_h}$. In PaliGemma 3B the two agree by chance. PaliGemma 2
-# wakes the bug, and has a number of its own there: [lesson 13](13_gemma2.ipynb).
-
-# %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1 (predict): what does sharing change?
@@ -760,9 +755,10 @@ check(test_1, reads, times_smaller, times_fewer)
 # %% [markdown]
 # ### Exercise 2 (write): a group as an axis of its own
 #
-# Another way to copy nothing: view the queries as $[B, K, G, L, D_h]$ and give keys and values an
-# axis of size 1 in the place of $G$. Products then spread over it by themselves (PyTorch calls this
-# broadcasting). Write it, with the mask `bool[B, 1, L, S]`, without SDPA and without copies.
+# Another way to copy nothing: view the queries as $[B, K, G, L, D_h]$ and multiply with
+# `torch.einsum`. It names the axes of both factors and of the result: `einsum("ij,jk->ik", a, b)`
+# is `a @ b`. Write it, with the mask `bool[B, 1, L, S]`, without SDPA and without copies of keys or
+# values. (`@` makes some in secret, where one factor lacks an axis. The check looks.)
 
 
 # %% tags=["exercise"]
@@ -771,6 +767,20 @@ def attention_by_axis(q, k, v, mask):
 
 
 # %% tags=["check"]
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Largest(TorchDispatchMode):
+    numbers = 0  # in the largest memory that any step fills
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.numbers = max(self.numbers, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
 def test_2(attend):
     q, k, v = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     everywhere, causal = torch.ones(2, 1, 3, 5) > 0, (torch.ones(2, 1, 3, 5) > 0).tril(2)
@@ -794,6 +804,9 @@ def test_2(attend):
     assert not same(given, free), "the mask has no effect"
     right = F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
     assert same(given, right), "a hidden key still gets weight"
+    with Largest() as largest:
+        attend(q, k, v, causal)
+    assert largest.numbers < 3 * k.numel(), "right, but keys or values are copied for each head"
 
 
 check(test_2, attention_by_axis)
@@ -801,19 +814,21 @@ check(test_2, attention_by_axis)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `q.unflatten(1, (K, -1))` makes two axes of one, `k[:, :, None]` adds one of size 1. The mask needs
-# one more axis too. `masked_fill(~mask, float("-inf"))` comes before the softmax.
+# `q.unflatten(1, (K, -1))` makes two axes of one. The queries then have five letters and the keys
+# four; a letter that the result lacks is summed over. The mask needs one more axis too:
+# `mask[:, :, None]`. `masked_fill(~mask, float("-inf"))` comes before the softmax.
 #
 # </details>
 
 
 # %% tags=["solution"]
 def attention_by_axis(q, k, v, mask):
-    # the axis of size 1 is read G times, and stored once
-    q, k, v = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # [B, K, G, L, S]
+    # the keys have no letter g: they are read for each member of the group, and stored once
+    q = q.unflatten(1, (k.shape[1], -1))  # [B, K, G, L, Dh]
+    scores = torch.einsum("bkgld,bksd->bkgls", q, k) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
-    return (scores.softmax(dim=-1) @ v).flatten(1, 2)  # [B, H, L, Dh]
+    out = torch.einsum("bkgls,bksd->bkgld", scores.softmax(dim=-1), v)
+    return out.flatten(1, 2)  # [B, H, L, Dh]
 
 
 check(test_2, attention_by_axis)

@@ -84,6 +84,38 @@ def attention_by_axis(q, k, v, mask):
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1) @ v
 
 
+# %% 2 · an axis of size 1, which @ copies in secret
+def attention_by_axis(q, k, v, mask):
+    q, k, v = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    return (scores.softmax(dim=-1) @ v).flatten(1, 2)
+
+
+# %% 2 · copies the keys
+def attention_by_axis(q, k, v, mask):
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v
+
+
+# %% 2 · group and kv head change letters
+def attention_by_axis(q, k, v, mask):
+    q = q.unflatten(1, (-1, k.shape[1]))
+    scores = torch.einsum("bgkld,bksd->bkgls", q, k) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    return torch.einsum("bkgls,bksd->bgkld", scores.softmax(dim=-1), v).flatten(1, 2)
+
+
+# %% 2 · adds the group up
+def attention_by_axis(q, k, v, mask):
+    q = q.unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("bkgld,bksd->bkls", q, k) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("bkls,bksd->bkld", scores.softmax(dim=-1), v)
+
+
 # %% 3 · averages heads that are K apart
 def pool_heads(weight, kv_heads, head_dim):
     return weight.unflatten(0, (-1, kv_heads, head_dim)).mean(dim=0).flatten(0, 1)
@@ -122,3 +154,8 @@ def pool_heads(weight, kv_heads, head_dim):
 # %% 3 · cuts the columns
 def pool_heads(weight, kv_heads, head_dim):
     return weight.unflatten(1, (kv_heads, -1, head_dim)).mean(dim=2)
+
+
+# %% 3 · takes the rows of a head for neighbours in a group
+def pool_heads(weight, kv_heads, head_dim):
+    return weight.unflatten(0, (kv_heads, head_dim, -1)).mean(dim=2).flatten(0, 1)
