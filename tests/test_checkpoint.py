@@ -927,7 +927,7 @@ FIRST_VERSION = {  # what it refused: the words of its message → how to provok
     "twice, under different names": put_tensor(
         FC1.replace("vision_model.", ""), torch.ones(32, 16)
     ),
-    "fc1.weight is [2]; config.json makes it [32, 16]": put_tensor(FC1, torch.ones(2)),
+    "fc1.weight is [2]; expected [32, 16]": put_tensor(FC1, torch.ones(2)),
     "is torch.int8; expected float32, bfloat16 or float16": put_tensor(
         FC1, torch.ones(32, 16, dtype=torch.int8)
     ),

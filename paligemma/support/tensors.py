@@ -100,7 +100,7 @@ def match_tensors(
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"{path}: {spell(name)} is {list(tensor.shape)}; "
-                f"config.json makes it {list(expected[name].shape)}"
+                f"expected {list(expected[name].shape)}"
             )
         whole = not expected[name].is_floating_point()  # codes of a quantised model
         if tensor.dtype not in ((expected[name].dtype,) if whole else FLOATS):

@@ -126,7 +126,7 @@ def test_a_file_that_does_not_fit_is_refused(saved):
     for broken, words in (
         ({n: t for n, t in whole.items() if n != name}, "lacks 1 of .*down_proj.qweight"),
         (whole | {"extra": torch.zeros(1)}, "holds extra, for which this model has no place"),
-        (whole | {name: whole[name][:32].clone()}, r"down_proj.qweight is \[32, .*makes it \[64"),
+        (whole | {name: whole[name][:32].clone()}, r"down_proj.qweight is \[32, .*expected \[64"),
         (whole | {name: whole[name].float()}, "is torch.float32; expected torch.uint8"),
         (whole | {name: whole[name].to(torch.int16)}, "is torch.int16; expected torch.uint8"),
         (whole | {norm: whole[norm].to(torch.int8)}, "is torch.int8; expected float32, bfloat16"),
