@@ -351,3 +351,24 @@ class SneakyLayer(SiglipEncoderLayer):
         x = x + self.self_attn(self.layer_norm1(x))
         h = F.gelu(self.layer_norm2(x) @ self.mlp.fc1.weight.T, approximate="tanh")
         return x + h @ self.mlp.fc2.weight.T
+
+
+# %% 3 · both halves read the same stream
+class SneakyLayer(SiglipEncoderLayer):
+    def forward(self, x):
+        return x + self.mlp(self.layer_norm2(x)) + self.self_attn(self.layer_norm1(x))
+
+
+# %% 2 · attention reads the stream and the norm comes behind it
+def block_by_hand(x, w, attend):
+    def norm(x, name):
+        centred = x - x.mean(dim=-1, keepdim=True)
+        size = (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+        return centred / size * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def mlp(x):
+        h = F.gelu(x @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"], approximate="tanh")
+        return h @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+
+    x = x + norm(attend(x), "layer_norm1")
+    return x + norm(mlp(x), "layer_norm2")
