@@ -35,32 +35,6 @@ class Scene:
         return self.owner == np.arange(1, len(self.kinds) + 1)[:, None, None]
 
 
-def place(rng: np.random.Generator, widths, heights, apart=10, overlap=0.12) -> np.ndarray | None:
-    """Place boxes of these sides so that "left to right" means something and all stay visible.
-
-    Args:
-        rng: where the randomness comes from.
-        widths, heights: pixels.
-        apart: least distance of two centres along x, pixels.
-        overlap: the largest share of the smaller box that two boxes may have in common.
-
-    Returns:
-        int[objects, 4] boxes (x0, y0, x1, y1), or None when 60 tries found no place.
-    """
-    sides = np.stack([widths, heights], 1)
-    for _ in range(60):
-        x0 = (rng.random(len(sides)) * (SIZE - sides[:, 0] + 1)).astype(int)
-        y0 = (rng.random(len(sides)) * (SIZE - sides[:, 1] + 1)).astype(int)
-        corners = np.stack([x0, y0], 1)
-        boxes = np.concatenate([corners, corners + sides], 1)
-        if all(
-            abs(a[0] + a[2] - b[0] - b[2]) >= 2 * apart and _shared(a, b) <= overlap
-            for a, b in itertools.combinations(boxes.tolist(), 2)
-        ):
-            return boxes
-    return None
-
-
 def _shared(a, b) -> float:
     """Area that two boxes have in common, as a share of the smaller one."""
     width = min(a[2], b[2]) - max(a[0], b[0])
@@ -118,6 +92,32 @@ def draw_kinds(rng: np.random.Generator, count: int, unseen: bool = False) -> li
     extra = [chosen[i] for i in rng.integers(0, len(chosen), count - len(chosen))]
     kinds = chosen + extra
     return [kinds[i] for i in rng.permutation(count)]
+
+
+def place(rng: np.random.Generator, widths, heights, apart=10, overlap=0.12) -> np.ndarray | None:
+    """Place boxes of these sides so that "left to right" means something and all stay visible.
+
+    Args:
+        rng: where the randomness comes from.
+        widths, heights: pixels.
+        apart: least distance of two centres along x, pixels.
+        overlap: the largest share of the smaller box that two boxes may have in common.
+
+    Returns:
+        int[objects, 4] boxes (x0, y0, x1, y1), or None when 60 tries found no place.
+    """
+    sides = np.stack([widths, heights], 1)
+    for _ in range(60):
+        x0 = (rng.random(len(sides)) * (SIZE - sides[:, 0] + 1)).astype(int)
+        y0 = (rng.random(len(sides)) * (SIZE - sides[:, 1] + 1)).astype(int)
+        corners = np.stack([x0, y0], 1)
+        boxes = np.concatenate([corners, corners + sides], 1)
+        if all(
+            abs(a[0] + a[2] - b[0] - b[2]) >= 2 * apart and _shared(a, b) <= overlap
+            for a, b in itertools.combinations(boxes.tolist(), 2)
+        ):
+            return boxes
+    return None
 
 
 def _arrange(rng: np.random.Generator, kinds: list[int]) -> tuple[list[Sprite], np.ndarray]:
