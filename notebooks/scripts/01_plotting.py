@@ -513,8 +513,8 @@ assert (like_cloth[:, :12] > 0.3).sum() > 30  # many squares left of column 12: 
 # [03](03_patch_embedding.ipynb) to [05](05_siglip.ipynb) build vectors that compare what squares
 # *show*.
 #
-# Parts of the model have the same colour in every figure: **blue** sees, **orange** reads, **green**
-# joins the two, **purple** answers, **brown** trains.
+# On the map a colour is a part of the course: **blue** sees, **orange** reads, **green** joins the two,
+# **purple** answers, **brown** trains.
 
 # %% [markdown]
 # ## Against the reference
