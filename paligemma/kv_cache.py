@@ -33,7 +33,7 @@ class KVCache:
         self._lengths = [0] * num_layers
 
     def __len__(self) -> int:
-        """S, the number of tokens that every layer holds."""
+        """The number of tokens that every layer holds."""
         return min(self._lengths)
 
     @property
@@ -51,7 +51,7 @@ class KVCache:
             k, v: `float[B, K, L, Dh]`, the new tokens.
 
         Returns:
-            keys, values: views `float[B, K, S + L, Dh]`, nothing copied.
+            keys, values: views `float[B, K, S, Dh]` of all S tokens so far, nothing copied.
 
         Raises:
             ValueError: more tokens than `max_length`, or another shape; nothing is written then.

@@ -76,7 +76,7 @@ _ = torch.set_grad_enabled(False)  # we only answer here; nothing is trained
 
 # %% tags=["hide-input"]
 def draw_steps(ax, steps, cached, title):
-    """Rows are steps, columns are tokens; dark is work, a dot is a number read from memory."""
+    """Rows are steps, columns are tokens; a square is work, a dot is read from memory."""
     for step in range(steps):
         old = {"color": COLOURS["muted"], "marker": "." if cached else "s"}
         ax.scatter(range(step), [step] * step, s=40 if cached else 190, **old)
@@ -93,9 +93,9 @@ save_figure(fig, "11_triangle")
 
 # %% [markdown]
 # Orange is new in its step. Every grey square on the left was computed before, with the same
-# result; on the right it has shrunk to a dot: a number that is read instead of made.
+# result; on the right it has shrunk to a dot: numbers that are read instead of made.
 #
-# The triangle holds $T(T+1)/2$ squares for $T$ steps, its edge only $T$. This lesson takes the
+# The triangle holds $n(n+1)/2$ squares for $n$ steps, its edge only $n$. This lesson takes the
 # triangle away. First: is "with the same result" true, and what exactly has to be kept?
 
 # %% [markdown]
@@ -313,8 +313,8 @@ for steps in (64, 256, 1024, 4096):
     assert grow / place == (steps + 1) / 2
 
 # %% [markdown]
-# The ratio is $(T+1)/2$: twice as long an answer, four times the copying. And while it copies, old
-# and new exist at the same time, so a full cache needs twice its memory.
+# The ratio for $n$ tokens is $(n+1)/2$: twice as long an answer, four times the copying. And while a
+# layer is copied, its old and its new tensors exist side by side.
 #
 # ## Allocated once
 #
@@ -375,7 +375,7 @@ class KVCache:
         self._lengths = [0] * num_layers
 
     def __len__(self) -> int:
-        """S, the number of tokens that every layer holds."""
+        """The number of tokens that every layer holds."""
         return min(self._lengths)
 
     @property
@@ -443,7 +443,7 @@ def update(
         k, v: `float[B, K, L, Dh]`, the new tokens.
 
     Returns:
-        keys, values: views `float[B, K, S + L, Dh]`, nothing copied.
+        keys, values: views `float[B, K, S, Dh]` of all S tokens so far, nothing copied.
 
     Raises:
         ValueError: more tokens than `max_length`, or another shape; nothing is written then.
@@ -521,7 +521,7 @@ print("scores of the answer are off by", [round(g, 1) for g in gap.tolist()])
 assert gap.min() > 1
 
 # %% [markdown]
-# The picture's tokens could not see the question, and in this model they were trained to. Nothing is
+# In two calls the picture's tokens cannot see the question; in training they always could. Nothing is
 # raised.
 #
 # Under a *causal* mask for everything, as in models of text alone, any cut will do:
@@ -529,7 +529,7 @@ assert gap.min() > 1
 
 # %%
 def causal(old, new):
-    """Mask of `new` tokens behind `old` ones: bool[1, 1, L, S + L]."""
+    """Mask of `new` tokens behind `old` ones: bool[1, 1, L, S], S = old + new."""
     return torch.ones(1, 1, new, old + new, dtype=torch.bool).tril(diagonal=old)
 
 
@@ -683,7 +683,7 @@ assert 7 < share[64, 8, 4104] < 8
 # %% [markdown]
 # One answer, one key/value head, a short text: nothing. Many answers *or* many heads *or* a large
 # picture: a few per cent at most. Many answers *and* heads *and* a large picture: seven times the
-# weights. Room taken at once costs nothing in any case.
+# weights. Room taken at once copies nothing in any case.
 
 # %% [markdown]
 # ## A bug people really make: every token is the first
@@ -717,7 +717,7 @@ for question in ("answer en where is the cat?", "caption en", "detect dog"):
 # one token was all. Before you read on: what differs between the first call and the second?
 #
 # The code says `torch.arange(L)`, with $L$ the number of tokens *given*. In a decode step $L = 1$,
-# so every new token stands at position 0: at the picture's first patch, all in one place.
+# so every new token gets position 0, that of the picture's first patch.
 
 # %% [markdown]
 # The lesson: **compare cached with uncached, beyond the first token**. A test of the prefill alone
