@@ -11,6 +11,7 @@ from paligemma.gemma import GemmaConfig, GemmaModel
 from paligemma.gemma2 import Gemma2Config, Gemma2Model
 from paligemma.kv_cache import KVCache
 from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
+from paligemma.support.arguments import check_inputs, check_pictures
 
 
 def prefix_lm_mask(
@@ -21,22 +22,19 @@ def prefix_lm_mask(
                          is looked at
                     image  prompt  suffix
         image       1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
         prompt      1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
         suffix      1 1 1   1 1    1 0 0
                     1 1 1   1 1    1 1 0
                     1 1 1   1 1    1 1 1
 
     Args:
-        attention_mask: `int64[B, S + L]`, 0 on padding; S tokens are in the cache already.
-        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all L are prefix when S is 0
-            and all are suffix after that.
+        attention_mask: `int64[B, S]`, 0 on padding: the tokens of the cache, and the L new ones.
+        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all prefix, or behind a cache
+            all suffix.
         length: L, the number of new tokens (the queries).
 
     Returns:
-        `bool[B, 1, L, S + L]`, True where query i may look at key j.
+        `bool[B, 1, L, S]`, True where query i may look at key j.
 
     Source: PaliGemma paper, figure 2; Raffel et al. 2020 (prefix LM).
     """
@@ -45,11 +43,11 @@ def prefix_lm_mask(
     if token_type_ids is None:
         token_type_ids = torch.full_like(attention_mask[:, past:], 1 if past else 0)
     key = torch.arange(total, device=attention_mask.device)
-    query = key[past:, None]  # (L, 1)
+    query = key[past:, None]  # [L, 1]
     prefix = F.pad(token_type_ids == 0, (past, 0), value=True)[:, None, None, :]
-    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S + L)
+    real = attention_mask.bool()[:, None, None, :]  # [B, 1, 1, S]
     # A padded query sees itself: a softmax over nothing would be 0/0.
-    return real & (prefix | (key <= query)) | (key == query)  # (B, 1, L, S + L)
+    return real & (prefix | (key <= query)) | (key == query)  # [B, 1, L, S]
 
 
 @dataclass
@@ -76,7 +74,7 @@ class PaliGemmaOutput:
     loss: torch.Tensor | None = None
 
     def __getitem__(self, index):
-        """By place, the loss first where there is one: as in transformers."""
+        """By number, the loss first where there is one: as in transformers."""
         return tuple(t for t in (self.loss, self.logits) if t is not None)[index]
 
 
@@ -93,14 +91,11 @@ class PaliGemmaProjector(nn.Module):
 
 
 def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each labelled token given everything before it.
+    """Mean cross-entropy of each labelled token given what is before it, a scalar; 0 if none is.
 
     Args:
         logits: `float32[B, L, V]`.
-        labels: `int64[B, L]`, -100 where nothing is to be learnt; shifted here, once.
-
-    Returns:
-        A scalar, `float32`; 0 when nothing is labelled.
+        labels: `int64[B, L]`, -100 where nothing is to be learned; shifted here, once.
     """
     shift_logits, shift_labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     total = F.cross_entropy(shift_logits, shift_labels, ignore_index=-100, reduction="sum")
@@ -124,27 +119,18 @@ class PaliGemma(nn.Module):
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
 
     def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        """One sequence of words, times √D, and of pictures, as they are.
+        """One sequence of words, times √D, and of pictures, as they are: `float[B, L, D]`.
 
         Args:
             input_ids: `int64[B, L]`.
-            image_features: `float[P, N, D]`; they fill the `<image>` places in order over the rows.
-
-        Returns:
-            `float[B, L, D]`.
+            image_features: `float[P, N, D]`; they fill the `<image>` tokens in order over the rows.
 
         Raises:
-            ValueError: not exactly one place for each vector.
+            ValueError: not exactly one `<image>` token for each vector.
         """
-        is_image = input_ids == self.config.image_token_index  # (B, L)
-        found = int(is_image.sum())
-        given = 0 if image_features is None else image_features.shape[:2].numel()
-        if found != given:
-            raise ValueError(
-                f"input_ids hold {found} <image> tokens and the pictures give {given}; "
-                "make both with the same Processor"
-            )
-        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # (B, L, D)
+        is_image = input_ids == self.config.image_token_index  # [B, L]
+        check_pictures(is_image, image_features)
+        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # [B, L, D]
         if image_features is None:
             return inputs_embeds
         return inputs_embeds.masked_scatter(
@@ -168,9 +154,9 @@ class PaliGemma(nn.Module):
             input_ids: `int64[B, L]`, the new tokens.
             pixel_values: `float[P, 3, H, W]`, the pictures of the `<image>` tokens, in order over
                 the rows; a row may hold several.
-            attention_mask: `int64[B, S + L]`, 0 on padding, S tokens cached; None: no padding.
+            attention_mask: `int64[B, S]`, 0 on padding: cached tokens and new ones; None: no padding.
             token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: prefix (suffix after a cache).
-            labels: `int64[B, L]`, -100 where nothing is to be learnt; not shifted.
+            labels: `int64[B, L]`, -100 where nothing is to be learned; not shifted.
             cache: from `make_cache`; gains the L tokens.
             image_features: `float[P, N, D]` from `encode_image`, instead of `pixel_values`.
             logits_to_keep: only the last so many positions get logits (and a loss); None: all.
@@ -179,8 +165,7 @@ class PaliGemma(nn.Module):
             `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
 
         Raises:
-            ValueError: tensors that do not fit each other, labels without token_type_ids, or a
-                picture given in two ways.
+            ValueError: tensors that do not fit, labels without types, a picture given twice.
         """
         past, length = 0 if cache is None else len(cache), input_ids.shape[1]
         all_see_all = (
@@ -190,16 +175,16 @@ class PaliGemma(nn.Module):
         if pixel_values is not None:
             if image_features is not None:
                 raise ValueError("got pixel_values and image_features; give one of them")
-            image_features = self.encode_image(pixel_values)  # (P, N, D)
+            image_features = self.encode_image(pixel_values)  # [P, N, D]
         if past and image_features is None:  # the picture is cached; a new <image> is a word
             x = self.language_model.embed(input_ids)
         else:
-            x = self.merge(input_ids, image_features)  # (B, L, D)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (B, L)
+            x = self.merge(input_ids, image_features)  # [B, L, D]
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # [B, L]
         mask = None if all_see_all else prefix_lm_mask(attention_mask, token_type_ids, length)
-        hidden = self.language_model(x, position_ids, mask, cache)  # (B, L, D)
+        hidden = self.language_model(x, position_ids, mask, cache)  # [B, L, D]
         keep = min(logits_to_keep or length, length)
-        logits = self.language_model.logits(hidden[:, -keep:])  # (B, keep, V)
+        logits = self.language_model.logits(hidden[:, -keep:])  # [B, keep, V]
         loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
         return PaliGemmaOutput(logits, loss)
 
@@ -218,35 +203,3 @@ class PaliGemma(nn.Module):
         c = self.config.text_config
         shape = (batch_size, c.num_key_value_heads, max_length, c.head_dim)
         return KVCache(c.num_hidden_layers, *shape, self.device, self.dtype)
-
-
-def check_inputs(
-    input_ids: torch.Tensor,
-    past: int,
-    attention_mask: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    labels: torch.Tensor | None,
-) -> torch.Tensor:
-    """The attention mask, ones when none is given: `int64[B, S + L]` with S = `past`.
-
-    Raises:
-        ValueError: a tensor does not fit the L new tokens (the mask: the S cached ones as well),
-            or labels come without token_type_ids.
-    """
-    batch, length = input_ids.shape
-    if labels is not None and token_type_ids is None:
-        raise ValueError(
-            "labels need token_type_ids, 1 where the answer stands: without them each token sees "
-            "the answer it is asked for; take both from the same Processor"
-        )
-    if attention_mask is None:
-        attention_mask = input_ids.new_ones(batch, past + length)
-    cached = f"{past} cached tokens and {length} new ones"
-    for name, tensor, size, why in (
-        ("attention_mask", attention_mask, past + length, cached),
-        ("token_type_ids", token_type_ids, length, "one for each new token"),
-        ("labels", labels, length, "one for each new token, not shifted"),
-    ):
-        if tensor is not None and tensor.shape != (batch, size):
-            raise ValueError(f"{name} is {list(tensor.shape)}; expected [{batch}, {size}]: {why}")
-    return attention_mask

@@ -19,12 +19,12 @@
 # %% [markdown]
 # # 15 · PaliGemma: how do a picture and a sentence become one sequence?
 #
-# *50 minutes* · part III, Together
+# *45 minutes* · part III, Together
 #
 # **What you will be able to do**
 #
 # - join a vision tower and a language model with one linear layer and one replacement;
-# - write the prefix-LM mask from one rule, for padding and for a cache as well;
+# - write the prefix-LM mask from one rule;
 # - make the trained model write, and see which patches each word comes from;
 # - expose a loss that is too good, and a mask that no loss shows to be wrong.
 
@@ -36,7 +36,7 @@ model_map("model")
 # %% [markdown]
 # ## Setup
 #
-# Here everything meets: the vision tower ([lesson 05](05_siglip.ipynb)), the decoder
+# Here meet the vision tower ([lesson 05](05_siglip.ipynb)), the decoder
 # ([lesson 12](12_gemma.ipynb)), the cache ([lesson 11](11_kv_cache.ipynb)) and the processor
 # ([lesson 14](14_processor.ipynb)). The result is [model.py](../paligemma/model.py).
 
@@ -54,6 +54,7 @@ from paligemma.gemma import GemmaConfig, GemmaModel
 from paligemma.gemma2 import Gemma2Config, Gemma2Model
 from paligemma.kv_cache import KVCache
 from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
+from paligemma.support.arguments import check_inputs, check_pictures
 
 # %% tags=["setup"]
 import math
@@ -62,7 +63,6 @@ from importlib import resources
 import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma.plotting import show_heatmap, show_images
 from paligemma.processor import Processor, collate
@@ -115,28 +115,26 @@ ax.set_axis_off()
 save_figure(fig, "15_sequence.png")
 
 # %% [markdown]
-# Nine patches (the real model has 256) and the prompt from bos (▸) to newline (↵) are the prefix,
-# given at once, open to itself. Then comes the suffix, up to eos (■), which must not see its own future.
-# A ring marks who looks.
+# A ring marks who looks. Nine patches (the real model has 256) and the prompt from bos (▸) to newline
+# (↵) are the prefix, open to itself. The suffix, up to eos (■), must not see its own future.
 #
-# Three questions are left. **Width**: a picture's vector has 1152 numbers, a word's 2048. **Place**:
-# how do the vectors get there, and at what scale? **View**: how does one matrix say who sees whom?
+# Three questions are left. **Width**: a picture's vector has 1152 numbers, a word's 2048. **Placing**:
+# how do the vectors get there, and at what scale? **Looking**: how does one matrix say who sees whom?
 
 # %% [markdown]
 # ## By hand: width
 #
 # Two picture vectors of width 3, a language model of width $D = 4$. Width is the work of one matrix,
-# the **projector**. What comes out of it, a vector that stands among words and is no word, is called
-# a **soft token**.
+# the **projector**. What comes out, a vector that stands among words and is no word, is a **soft token**.
 
 # %%
-seen = torch.tensor([[1.0, 0, 2], [0, 1, 1]])  # (N, 3), from the vision tower
-projector = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])  # (D, 3)
-features = seen @ projector.T  # (N, D)
+seen = torch.tensor([[1.0, 0, 2], [0, 1, 1]])  # [N, 3], from the vision tower
+projector = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])  # [D, 3]
+features = seen @ projector.T  # [N, D]
 print(features)
 
 # %% [markdown]
-# ### By hand: place
+# ### By hand: placing
 #
 # The ids hold a placeholder for each picture vector: here id 9. Our word table is easy to recognise:
 # row $i$ is filled with $i$. Gemma multiplies **words** by $\sqrt D$, here 2
@@ -145,15 +143,15 @@ print(features)
 # %%
 IMAGE, D = 9, 4
 ids = torch.tensor([[IMAGE, IMAGE, 4, 5, 6, 1]])  # image image | animal ? | cat eos
-table = torch.arange(8.0)[:, None].repeat(1, D)  # (V, D): row i holds i
+table = torch.arange(8.0)[:, None].repeat(1, D)  # [V, D]: row i holds i
 by_hand = torch.tensor([[1.0, 0, 2, 3], [0, 1, 1, 2], [8] * 4, [10] * 4, [12] * 4, [2] * 4])
 assert torch.equal(by_hand[:2], features)
 
 # %% [markdown]
-# ### By hand: view
+# ### By hand: looking
 #
-# Six tokens, so 6 × 6 pairs. Row = who looks, column = who is looked at, 1 = may look. Fill it with
-# a pencil first: four rows are the same, and two have one more 1 than the row above.
+# 6 × 6 pairs. Row = who looks, column = who is looked at, 1 = may look. Fill it with a pencil first: four
+# rows are the same, and two have one more 1 than the row above.
 
 # %%
 grid = [
@@ -174,7 +172,7 @@ def draw_mask(ax, mask, kinds, names=None, title=None):
     """Each allowed pair in the colour of the token looked at; a dot on the diagonal."""
     mask = torch.as_tensor(mask).bool()
     pale, size = torch.tensor(to_rgb("#ece7dd")), len(kinds)
-    colours = torch.tensor([to_rgb(KIND_COLOURS[kind]) for kind in kinds])  # (S, 3)
+    colours = torch.tensor([to_rgb(KIND_COLOURS[kind]) for kind in kinds])  # [S, 3]
     ax.imshow(torch.where(mask[..., None], colours, pale))
     for edge in range(1, size):
         ax.axhline(edge - 0.5, color=COLOURS["paper"], linewidth=0.8)
@@ -230,8 +228,8 @@ def may_look(i, j, real, types):
 # %%
 def mask_loop(real, types):
     """One row, one pair at a time: int64[L] twice → bool[L, L]."""
-    places = range(len(real))
-    return torch.tensor([[may_look(i, j, real, types) for j in places] for i in places])
+    every = range(len(real))
+    return torch.tensor([[may_look(i, j, real, types) for j in every] for i in every])
 
 
 types = torch.tensor([0, 0, 0, 0, 1, 1])
@@ -239,17 +237,17 @@ assert torch.equal(mask_loop(torch.ones(6), types), torch.tensor(grid).bool())
 print("equal to the pencil")
 
 # %% [markdown]
-# Where does it say that the prefix must not see the suffix? Nowhere. For a suffix token only "not later"
-# can help, and every prefix token stands before any suffix token.
+# Where does it say that the prefix must not see the suffix? Nowhere. A suffix token is open
+# only to those that are not earlier, and every prefix token is earlier.
 #
 # ## Vectorised
 #
 # Placing: embed everything at once, with some harmless id at the placeholders, then overwrite
-# those rows. `masked_scatter` fills the True places in order.
+# those rows. `masked_scatter` fills the True rows in order.
 
 # %%
-is_image = ids == IMAGE  # (B, L)
-embeds = F.embedding(ids.masked_fill(is_image, 0), table) * D**0.5  # (B, L, D)
+is_image = ids == IMAGE  # [B, L]
+embeds = F.embedding(ids.masked_fill(is_image, 0), table) * D**0.5  # [B, L, D]
 merged = embeds.masked_scatter(is_image[..., None], features)
 assert torch.equal(merged[0], by_hand)
 
@@ -310,10 +308,7 @@ class PaliGemmaOutput:
 
 
 # %% [markdown]
-# The projector is one linear layer, and the only part that came from neither parent. The loss
-# compares the logits at place $t$ with the token at place $t + 1$. Labels stand *at* their token
-# ([lesson 14](14_processor.ipynb)), so somebody has to shift by one. Here it is done **once, and
-# nowhere else**. Places labelled −100 do not count.
+# The projector is one linear layer, and the only part that came from neither parent.
 
 
 # %%
@@ -330,15 +325,20 @@ class PaliGemmaProjector(nn.Module):
         return self.linear(x)
 
 
+# %% [markdown]
+# The loss compares the logits at position $t$ with the token at position $t + 1$. Labels stand *at*
+# their token ([lesson 14](14_processor.ipynb)), so somebody has to shift by one. Here it is done **once,
+# and nowhere else**.
+
+
+# %%
+#| export
 def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each labelled token given everything before it.
+    """Mean cross-entropy of each labelled token given what is before it, a scalar; 0 if none is.
 
     Args:
         logits: `float32[B, L, V]`.
-        labels: `int64[B, L]`, -100 where nothing is to be learnt; shifted here, once.
-
-    Returns:
-        A scalar, `float32`; 0 when nothing is labelled.
+        labels: `int64[B, L]`, -100 where nothing is to be learned; shifted here, once.
     """
     shift_logits, shift_labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     total = F.cross_entropy(shift_logits, shift_labels, ignore_index=-100, reduction="sum")
@@ -349,7 +349,7 @@ def suffix_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # ### The whole
 #
 # Three parts, under the names that the published checkpoint uses. `forward` reads like a summary of
-# the course: see, merge, count *real* places, mask, decode, score.
+# the course: see, merge, count *real* positions, mask, decode, score.
 
 
 # %%
@@ -367,26 +367,26 @@ class PaliGemma(nn.Module):
         )
 
     def encode_image(self, pixel_values):
-        return self.multi_modal_projector(self.vision_tower(pixel_values))  # (P, N, D)
+        return self.multi_modal_projector(self.vision_tower(pixel_values))  # [P, N, D]
 
     def merge(self, input_ids, image_features):
-        is_image = input_ids == self.config.image_token_index  # (B, L)
-        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # (B, L, D)
+        is_image = input_ids == self.config.image_token_index  # [B, L]
+        inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # [B, L, D]
         return inputs_embeds.masked_scatter(is_image[..., None], image_features)
 
     def forward(self, input_ids, pixel_values, attention_mask, token_type_ids, labels=None):
-        x = self.merge(input_ids, self.encode_image(pixel_values))  # (B, L, D)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # (B, L)
-        mask = prefix_lm_mask(attention_mask, token_type_ids)  # (B, 1, L, L)
-        hidden = self.language_model(x, position_ids, mask)  # (B, L, D)
-        logits = self.language_model.logits(hidden)  # (B, L, V)
+        x = self.merge(input_ids, self.encode_image(pixel_values))  # [B, L, D]
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # [B, L]
+        mask = prefix_lm_mask(attention_mask, token_type_ids)  # [B, 1, L, L]
+        hidden = self.language_model(x, position_ids, mask)  # [B, L, D]
+        logits = self.language_model.logits(hidden)  # [B, L, V]
         loss = None if labels is None else suffix_loss(logits, labels)
         return PaliGemmaOutput(logits, loss)
 
 
 # %% [markdown]
-# That is PaliGemma. Does it work? The trained model of this course has the same parts, only smaller.
-# (Its file names them a little differently; [lesson 16](16_checkpoint.ipynb) is about that.)
+# Does it work? The trained model of this course has the same parts, only smaller. (Its file names them a
+# little differently: [lesson 16](16_checkpoint.ipynb).)
 
 # %%
 vision = SiglipVisionConfig(128, 512, 4, 4, image_size=112)
@@ -430,23 +430,19 @@ show_images(sample_picture("scene"), height=1.6)
 # ## A bug people really make: a loss that is too good
 #
 # A colleague trains a small model, and the loss falls faster than anybody hoped. To be sure they
-# take the hardest data there is: three **random** words as the answer, drawn anew in each step.
-# Nothing is to be learned from them; the best possible loss is that of guessing.
+# take three **random** words as the answer, drawn anew in each step. Nothing is to be learned from them;
+# the best possible loss is that of guessing.
 
 
 # %%
-config = PaliGemmaConfig(
-    SiglipVisionConfig(48, 96, 2, 4, image_size=42),
-    GemmaConfig(32, 64, 128, 2, 4, 1, 16),
-    image_token_index=31,
-)
+vision = SiglipVisionConfig(48, 96, 2, 4, image_size=42)
+text = GemmaConfig(32, 64, 128, 2, 4, 1, 16)
+config = PaliGemmaConfig(vision, text, image_token_index=31)
 pixel_values = torch.zeros(16, 3, 42, 42)
 prompts = [[31] * 9 + [2, 5, 4]] * 16  # nine image tokens, bos, a word, newline
 
 
 # %%
-
-
 def losses_on_random_answers(change, steps=120):
     """A fresh small model, trained on answers that nobody can know: its loss, step by step."""
     torch.manual_seed(1)
@@ -478,9 +474,9 @@ print(f"guessing blindly: {chance:.2f}; the colleague's model: {theirs[-1]:.2f}"
 assert theirs[-1] < 0.2
 
 # %% [markdown]
-# It predicts what cannot be predicted. From the answer: type 0 is prefix, and in a prefix everybody sees
-# everybody. The place that has to say the word looks one step ahead, and there it stands. When it has to
-# *write*, there is nothing to copy from, and it has learned nothing else.
+# It predicts what cannot be predicted, because it reads it from the answer: type 0 is prefix, and in a
+# prefix everybody sees everybody. The position that has to say the word looks one step ahead, and there
+# the word stands. When it has to *write*, there is nothing to copy from, and it has learned nothing else.
 
 # %%
 ours = losses_on_random_answers(lambda batch: batch)
@@ -500,95 +496,46 @@ save_figure(fig, "15_leak")
 # %% [markdown]
 # With types the loss stays where it belongs. So the check is: **train on random answers; a loss
 # below guessing means that the answer shows through.** Labels without types are never what anybody
-# wants: the module refuses them, and other tensors that do not fit.
-
-
-# %%
-#| export
-def check_inputs(
-    input_ids: torch.Tensor,
-    past: int,
-    attention_mask: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    labels: torch.Tensor | None,
-) -> torch.Tensor:
-    """The attention mask, ones when none is given: `int64[B, S + L]` with S = `past`.
-
-    Raises:
-        ValueError: a tensor does not fit the L new tokens (the mask: the S cached ones as well),
-            or labels come without token_type_ids.
-    """
-    batch, length = input_ids.shape
-    if labels is not None and token_type_ids is None:
-        raise ValueError(
-            "labels need token_type_ids, 1 where the answer stands: without them each token sees "
-            "the answer it is asked for; take both from the same Processor"
-        )
-    if attention_mask is None:
-        attention_mask = input_ids.new_ones(batch, past + length)
-    cached = f"{past} cached tokens and {length} new ones"
-    for name, tensor, size, why in (
-        ("attention_mask", attention_mask, past + length, cached),
-        ("token_type_ids", token_type_ids, length, "one for each new token"),
-        ("labels", labels, length, "one for each new token, not shifted"),
-    ):
-        if tensor is not None and tensor.shape != (batch, size):
-            raise ValueError(f"{name} is {list(tensor.shape)}; expected [{batch}, {size}]: {why}")
-    return attention_mask
-
-
-# %%
-try:
-    check_inputs(batch["input_ids"], 0, None, None, labels=batch["input_ids"])
-except ValueError as error:
-    print(error)
+# wants: `check_inputs` ([support/arguments.py](../paligemma/support/arguments.py)) refuses them, as it
+# does every tensor that doesn't fit.
 
 # %% [markdown]
 # ## What else a program adds
 #
 # ### Ids and pictures that don't fit
 #
-# `masked_scatter` takes as many vectors as there are places and asks nothing about the rest. A prompt
+# `masked_scatter` takes as many vectors as there are placeholders and asks nothing about the rest. A prompt
 # for one picture, and two pictures:
 
 # %%
 pictures = processor.image_processor([sample_picture("scene"), sample_picture("scene2")])
 with torch.no_grad():
-    features = tiny.encode_image(pictures)  # (P, N, D)
+    features = tiny.encode_image(pictures)  # [P, N, D]
     one, two = (tiny.merge(batch["input_ids"], features[:count]) for count in (1, 2))
 print("with a second picture, the same sequence:", torch.equal(one, two))
 assert torch.equal(one, two)
 
 # %% [markdown]
-# The second picture is never seen, and nobody is told. So `merge` counts, over the whole batch: the
-# pictures fill the places **in order over the rows**, and a row may hold several.
+# The second picture is never seen, and nobody is told. So `check_pictures` counts, over the whole batch:
+# the pictures fill the placeholders **in order over the rows**, and a row may hold several.
 
 
 # %%
 #| export
 @add_to_class(PaliGemma)
 def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-    """One sequence of words, times √D, and of pictures, as they are.
+    """One sequence of words, times √D, and of pictures, as they are: `float[B, L, D]`.
 
     Args:
         input_ids: `int64[B, L]`.
-        image_features: `float[P, N, D]`; they fill the `<image>` places in order over the rows.
-
-    Returns:
-        `float[B, L, D]`.
+        image_features: `float[P, N, D]`; they fill the `<image>` tokens in order over the rows.
 
     Raises:
-        ValueError: not exactly one place for each vector.
+        ValueError: not exactly one `<image>` token for each vector.
     """
-    is_image = input_ids == self.config.image_token_index  # (B, L)
-    found = int(is_image.sum())
-    given = 0 if image_features is None else image_features.shape[:2].numel()
-    if found != given:
-        raise ValueError(
-            f"input_ids hold {found} <image> tokens and the pictures give {given}; "
-            "make both with the same Processor"
-        )
-    inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # (B, L, D)
+    is_image = input_ids == self.config.image_token_index  # [B, L]
+    check_pictures(is_image, image_features)
+    inputs_embeds = self.language_model.embed(input_ids.masked_fill(is_image, 0))  # [B, L, D]
     if image_features is None:
         return inputs_embeds
     return inputs_embeds.masked_scatter(is_image[..., None], image_features.to(inputs_embeds.dtype))
@@ -597,10 +544,20 @@ def merge(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) ->
 # %% [markdown]
 # ### The mask, for a padded row and for a cache
 #
-# A padded token looks too, and its result is thrown away. But an empty *row* is dangerous: a softmax
-# over nothing is 0 divided by 0. So each token may see *itself* in any case. With a cache only the new
-# tokens ask: $L$ queries, $S + L$ keys. Cached tokens all lie *before* the new ones, so they may be called
-# prefix.
+# A padded token looks too, and its result is thrown away. But what if it may look at nothing? Here all is
+# suffix, and the first token of the second row is padding:
+
+# %%
+row = prefix_lm_mask(real, torch.ones_like(real))[1, 0, 0]
+weights = torch.zeros(6).masked_fill(~row, -math.inf).softmax(-1)
+print(weights)
+assert weights.isnan().all()
+
+# %% [markdown]
+# A softmax over nothing is 0 divided by 0. So each token may see *itself* in any case.
+#
+# With a cache only the $L$ new tokens ask, and $S$ can be looked at: the cached ones and the new. Cached
+# tokens all lie *before* the new ones, so they may be called prefix.
 
 
 # %%
@@ -613,22 +570,19 @@ def prefix_lm_mask(
                          is looked at
                     image  prompt  suffix
         image       1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
         prompt      1 1 1   1 1    0 0 0
-                    1 1 1   1 1    0 0 0
         suffix      1 1 1   1 1    1 0 0
                     1 1 1   1 1    1 1 0
                     1 1 1   1 1    1 1 1
 
     Args:
-        attention_mask: `int64[B, S + L]`, 0 on padding; S tokens are in the cache already.
-        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all L are prefix when S is 0
-            and all are suffix after that.
+        attention_mask: `int64[B, S]`, 0 on padding: the tokens of the cache, and the L new ones.
+        token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: all prefix, or behind a cache
+            all suffix.
         length: L, the number of new tokens (the queries).
 
     Returns:
-        `bool[B, 1, L, S + L]`, True where query i may look at key j.
+        `bool[B, 1, L, S]`, True where query i may look at key j.
 
     Source: PaliGemma paper, figure 2; Raffel et al. 2020 (prefix LM).
     """
@@ -637,15 +591,15 @@ def prefix_lm_mask(
     if token_type_ids is None:
         token_type_ids = torch.full_like(attention_mask[:, past:], 1 if past else 0)
     key = torch.arange(total, device=attention_mask.device)
-    query = key[past:, None]  # (L, 1)
+    query = key[past:, None]  # [L, 1]
     prefix = F.pad(token_type_ids == 0, (past, 0), value=True)[:, None, None, :]
-    real = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S + L)
+    real = attention_mask.bool()[:, None, None, :]  # [B, 1, 1, S]
     # A padded query sees itself: a softmax over nothing would be 0/0.
-    return real & (prefix | (key <= query)) | (key == query)  # (B, 1, L, S + L)
+    return real & (prefix | (key <= query)) | (key == query)  # [B, 1, L, S]
 
 
 # %%
-ours = prefix_lm_mask(real, types, 6)  # (B, 1, L, L)
+ours = prefix_lm_mask(real, types, 6)  # [B, 1, L, L]
 padded = (real == 0)[:, None, :] & torch.eye(6, dtype=torch.bool)
 assert torch.equal(ours[:, 0], mask | padded)
 assert torch.equal(prefix_lm_mask(real, types[:, 3:], 3), ours[:, :, 3:])
@@ -655,7 +609,7 @@ print("equal to the plain one; with 3 cached tokens: its last 3 rows")
 # ### An answer, token by token
 #
 # Three arguments more. With a `cache` only the new tokens come in ([lesson 11](11_kv_cache.ipynb)).
-# `image_features` are pictures encoded before: look once, ask often. `logits_to_keep` spares the head
+# `image_features` are pictures encoded before. `logits_to_keep` spares the head
 # ([lesson 12](12_gemma.ipynb)). Where nothing is hidden, no mask is made.
 
 
@@ -663,7 +617,7 @@ print("equal to the plain one; with 3 cached tokens: its last 3 rows")
 #| export
 @add_to_class(PaliGemmaOutput)
 def __getitem__(self, index):
-    """By place, the loss first where there is one: as in transformers."""
+    """By number, the loss first where there is one: as in transformers."""
     return tuple(t for t in (self.loss, self.logits) if t is not None)[index]
 
 
@@ -715,9 +669,9 @@ def forward(
         input_ids: `int64[B, L]`, the new tokens.
         pixel_values: `float[P, 3, H, W]`, the pictures of the `<image>` tokens, in order over
             the rows; a row may hold several.
-        attention_mask: `int64[B, S + L]`, 0 on padding, S tokens cached; None: no padding.
+        attention_mask: `int64[B, S]`, 0 on padding: cached tokens and new ones; None: no padding.
         token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: prefix (suffix after a cache).
-        labels: `int64[B, L]`, -100 where nothing is to be learnt; not shifted.
+        labels: `int64[B, L]`, -100 where nothing is to be learned; not shifted.
         cache: from `make_cache`; gains the L tokens.
         image_features: `float[P, N, D]` from `encode_image`, instead of `pixel_values`.
         logits_to_keep: only the last so many positions get logits (and a loss); None: all.
@@ -726,8 +680,7 @@ def forward(
         `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
 
     Raises:
-        ValueError: tensors that do not fit each other, labels without token_type_ids, or a
-            picture given in two ways.
+        ValueError: tensors that do not fit, labels without types, a picture given twice.
     """
     past, length = 0 if cache is None else len(cache), input_ids.shape[1]
     all_see_all = attention_mask is None and token_type_ids is None and (length == 1 or not past)
@@ -735,22 +688,22 @@ def forward(
     if pixel_values is not None:
         if image_features is not None:
             raise ValueError("got pixel_values and image_features; give one of them")
-        image_features = self.encode_image(pixel_values)  # (P, N, D)
+        image_features = self.encode_image(pixel_values)  # [P, N, D]
     if past and image_features is None:  # the picture is cached; a new <image> is a word
         x = self.language_model.embed(input_ids)
     else:
-        x = self.merge(input_ids, image_features)  # (B, L, D)
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (B, L)
+        x = self.merge(input_ids, image_features)  # [B, L, D]
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # [B, L]
     mask = None if all_see_all else prefix_lm_mask(attention_mask, token_type_ids, length)
-    hidden = self.language_model(x, position_ids, mask, cache)  # (B, L, D)
+    hidden = self.language_model(x, position_ids, mask, cache)  # [B, L, D]
     keep = min(logits_to_keep or length, length)
-    logits = self.language_model.logits(hidden[:, -keep:])  # (B, keep, V)
+    logits = self.language_model.logits(hidden[:, -keep:])  # [B, keep, V]
     loss = None if labels is None else suffix_loss(logits, labels[:, -keep:])
     return PaliGemmaOutput(logits, loss)
 
 
 # %% [markdown]
-# Token by token through the cache, and all in one pass: the same logits.
+# First the prefix, then token by token, and all in one pass: the same logits.
 
 # %%
 whole = processor(sample_picture("scene"), "caption en", caption)
@@ -768,18 +721,14 @@ assert gap < 1e-3
 # ## Against the reference
 #
 # The file holds a small `PaliGemmaForConditionalGeneration` of transformers with random weights, a
-# padded batch, and its logits and loss. On padded places no value means anything, so we compare the real
+# padded batch, and its logits and loss. At padded positions no value means anything, so we compare the real
 # ones.
 
 # %%
 stored = load_file("reference/model.safetensors")
-small = PaliGemma(
-    PaliGemmaConfig(
-        SiglipVisionConfig(8, 12, 1, 2, image_size=28),
-        GemmaConfig(64, 16, 24, 2, 2, 1, 8),
-        image_token_index=60,
-    )
-)
+vision = SiglipVisionConfig(8, 12, 1, 2, image_size=28)
+text = GemmaConfig(64, 16, 24, 2, 2, 1, 8)
+small = PaliGemma(PaliGemmaConfig(vision, text, image_token_index=60))
 print(small.load_state_dict({name: stored.pop(name) for name in small.state_dict()}))
 
 # %%
@@ -794,8 +743,7 @@ print(f"largest difference: logits {gap:.1e}, loss {loss_gap:.1e}")
 # %% [markdown]
 # ## See it: the mask of a padded batch
 #
-# Two rows of unequal length, with nine image tokens (·) each, as `prefix_lm_mask` makes their mask.
-# Grey is padding.
+# Two rows of unequal length, with nine image tokens (·) each. Grey is padding.
 
 # %% tags=["hide-input"]
 rows = ["▸ what animal ? ↵".split(), "▸ who ↵".split()]
@@ -813,39 +761,40 @@ save_figure(fig, "15_mask")
 
 # %% [markdown]
 # What to notice: a padded *column* is pale but for one grey cell: nobody else looks there. What a padded
-# *row* sees does not matter. Both end at the same place, so their next tokens share one new column.
+# *row* sees does not matter.
 
 # %% [markdown]
 # ### Does the model obey, and where does it look?
 #
-# A mask is a plan. We *measure*, in the trained model with its caption, how strongly each input vector
+# We *measure*, in the trained model with its caption, how strongly each input vector
 # influences the likeliest next token: the gradient of that token's logit, through all layers.
 
 # %%
-x = tiny.merge(ids, tiny.encode_image(pictures[:1])).detach().requires_grad_()  # (1, L, D)
+x = tiny.merge(ids, tiny.encode_image(pictures[:1])).detach().requires_grad_()  # [1, L, D]
 mask = prefix_lm_mask(torch.ones_like(ids), whole["token_type_ids"], ids.shape[1])
 hidden = tiny.language_model(x, torch.arange(ids.shape[1])[None], mask)
-best = tiny.language_model.logits(hidden)[0].max(-1).values  # (L,)
+best = tiny.language_model.logits(hidden)[0].max(-1).values  # [L]
 gradients = [torch.autograd.grad(logit, x, retain_graph=True)[0] for logit in best]
-influence = torch.cat(gradients).norm(dim=-1)  # (L, L): of input j on the token after place i
+influence = torch.cat(gradients).norm(dim=-1)  # [L, L]: of input j on the token after position i
 assert torch.equal(influence > 0, mask[0, 0])
 print("zero exactly where the mask is False")
 
 # %% [markdown]
 # Four layers deep, and still the same pattern: if $i$ may look at $j$ and $j$ at $k$, then $i$ may look
-# at $k$. So the rule keeps its promise through any number of layers.
+# at $k$.
 #
-# And the 64 columns of the picture, each back in its place:
+# And the 64 columns of the picture, each back where its patch was:
 
 # %%
 said = [processor.tokenizer.sp.id_to_piece(i) for i in ids[0, start:].tolist()]
 maps = influence[start - 1 : -1, :64].view(-1, 8, 8)  # one for each token of the answer
-share = {}
-for word, m in zip(said, maps):
-    cat, dogs = m[4:7, :3].sum() / m.sum(), (m[2:4, 3:6].sum() + m[4:7, 5:].sum()) / m.sum()
-    share[word] = cat, dogs
-    print(f"{word:6} the cat's patches {cat:4.0%}, the dogs' patches {dogs:4.0%}")
-assert share["▁cat"][0] > 1.5 * share["▁cat"][1] and share["▁dogs"][1] > 1.5 * share["▁dogs"][0]
+for word, m in zip(said, maps / maps.sum((1, 2), keepdim=True)):
+    cat, upper, lower = m[4:7, :3].sum(), m[2:4, 3:6].sum(), m[4:7, 5:].sum()
+    print(
+        f"{word:6} from the cat {cat:4.0%}, the upper dog {upper:4.0%}, the lower dog {lower:4.0%}"
+    )
+    assert word != "▁cat" or cat > 1.5 * (upper + lower)
+    assert word != "▁dogs" or min(upper, lower) > cat
 
 # %% tags=["hide-input"]
 fig, axes = plt.subplots(1, 6, figsize=(9.8, 1.95), layout="constrained")
@@ -856,7 +805,7 @@ for ax, word, m in zip(axes[1:], said, maps):
 save_figure(fig, "15_words.png")
 
 # %% [markdown]
-# “cat” comes from the cat's patches, “dogs” from both dogs. Nobody told the language model where to look.
+# “cat” comes from the cat's patches, “dogs” from both dogs'. Nobody told the model where to look.
 #
 # ## At full size
 #
@@ -878,10 +827,13 @@ for part, size in sizes.items():
 print(f"{'together':12} {total:13,}")
 assert total == 2_923_466_480 and round(total / sizes["vision_tower"]) == 7
 assert 0.6 < sizes["mlp"] / total < 0.65 and sizes["projector"] < total / 1000
+assert round(1 - (sizes["vision_tower"] + sizes["projector"]) / total, 2) == 0.86
 
 # %% [markdown]
 # The eye is a seventh of the model, the joint less than a thousandth. Three fifths are the decoder's
-# MLPs. (The vision tower's own attention and MLPs are in its row; the embedding is the head, too.) One picture of 224 pixels and a prompt of eight tokens flow through it like this:
+# MLPs. (The vision tower's own attention and MLPs are in its row; the embedding is the head, too.)
+#
+# One picture of 224 pixels and a prompt of eight tokens flow through it like this:
 
 # %% tags=["hide-input"]
 with torch.device("meta"):
@@ -922,33 +874,16 @@ ax.set_axis_off()
 save_figure(fig, "15_shapes.png")
 
 # %% [markdown]
-# Width across is tokens, height is numbers in each token, to scale (but for the logits). The words are
-# the thin orange edge: to the decoder a picture *is* 256 words. What does reading cost? (A multiplication
-# and its addition are two operations.)
+# Width is tokens, height is numbers in each token, to scale (but for the logits). The words are the thin
+# orange edge: to the decoder a picture *is* 256 words. What that costs is counted in
+# [lesson 18](18_generation.ipynb).
 
-
-# %%
-work = []
-for size in (224, 448, 896):
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = PaliGemma(PaliGemmaConfig(SiglipVisionConfig(image_size=size)))
-        x = model.encode_image(torch.empty(1, 3, size, size))  # (1, N, 2048)
-        see = counter.get_total_flops() / 1e12
-        model.language_model(x, torch.arange(x.shape[1])[None])
-    work.append(counter.get_total_flops() / 1e12)
-    print(f"{x.shape[1]:4} image tokens: see {see:.2f}, read {work[-1] - see:.2f} TFLOP")
-assert work[1] > 4 * work[0] and work[2] > 4 * work[1]
-
-# %% [markdown]
-# Four times the pixels, at least four times the work: attention, which grows with the square, adds to it.
-# The picture is paid once; what each token of the *answer* costs is told in [lesson 18](18_generation.ipynb).
 
 # %% [markdown]
 # ## A second bug, which no loss shows
 #
 # Another colleague builds on a language model whose mask is causal ([lesson 10](10_grouped_query_attention.ipynb)),
-# and leaves it so. In our terms: every token has type 1. Nothing is raised, and what the trained model
-# writes is fluent and complete:
+# and leaves it so. In our terms: every token has type 1. What the trained model writes is fluent:
 
 # %%
 causal = batch | {"token_type_ids": torch.ones_like(batch["input_ids"])}
@@ -957,16 +892,16 @@ for title, one in {"prefix-LM mask": batch, "causal mask": causal}.items():
 assert write(causal) != caption
 
 # %% [markdown]
-# It is not true. Under a causal mask the picture stands *before* the question and cannot know it, nor
+# It is not what the picture shows: the dogs are gone. Under a causal mask the picture stands *before* the question and cannot know it, nor
 # the first patches the last ones. With the prefix-LM mask the picture is read again in each layer, in the
-# light of the question. The check is the one from above: ask which input may change which output.
+# light of the question. The check is the one from above.
 
 # %% [markdown]
 # ## Exercises
 #
 # ### Exercise 1 (predict): count the pairs
 #
-# A row has 2 padded places, 4 image tokens, 3 prompt tokens and 3 suffix tokens. How many True has
+# A row has 2 padded positions, 4 image tokens, 3 prompt tokens and 3 suffix tokens. How many True has
 # its 12 × 12 mask from `prefix_lm_mask`, and how many would a causal mask have over the ten real
 # tokens?
 
@@ -1023,8 +958,6 @@ def test_2(is_right):
     def wrong(change):
         def make_mask(real, types, length):
             mask = prefix_lm_mask(real, types, length)
-            if mask is None:
-                mask = torch.ones(len(real), 1, length, length, dtype=torch.bool)
             return change(mask, real, types)
 
         return make_mask
@@ -1067,7 +1000,7 @@ check(test_2, is_right)
 # %% [markdown]
 # ### Exercise 3 (write): two examples in one row
 #
-# Padding wastes work. **Packing** puts several examples into one row: `segments` (int64[B, L]) says
+# **Packing** puts several examples into one row: `segments` (int64[B, L]) says
 # which example a token belongs to, 0 for padding. Write the mask, bool[B, L, L]: each example has a
 # prefix-LM mask of its own and is blind to the others; a padded token sees nothing.
 
@@ -1109,9 +1042,9 @@ check(test_3, packed_mask)
 # %% tags=["solution"]
 # "Same segment" takes the place of "real": whatever lies outside is as good as padding.
 def packed_mask(segments, types):
-    place = torch.arange(segments.shape[1])
+    j = torch.arange(segments.shape[1])
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
-    return same & ((types == 0)[:, None, :] | (place <= place[:, None]))
+    return same & ((types == 0)[:, None, :] | (j <= j[:, None]))
 
 
 check(test_3, packed_mask)
@@ -1122,9 +1055,9 @@ check(test_3, packed_mask)
 # - A picture enters a language model as vectors at the front of the sentence: one linear layer to
 #   the right width, one replacement.
 # - One rule makes the mask: a token may look at what is real, and in the prefix or not later.
-# - Labels need token types: a loss below guessing on random answers means that they show through.
+# - Labels need token types: a loss below guessing on random answers means that the answers show through.
 # - 86 % of the parameters are language; at 224 pixels nearly all tokens are picture.
-# - Ask which input may change which output: loss and shapes miss such bugs.
+# - Ask which input may change which output; a loss does not tell.
 
 # %% [markdown]
 # ## Quiz
@@ -1134,8 +1067,7 @@ check(test_3, packed_mask)
 # <details><summary>Answer</summary>
 #
 # It is given, not predicted. A causal mask exists so that a token cannot see what it has to guess.
-# Nothing in the prefix is guessed: hiding its later part only takes information away, most of all from
-# the picture, which stands first.
+# Nothing in the prefix is guessed: hiding its later part only takes information away.
 #
 # </details>
 
@@ -1156,7 +1088,7 @@ check(test_3, packed_mask)
 #
 # Nothing is raised. The first norm of each block undoes the size, but the *residual* stream keeps it:
 # what the layers add to an image token becomes 45 times too small beside it, so the picture is hardly
-# processed. Parity with the reference finds it at once.
+# processed.
 #
 # </details>
 

@@ -1,6 +1,8 @@
-"""What people pass, as lists of equal length."""
+"""What people pass: lists made equally long, tensors that have to fit each other."""
 
 from typing import Any
+
+import torch
 
 from paligemma.support.files import shorten
 
@@ -44,3 +46,46 @@ def as_lists(
 
 
 SEVERAL = " (one prompt about several pictures: [[a, b]]; the same for each: [prompt] * {})"
+
+
+def check_inputs(
+    input_ids: torch.Tensor,
+    past: int,
+    attention_mask: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """The attention mask, ones when none is given: `int64[B, S]` with S = `past` + L.
+
+    Raises:
+        ValueError: a tensor does not fit the L new tokens (the mask: the cached ones as well),
+            or labels come without token_type_ids.
+    """
+    batch, length = input_ids.shape
+    if labels is not None and token_type_ids is None:
+        raise ValueError(
+            "labels need token_type_ids, 1 where the answer stands: without them each token sees "
+            "the answer it is asked for; take both from the same Processor"
+        )
+    if attention_mask is None:
+        attention_mask = input_ids.new_ones(batch, past + length)
+    cached = f"{past} cached tokens and {length} new ones"
+    for name, tensor, size, why in (
+        ("attention_mask", attention_mask, past + length, cached),
+        ("token_type_ids", token_type_ids, length, "one for each new token"),
+        ("labels", labels, length, "one for each new token, not shifted"),
+    ):
+        if tensor is not None and tensor.shape != (batch, size):
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected [{batch}, {size}]: {why}")
+    return attention_mask
+
+
+def check_pictures(is_image: torch.Tensor, image_features: torch.Tensor | None) -> None:
+    """As many `<image>` tokens, `bool[B, L]`, as vectors in `float[P, N, D]`, or a ValueError."""
+    found = int(is_image.sum())
+    given = 0 if image_features is None else image_features.shape[:2].numel()
+    if found != given:
+        raise ValueError(
+            f"input_ids hold {found} <image> tokens and the pictures give {given}; "
+            "make both with the same Processor"
+        )

@@ -1,8 +1,9 @@
-"""What people pass, as lists of equal length; the refusals stand in tests/test_processor.py."""
+"""What people pass; more refusals stand in tests/test_processor.py and tests/test_model.py."""
 
 import pytest
+import torch
 
-from paligemma.support.arguments import as_lists
+from paligemma.support.arguments import as_lists, check_inputs, check_pictures
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,37 @@ def test_the_given_lists_are_left_alone():
 def test_a_prompt_without_a_picture(images):
     with pytest.raises(ValueError, match=rf"prompt {images.index([])} has no picture"):
         as_lists(images, ["p", "q"])
+
+
+@pytest.mark.parametrize("past", [0, 3])
+def test_no_mask_is_a_mask_of_ones_and_a_mask_comes_back_as_it_is(past):
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    types, mask = torch.ones_like(ids), torch.zeros(2, past + 4, dtype=torch.int64)
+    made = check_inputs(ids, past, None, types, ids)
+    assert made.dtype == torch.int64 and torch.equal(made, torch.ones(2, past + 4).long())
+    assert check_inputs(ids, past, mask, None, None) is mask
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "token_type_ids", "labels"])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 5), (1, 4), (4,)])
+def test_a_tensor_that_does_not_fit_the_ids(name, shape):
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    given = {"attention_mask": None, "token_type_ids": ids, "labels": None}
+    given[name] = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"{name} is .* expected \[2, 4\]"):
+        check_inputs(ids, 0, **given)
+
+
+def test_labels_need_types():
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="labels need token_type_ids"):
+        check_inputs(ids, 0, None, None, ids)
+
+
+def test_pictures_are_counted_over_all_rows():
+    is_image = torch.tensor([[True, True, False], [True, True, True]])
+    check_pictures(is_image, torch.zeros(5, 1, 8))
+    check_pictures(~is_image & is_image, None)
+    for features in (None, torch.zeros(2, 2, 8), torch.zeros(2, 3, 8)):
+        with pytest.raises(ValueError, match="hold 5 <image> tokens .* same Processor"):
+            check_pictures(is_image, features)

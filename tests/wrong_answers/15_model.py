@@ -138,3 +138,23 @@ def packed_mask(segments, types):
     place = torch.arange(segments.shape[1])
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
     return (same & ((types == 0)[:, None, :] | (place <= place[:, None]))).int()
+
+
+# %% 3 · only the pairs of the suffix are kept apart
+def packed_mask(segments, types):
+    j = torch.arange(segments.shape[1])
+    same = segments[:, :, None] == segments[:, None, :]
+    real = (segments > 0)[:, None, :] & (segments > 0)[:, :, None]
+    return real & ((types == 0)[:, None, :] | (same & (j <= j[:, None])))
+
+
+# %% 2 · asks only whether the future is hidden
+def is_right(make_mask):
+    real, types = torch.tensor([[0, 1, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 1]])
+    mask = make_mask(real, types, 5)[0, 0]
+    return not bool(mask[3, 4]) and not bool(mask[1, 3])
+
+
+# %% 1 · two numbers in one
+prefix_lm_pairs = (92, 55)
+causal_pairs = None
