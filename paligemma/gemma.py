@@ -101,8 +101,8 @@ class GemmaModel(nn.Module):
         Args:
             inputs_embeds: `float[B, L, D]`, from `embed` or from pictures.
             position_ids: `int64[B, L]`, each token's position in its row.
-            mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
-            cache: keys and values of the S tokens before; gains these L.
+            mask: `bool[B, 1, L, S]`, True where a query may look; None: everywhere.
+            cache: keys and values of the tokens before; gains these L. S counts both.
 
         Returns:
             `float[B, L, D]` after the last norm.

@@ -223,7 +223,9 @@ def turn(x, position):
 # %%
 def block_loop(w, x, position, kept):
     h = norm(x, w["input_layernorm.weight"])
-    q, k, v = ((w[f"self_attn.{p}_proj.weight"] @ h).split(Dh) for p in "qkv")  # Dh a head
+    q = (w["self_attn.q_proj.weight"] @ h).split(Dh)  # H vectors of Dh numbers
+    k = (w["self_attn.k_proj.weight"] @ h).split(Dh)  # K of them
+    v = (w["self_attn.v_proj.weight"] @ h).split(Dh)  # K of them
     kept.append(([turn(key, position) for key in k], v))
     found = []
     for head in range(H):
@@ -404,8 +406,8 @@ def forward(
     Args:
         inputs_embeds: `float[B, L, D]`, from `embed` or from pictures.
         position_ids: `int64[B, L]`, each token's position in its row.
-        mask: `bool[B, 1, L, S + L]`, True where a query may look; None: everywhere.
-        cache: keys and values of the S tokens before; gains these L.
+        mask: `bool[B, 1, L, S]`, True where a query may look; None: everywhere.
+        cache: keys and values of the tokens before; gains these L. S counts both.
 
     Returns:
         `float[B, L, D]` after the last norm.
@@ -762,9 +764,10 @@ def without_one(model):
 
 
 # %%
-patients = {"A": Untied(config), "B": without_one(gemma), "C": Unscaled(config)}
-patients["A"].load_state_dict(weights)
-patients["C"].load_state_dict(weights)
+unscaled, untied = Unscaled(config), Untied(config)
+unscaled.load_state_dict(weights)
+untied.load_state_dict(weights)
+patients = {"own head": untied, "plain w": without_one(gemma), "no √D": unscaled}
 for name, model in {"healthy": gemma, **patients}.items():
     loss = F.cross_entropy(logits_after(model, caption[:-1]), torch.tensor(caption)).item()
     print(f"{name:8} {loss:5.1f} nats  {tokenizer.decode(greedy(model))!r}")
@@ -773,7 +776,7 @@ for name, model in {"healthy": gemma, **patients}.items():
 # %% [markdown]
 # All three are sick, and the loss says no more than that. The better question is **where does it
 # first differ from a healthy one?** Feed both the same tokens, compare the stream after each part,
-# and look at the first place that is not zero.
+# and look at the first place that is not zero. Where will it be for each of the three?
 
 
 # %%
@@ -784,12 +787,11 @@ def all_places(model):
 
 
 columns = ["embedding", "block 1", "block 2", "block 3", "block 4", "norm", "logits"]
-gaps = torch.tensor(
-    [
-        [((a - b).norm() / b.norm()).item() for a, b in zip(all_places(model), all_places(gemma))]
-        for model in patients.values()
-    ]
-)
+gaps = []
+for model in patients.values():
+    pairs = zip(all_places(model), all_places(gemma))
+    gaps.append([((a - b).norm() / b.norm()).item() for a, b in pairs])
+gaps = torch.tensor(gaps)
 assert (gaps > 0).int().argmax(-1).tolist() == [6, 1, 0]
 
 # %% tags=["hide-input"]
@@ -803,13 +805,10 @@ for label in ax.get_xticklabels():
 save_figure(fig, "12_patients")
 
 # %% [markdown]
-# Before you read on: who has which bug?
-
-# %% [markdown]
-# - **A** is healthy up to the last norm: the head is a matrix of its own that was never filled.
-# - **B** embeds rightly, then the first block is wrong: its first norm is.
-# - **C** is wrong from the first number on: $\sqrt D$ is missing. (A little, as most of the sequence
-#   is picture; it never recovers.)
+# - *Own head* is healthy up to the last norm: its matrix was never filled.
+# - *Plain w* embeds rightly, then the first block is wrong: its first norm is.
+# - *No √D* is wrong from the first number on. (A little, as most of the sequence is picture; it never
+#   recovers.)
 #
 # The lesson: loss says *that*, the first difference says *where*.
 

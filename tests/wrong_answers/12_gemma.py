@@ -100,6 +100,22 @@ def logits_without(model, skip, x, position_ids, mask):
     return model.logits(model.norm(x))
 
 
+# %% 2 · runs that block only
+def logits_without(model, skip, x, position_ids, mask):
+    cos, sin = model.rotary_emb(position_ids)
+    x = model.layers[skip](x, cos, sin, mask)
+    return model.logits(model.norm(x))
+
+
+# %% 2 · hands every block the first stream
+def logits_without(model, skip, x, position_ids, mask):
+    cos, sin = model.rotary_emb(position_ids)
+    for i, layer in enumerate(model.layers):
+        if i != skip:
+            h = layer(x, cos, sin, mask)
+    return model.logits(model.norm(h))
+
+
 # %% 3 · forgets the minus
 def surprise(model, ids):
     return -F.cross_entropy(logits_after(model, ids[:-1]), torch.tensor(ids), reduction="none")
@@ -148,3 +164,15 @@ def surprise(model, ids):
 # %% 3 · passes all ids, the shapes differ
 def surprise(model, ids):
     return F.cross_entropy(logits_after(model, ids), torch.tensor(ids), reduction="none")
+
+
+# %% 3 · takes the row behind the token itself
+def surprise(model, ids):
+    logs = logits_after(model, ids).log_softmax(-1)
+    return torch.stack([-logs[i + 1, token] for i, token in enumerate(ids)])
+
+
+# %% 3 · logarithm with base ten
+def surprise(model, ids):
+    p = logits_after(model, ids[:-1]).softmax(-1)
+    return -p[range(len(ids)), ids].log10()
