@@ -106,6 +106,15 @@ class Course:
         links += [f"[contents]({contents})"]
         return " | ".join(links + [f"[{self.about[n]['topic']} →]({n}.ipynb)" for n in after])
 
+    def contents(self):
+        """All lessons by part, with links: a cell of lesson 00."""
+        parts = {}
+        for name in self.names:
+            link = f"[{name[:2]} {self.about[name]['topic']}]({name}.ipynb)"
+            parts.setdefault(self.about[name]["part"], []).append(link)
+        lines = [f"**{part}**: {', '.join(links)}." for part, links in parts.items()]
+        return "\n\n".join(["## Contents", *lines])
+
     def link(self, found):
         """`[lesson 9](09_rope.ipynb)` with the number that the stem has today."""
         number = self.numbers.get(found["stem"])
@@ -116,6 +125,8 @@ class Course:
         for cell in nb.cells:
             if "navigation" in tags(cell):
                 cell.source = self.navigation(name)
+            elif cell.source.startswith("## Contents\n"):
+                cell.source = self.contents()
             elif cell.cell_type == "markdown":
                 text = re.sub(r"\A# \d+ · ", f"# {name[:2]} · ", cell.source)
                 text = re.sub(r"^\*\d+ minutes\* ·", f"*{minutes(nb)} minutes* ·", text, flags=re.M)

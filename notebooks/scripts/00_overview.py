@@ -329,6 +329,21 @@ for prompt in (ours, theirs):
     print([tokenizer.sp.id_to_piece(i) for i in tokenizer.encode(prompt)])
 
 # %% [markdown]
+# ## Contents
+#
+# **0 The whole**: [00 Overview](00_overview.ipynb).
+#
+# **I Seeing**: [01 Pictures](01_plotting.ipynb), [02 Image processor](02_image_processor.ipynb), [03 Patch embedding](03_patch_embedding.ipynb), [04 SigLIP's attention](04_siglip_attention.ipynb), [05 SigLIP](05_siglip.ipynb).
+#
+# **II Language**: [06 Tokenizer](06_tokenizer.ipynb), [07 RMSNorm](07_rms_norm.ipynb), [08 GeGLU](08_geglu.ipynb), [09 RoPE](09_rope.ipynb), [10 Grouped-query attention](10_grouped_query_attention.ipynb), [11 KV cache](11_kv_cache.ipynb), [12 Gemma](12_gemma.ipynb), [13 Gemma 2](13_gemma2.ipynb).
+#
+# **III Together**: [14 Processor](14_processor.ipynb), [15 PaliGemma](15_model.ipynb), [16 Checkpoint](16_checkpoint.ipynb).
+#
+# **IV Answering**: [17 Sampling](17_sampling.ipynb), [18 Generation](18_generation.ipynb), [19 Detection](19_detection.ipynb), [20 Mask codec](20_mask_codec.ipynb), [21 Segmentation](21_segmentation.ipynb), [22 Quantization](22_quantization.ipynb), [23 Compilation](23_compilation.ipynb), [24 Inference](24_inference.ipynb).
+#
+# **V Learning**: [25 Scenes](25_scenes.ipynb), [26 Contrastive learning](26_contrastive.ipynb), [27 Training](27_training.ipynb), [28 Evaluation](28_evaluation.ipynb), [29 LoRA](29_lora.ipynb).
+
+# %% [markdown]
 # ## How to read the course
 #
 # - **In order**, to build all of it: parts I (a picture alone) and II (text alone) meet in part III, part IV makes them answer, and part V trains them. A lesson imports only from earlier ones.

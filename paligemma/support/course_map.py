@@ -24,14 +24,14 @@ STEMS = {name[3:]: colour for colour, names in PARTS.items() for name in names.s
 NUMBERS = {name[3:]: name[:2] for names in PARTS.values() for name in names.split()}
 FRAMES = (  # stem, left, bottom, width, height, title
     ("processor", 13.5, 33.2, 16, 27.3, "Processor"),
-    ("siglip", 48.6, 45.2, 32.4, 15.3, "SigLIP encoder block × 27"),
+    ("siglip", 48.4, 45.2, 33.4, 15.3, "SigLIP encoder block × 27"),
     ("gemma", 3.5, 13, 61.5, 16.2, "Gemma decoder block × 18"),
     ("grouped_query_attention", 14, 15, 23, 9.6, "grouped-query attention"),
 )
 ARROWS = (  # the corners of each line; the last one gets the head
     *(((a, 51.6), (b, 51.6)) for a, b in ((11.5, 15.3), (27.5, 33.8), (46, 50.6), (55.5, 56.6))),
     *(((a, 51.6), (b, 51.6)) for a, b in ((64.8, 65.3), (67.7, 68.6), (73.5, 74.4))),
-    *(((a, 51.6), (b, 51.6)) for a, b in ((78.6, 78.7), (81, 83.1), (92.5, 95.6))),
+    *(((a, 51.6), (b, 51.6)) for a, b in ((78.6, 78.7), (81, 83.8), (92.7, 95.6))),
     *(((a, 38.6), (b, 38.6)) for a, b in ((11.5, 15.3), (27.5, 33.8), (46, 95.6))),
     *(((a, 19.8), (b, 19.8)) for a, b in ((11.8, 13.8), (37, 38.1), (40.5, 42), (48.5, 50.3))),
     *(((a, 19.8), (b, 19.8)) for a, b in ((58.5, 59.8), (62.2, 67.8), (75.5, 78.3), (87, 89.8))),
@@ -50,7 +50,7 @@ BOXES = (  # stem, left, bottom, width, height, text; a low box has its number b
     ("siglip_attention", 56.8, 47.5, 8, 8.2, "attention\nall ↔ all"),
     ("siglip", 68.8, 47.5, 4.7, 8.2, "norm"),
     ("siglip", 74.6, 47.5, 4, 8.2, "MLP"),
-    ("model", 83.3, 46.8, 9.2, 9.6, "projector"),
+    ("model", 84, 46.8, 8.7, 9.6, "projector"),
     ("tokenizer", 15.5, 34.6, 12, 8, "tokenizer"),
     ("gemma", 34, 34.6, 12, 8, "embedding"),
     ("rms_norm", 5.5, 15, 6.3, 9.6, "RMS\nNorm"),
