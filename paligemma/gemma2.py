@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from paligemma.gemma import GemmaConfig, GemmaDecoderLayer, GemmaModel
+from paligemma.geglu import GeGLU
+from paligemma.gemma import GemmaConfig, GemmaModel
 from paligemma.grouped_query_attention import GroupedQueryAttention, group_size
 from paligemma.rms_norm import RMSNorm
 
@@ -74,19 +76,19 @@ def window_mask(mask: torch.Tensor, window: int) -> torch.Tensor:
     """Cut all but the last `window` keys that a query sees, except of those that look back.
 
     Args:
-        mask: `bool[B, 1, L, S + L]`, True where a query may look; the L new tokens stand last,
+        mask: `bool[B, 1, L, S]`, True where a query may look; the L new tokens stand last,
             or (where L = 1) anywhere. Tokens that see each other come in one call.
         window: how many tokens a query may see, itself included.
 
     Returns:
-        `bool[B, 1, L, S + L]`.
+        `bool[B, 1, L, S]`.
 
     Source: `create_sliding_window_causal_mask` with a bidirectional block, transformers.
     """
     length, total = mask.shape[-2:]
     seen = mask.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)  # from this key to the last one
     back = mask[..., total - length :].transpose(-1, -2)  # [B, 1, L, L]: does the key look back?
-    mutual = F.pad(back, (total - length, 0))  # [B, 1, L, S + L]
+    mutual = F.pad(back, (total - length, 0))  # [B, 1, L, S]
     return mask & ((seen <= window) | mutual)
 
 
@@ -112,13 +114,16 @@ class Gemma2Attention(GroupedQueryAttention):
         return capped_attention(q, k, v, mask, self.scale, self.cap)
 
 
-class Gemma2DecoderLayer(GemmaDecoderLayer):
+class Gemma2DecoderLayer(nn.Module):
     """Sandwich block: x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
 
     def __init__(self, config: Gemma2Config, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Gemma2Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GeGLU(config.hidden_size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:

@@ -48,8 +48,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from paligemma.gemma import GemmaConfig, GemmaDecoderLayer, GemmaModel
+from paligemma.geglu import GeGLU
+from paligemma.gemma import GemmaConfig, GemmaModel
 from paligemma.grouped_query_attention import GroupedQueryAttention, group_size
 from paligemma.rms_norm import RMSNorm
 
@@ -60,6 +62,7 @@ import inspect
 import matplotlib.pyplot as plt
 from safetensors.torch import load_file
 
+from paligemma.gemma import GemmaDecoderLayer
 from paligemma.grouped_query_attention import grouped_attention
 from paligemma.image_processor import ImageProcessor
 from paligemma.kv_cache import KVCache
@@ -243,7 +246,7 @@ print(
 assert (scores < 10).float().mean() > 0.99 and scores.max() < 25
 
 # %% [markdown]
-# So the cap of 50 would do next to nothing here, in daily work. Now the cap of 30 on its logits, for
+# So the cap of 50 would do next to nothing here. Now the cap of 30 on its logits, for
 # each token of the caption:
 
 # %%
@@ -490,19 +493,19 @@ def window_mask(mask: torch.Tensor, window: int) -> torch.Tensor:
     """Cut all but the last `window` keys that a query sees, except of those that look back.
 
     Args:
-        mask: `bool[B, 1, L, S + L]`, True where a query may look; the L new tokens stand last,
+        mask: `bool[B, 1, L, S]`, True where a query may look; the L new tokens stand last,
             or (where L = 1) anywhere. Tokens that see each other come in one call.
         window: how many tokens a query may see, itself included.
 
     Returns:
-        `bool[B, 1, L, S + L]`.
+        `bool[B, 1, L, S]`.
 
     Source: `create_sliding_window_causal_mask` with a bidirectional block, transformers.
     """
     length, total = mask.shape[-2:]
     seen = mask.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)  # from this key to the last one
     back = mask[..., total - length :].transpose(-1, -2)  # [B, 1, L, L]: does the key look back?
-    mutual = F.pad(back, (total - length, 0))  # [B, 1, L, S + L]
+    mutual = F.pad(back, (total - length, 0))  # [B, 1, L, S]
     return mask & ((seen <= window) | mutual)
 
 
@@ -550,13 +553,16 @@ class Gemma2Attention(GroupedQueryAttention):
 
 # %%
 #| export
-class Gemma2DecoderLayer(GemmaDecoderLayer):
+class Gemma2DecoderLayer(nn.Module):
     """Sandwich block: x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
 
     def __init__(self, config: Gemma2Config, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Gemma2Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GeGLU(config.hidden_size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None) -> torch.Tensor:
@@ -674,11 +680,8 @@ config = Gemma2Config(24, 12, 20, 4, 4, 2, 6, query_pre_attn_scalar=5, sliding_w
 def logits_of(config, sizes=(9,)):
     model = Gemma2Model(config)
     model.load_state_dict(theirs)
-    cache, parts, causal = (
-        KVCache(4, 2, 2, 9, 6),
-        [],
-        torch.ones(1, 1, 9, 9, dtype=torch.bool).tril(),
-    )
+    cache, parts = KVCache(4, 2, 2, 9, 6), []
+    causal = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
     for ids in reference["ids"].split(sizes, dim=1):
         now = torch.arange(len(cache), len(cache) + ids.shape[1])
         seen = causal[:, :, now, : now[-1] + 1]
@@ -705,12 +708,11 @@ changes = {
     "scale from head_dim": {"query_pre_attn_scalar": 6},
     "no cap on logits": {"final_logit_softcapping": None},
 }
-moved = torch.stack(
-    [
-        (logits_of(Gemma2Config(**vars(config) | change)) - reference["logits"])[0].abs().amax(-1)
-        for change in changes.values()
-    ]
-)
+moved = []
+for change in changes.values():
+    logits = logits_of(Gemma2Config(**vars(config) | change))
+    moved.append((logits - reference["logits"])[0].abs().amax(-1))
+moved = torch.stack(moved)
 
 # %%
 assert moved[1, :4].max() < 1e-5 and moved[1, 4:].min() > 0.1
@@ -1000,7 +1002,7 @@ check(test_3, scores)
 # </details>
 
 # %% [markdown]
-# **2.** Layer 0 sees 4,096 tokens back. How far back can information in layer 2 come from?
+# **2.** Layer 0 sees 4,095 tokens back. How far back can information in layer 2 come from?
 #
 # <details><summary>Answer</summary>
 #

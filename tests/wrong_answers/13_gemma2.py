@@ -141,6 +141,36 @@ class ForgettingCache:
         return k, v
 
 
+# %% 2 · cuts what was kept, not what is kept
+class ForgettingCache:
+    def __init__(self, window):
+        self.window, self.kept = window, {}
+
+    def update(self, layer_idx, k, v):
+        if layer_idx in self.kept:
+            old_k, old_v = self.kept[layer_idx]
+            if layer_idx % 2 == 0:
+                old_k, old_v = old_k[:, :, -self.window :], old_v[:, :, -self.window :]
+                old_k, old_v = old_k[:, :, k.shape[2] :], old_v[:, :, v.shape[2] :]
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+        self.kept[layer_idx] = k, v
+        return k, v
+
+
+# %% 2 · puts the new tokens first
+class ForgettingCache:
+    def __init__(self, window):
+        self.window, self.kept = window, {}
+
+    def update(self, layer_idx, k, v):
+        if layer_idx in self.kept:
+            old_k, old_v = self.kept[layer_idx]
+            k, v = torch.cat((k, old_k), dim=2), torch.cat((v, old_v), dim=2)
+        keep = slice(None) if layer_idx % 2 else slice(self.window)
+        self.kept[layer_idx] = k[:, :, keep], v[:, :, keep]
+        return k, v
+
+
 # %% 3 · ordinary scores
 scores = [1.0, 2.0, 3.0, 4.0]
 # %% 3 · makes the hidden key loud
@@ -157,3 +187,7 @@ scores = [float("-inf")] * 4
 scores = [-500.0, -600.0, -700.0]
 # %% 3 · gives a word
 scores = "-500"
+# %% 3 · equal and low, but the cap does not press them together
+scores = [-1.0, -1.0, -1.0, 0.0]
+# %% 3 · two of three are low enough
+scores = [-500.0, -600.0, -50.0, 0.0]
