@@ -24,7 +24,7 @@
 # **What you will be able to do**
 #
 # - open a weight file with nothing but `struct` and `json`, and read a tensor out of it;
-# - load a published model in 25 lines: names, shapes without memory, strictness, no copy;
+# - load a published model in thirty lines: names, shapes without memory, strictness, no copy;
 # - name the damage that each guard of a real loader is for;
 # - recognise a model that loaded "without errors" and is partly random.
 
@@ -87,7 +87,7 @@ _ = torch.manual_seed(16)
 # %% [markdown]
 # ## The problem
 #
-# Fifteen lessons built a model. Its code is a few hundred lines; what it *knows* is 2,923,466,480 numbers. They come as a **checkpoint**: a directory with the numbers, their names and a description of the model's shape.
+# Fifteen lessons built a model. Its code is little more than a thousand lines; what it *knows* is 2,923,466,480 numbers. They come as a **checkpoint**: a directory with the numbers, their names and a description of the model's shape.
 #
 # Python will not notice if one lands in the wrong place. How do they get in *fast*, and how do we *know* that all are right? The first obstacle is names: the same tensor has been published under several.
 
@@ -106,7 +106,7 @@ for y, (layout, name) in zip((2, 1, 0), published.items()):
     arrow = {"arrowstyle": "-|>", "color": COLOURS["muted"], "shrinkB": 2}
     ax.annotate("", (7.3, 1), (5.95, y), arrowprops=arrow)
 place = {"boxstyle": "round,pad=0.6", "fc": COLOURS["together"], "ec": "none"}
-ax.text(8.35, 1, "one place\n32 × 16 numbers", ha="center", va="center", color="white", bbox=place)
+ax.text(8.35, 1, "one tensor\n4304 × 1152", ha="center", va="center", color="white", bbox=place)
 ax.set(xlim=(0, 9.3), ylim=(-0.5, 2.5))
 ax.set_axis_off()
 save_figure(fig, "16_names")
@@ -265,6 +265,7 @@ def load_by_copying(path):
     return model.eval()
 
 
+# %%
 copied = load_by_copying(TINY)
 print(f"{sum(p.numel() for p in copied.parameters()):,} parameters, {copied.dtype}")
 
@@ -285,6 +286,7 @@ def first_word(model, question):
     return processor.decode([int(token)]), chance.item()
 
 
+# %%
 question = "answer en how many dogs are there?"
 word, chance = first_word(copied, question)
 print(f"{question}  {word} ({chance:.0%})")
@@ -294,14 +296,14 @@ assert word == "2" and chance > 0.9
 show_images(sample_picture("scene"), height=1.6)
 
 # %% [markdown]
-# It is right. But the loader drew a random number for every weight only to overwrite it, and moved every byte three times: into the buffer, into a slice, into the model. And nobody asked whether *each* place was filled: a tensor that the file lacks would have stayed random, without a word. Three tools remove all of this.
+# It is right. But the loader drew a random number for every weight only to overwrite it, and moved every byte again and again: into a buffer, into slices of it, into the model. And nobody asked whether *each* tensor was in the file: one that it lacks would have stayed random, without a word. Three tools remove all of this.
 
 # %% [markdown]
-# ## Load, in 25 lines
+# ## Load, in thirty lines
 #
 # ### Tool 1: a model without memory
 #
-# To know what *should* be in the file we need names and shapes, no numbers. On the **meta device** tensors have a shape, a type and no storage. Here is the whole 3B model, for nothing:
+# To know what *should* be in the file we need names and shapes, no numbers. On the **meta device** tensors have a shape, a type and no storage. Here is the whole 3B model, without one number:
 
 # %% tags=["nbval-ignore-output"]
 modules, start = len(sys.modules), time.perf_counter()
@@ -316,7 +318,7 @@ print(tuple(weight.shape), weight.device, f"{count:,} parameters")
 assert count == 2_923_466_480
 
 # %% [markdown]
-# (Hundreds of new modules, for a model without numbers? We come back to that.)
+# (Hundreds of new modules? We come back to that.)
 #
 # ### Tool 2: let the operating system read
 #
@@ -358,7 +360,7 @@ for name, weight in tiny.state_dict().items():
 print(tiny.dtype, first_word(tiny, question)[0])
 
 # %% [markdown]
-# With the names and the shape from above that makes about 25 lines, and they load any published PaliGemma that lies in one file. The weights are in bfloat16 now, because they *are* those of the file.
+# With the names and the shape from above that makes about thirty lines, and they load any published PaliGemma that lies in one file. The weights are in bfloat16 now, because they *are* those of the file.
 #
 # ## See it: loading is (almost) nothing
 #
@@ -407,7 +409,7 @@ if pages():  # on Linux
 # %% [markdown]
 # ## What a real loader adds
 #
-# A checkpoint comes from elsewhere, and our 25 lines believe all of it. Now the damage, one kind at a time, each beside its guard.
+# A checkpoint comes from elsewhere, and our thirty lines believe all of it. Now the damage, one kind at a time, each beside its guard.
 #
 # ### Damage 1: a start that takes too long
 #
@@ -838,7 +840,8 @@ def test_2(load_shards):
     path, index = folder / "shards", "model.safetensors.index.json"
     shutil.rmtree(path, ignore_errors=True)
     save_model(tiny, path, max_shard_bytes=1_500_000)
-    save_file({n: torch.zeros_like(t) for n, t in good.items()}, path / "old.safetensors")
+    older = path / "model-00001-of-00002.safetensors"
+    save_file({n: torch.zeros_like(t) for n, t in good.items()}, older)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensors without memory
@@ -852,7 +855,7 @@ def test_2(load_shards):
     state = model.state_dict()
     assert not any(t.is_meta for t in state.values()), "a weight still has no memory: assign?"
     same = [name for name, t in tiny.state_dict().items() if torch.equal(state[name], t)]
-    assert len(same) > 1, "the weights are others: random ones, or those of old.safetensors?"
+    assert len(same) > 1, "the weights are others: random ones, or those of an older save?"
     assert len(same) == len(state), f"only {len(same)} of {len(state)} tensors are those stored"
     place = json.loads((path / index).read_text())
     lost = next(n for n in reversed(place["weight_map"]) if "norm" in n)

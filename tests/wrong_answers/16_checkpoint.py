@@ -194,3 +194,19 @@ def damaged(data):
 # %% 3 · forgets to return
 def damaged(data):
     data[:-1] + bytes([data[-1] ^ 1])
+
+
+# %% 2 · takes every file that is called like a shard
+def load_shards(path):
+    model, state = empty_model(build_config(read_config(path))), {}
+    for file in sorted(path.glob("model-*.safetensors"), reverse=True):
+        for name, tensor in load_file(file).items():
+            state[internal_name(name)] = tensor
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+# %% 3 · a blank of the header
+def damaged(data):
+    (n,) = struct.unpack("<Q", data[:8])
+    return data[: 7 + n] + b"\n" + data[8 + n :]
