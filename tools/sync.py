@@ -213,7 +213,7 @@ def slim_png(raw):
     """A PNG without text chunks (they name versions); a photograph gets a palette of 256."""
     image = Image.open(io.BytesIO(raw)).convert("RGB")
     if len(raw) > PHOTOGRAPH:
-        image = image.quantize(palette=image.quantize(256))  # the second time dithered
+        image = image.quantize(256)  # not dithered: flat colours stay flat
     out = io.BytesIO()
     image.save(out, "png", optimize=True)
     return out.getvalue()
