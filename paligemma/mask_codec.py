@@ -16,18 +16,6 @@ from torch.nn import functional as F
 from paligemma.support.files import open_tensors, replacing
 from paligemma.support.tensors import match_tensors
 
-
-def mask_iou(a, b) -> np.ndarray:
-    """Intersection over union of masks, bool[..., height, width], arrays or tensors.
-
-    Returns:
-        float64[...], 0 (apart, or both empty) to 1 (equal).
-    """
-    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    shared, together = (a & b).sum((-1, -2)), (a | b).sum((-1, -2))
-    return shared / np.maximum(together, 1)
-
-
 GRID = 4  # codes along a side
 SIDE = 64  # pixels along a side of the square that the codes draw
 
@@ -209,6 +197,17 @@ class MaskCodec(nn.Module):
         about = {"format": "pt", "fixed_length": str(self.fixed_length).lower()}
         with replacing(path.parent) as draft:
             save_file(state, draft(path.name), metadata=about)
+
+
+def mask_iou(a, b) -> np.ndarray:
+    """Intersection over union of masks, bool[..., height, width], arrays or tensors.
+
+    Returns:
+        float64[...], 0 (apart, or both empty) to 1 (equal).
+    """
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    shared, together = (a & b).sum((-1, -2)), (a | b).sum((-1, -2))
+    return shared / np.maximum(together, 1)
 
 
 def codec_file(path: str | os.PathLike) -> Path:

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 20 · Mask codec: how do sixteen tokens draw any shape?
 #
-# *50 minutes* · part IV, Answering
+# *45 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
@@ -60,14 +60,12 @@ from paligemma.support.files import open_tensors, replacing
 from paligemma.support.tensors import match_tensors
 
 # %% tags=["setup"]
-import math
 import tempfile
 from importlib import resources
 
 import matplotlib.pyplot as plt
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from paligemma.plotting import show_images
 from paligemma.support.course import HEAT, add_to_class, check, save_figure
 from paligemma.support.drawing import COLOURS, CYCLE
 
@@ -90,55 +88,25 @@ def square(name, degrees=0):
     return np.asarray(inside, dtype=np.float32) / 255
 
 
-cat = square("cat", 6) > 0.5
+# %%
+cat = square("cat") > 0.5
 runs = 1 + int((cat.ravel()[1:] != cat.ravel()[:-1]).sum())
 print(f"{cat.size} pixels, or {runs} runs of equal pixels")
 assert runs > 100
 
-# %% [markdown]
-# A hundred numbers and more for one cat, even as runs. A language model writes token by token, at full
-# price each ([lesson 18](18_generation.ipynb)). What can we get for **sixteen**? Perhaps eight corners of
-# a polygon, two numbers each. First we need to say how good a drawing is: what both share, divided by
-# what they cover together.
-
-
-# %%
-#| export
-def mask_iou(a, b) -> np.ndarray:
-    """Intersection over union of masks, bool[..., height, width], arrays or tensors.
-
-    Returns:
-        float64[...], 0 (apart, or both empty) to 1 (equal).
-    """
-    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    shared, together = (a & b).sum((-1, -2)), (a | b).sum((-1, -2))
-    return shared / np.maximum(together, 1)
-
-
-# %%
-def fill(corners):
-    canvas = Image.new("1", (64, 64))
-    ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners], fill=1)
-    return np.asarray(canvas)
-
-
-turns = np.arange(8) * math.pi / 4
-corners = 32 + 28 * np.stack([np.cos(turns), np.sin(turns)], axis=1)
-best, rng = mask_iou(fill(corners), cat), np.random.default_rng(0)
-for _ in range(4000):  # move one corner a little; keep what fits better
-    trial = corners.copy()
-    trial[rng.integers(8)] += rng.normal(0, 4, 2)
-    if (fit := mask_iou(fill(trial), cat)) > best:
-        best, corners = fit, trial
-print(f"IoU of the polygon: {best:.2f}")
-
 # %% tags=["hide-input"]
-fig = show_images([cat, fill(corners)], ["the truth", f"eight corners: IoU {best:.2f}"], height=2.2)
-save_figure(fig, "20_corners.png")
+fig, ax = plt.subplots(figsize=(2.6, 2.8), layout="constrained")
+ax.imshow(cat, cmap=HEAT, vmin=0, vmax=1)
+for edge in range(0, 65, 16):
+    ax.axhline(edge - 0.5, color=COLOURS["accent"], lw=2)
+    ax.axvline(edge - 0.5, color=COLOURS["accent"], lw=2)
+ax.set_axis_off()
+ax.set_title("4,096 pixels, 16 cells")
+save_figure(fig, "20_square.png")
 
 # %% [markdown]
-# Not bad. But a polygon has to be *searched* for, here in 4,000 tries, and it knows nothing about how
-# things usually look.
+# More than a hundred numbers for one cat, even as runs. A language model writes token by token, at full
+# price each ([lesson 18](18_generation.ipynb)). What can we get for **sixteen**?
 #
 # PaliGemma does what writing does: a fixed alphabet, `<seg000>` … `<seg127>`, and sixteen letters for
 # every shape. Nobody designs the letters. They are *learned*, together with a small network that draws
@@ -158,26 +126,19 @@ for number, row in enumerate(codebook):
     print(f"code {number}: distance² = {(z - row).square().sum():.2f}")
 
 # %% [markdown]
-# Code 1 it is. As a loop, and at once: $|z - e|^2 = |z|^2 - 2\,z \cdot e + |e|^2$, where $|z|^2$ is the
+# Code 1 it is. For many vectors at once: $|z - e|^2 = |z|^2 - 2\,z \cdot e + |e|^2$, where $|z|^2$ is the
 # same for every code and can be left out.
 
 
 # %%
-def nearest_loop(z, codebook):
-    chosen = []
-    for point in z.tolist():
-        far = [sum((p - c) ** 2 for p, c in zip(point, row)) for row in codebook.tolist()]
-        chosen.append(far.index(min(far)))
-    return chosen
-
-
 def nearest(z):
     return (codebook.square().sum(1) - 2 * z @ codebook.T).argmin(-1)
 
 
 torch.manual_seed(0)
 cloud = torch.rand(400, 2)
-assert nearest(z) == 1 and nearest(cloud).tolist() == nearest_loop(cloud, codebook)
+assert nearest(z) == 1
+assert torch.equal(nearest(cloud), torch.cdist(cloud, codebook).argmin(1))
 print(torch.bincount(nearest(cloud)).tolist(), "points a code")
 
 # %% [markdown]
@@ -211,14 +172,15 @@ assert torch.allclose(straight, e) and torch.allclose(z.grad, 2 * (e - wanted))
 # Is a wrong gradient any good? It points from the *code* to what is wanted, and $z$ walks that way.
 
 # %%
-walk, point = [], torch.tensor([[0.45, 0.28]])
+walk, point = [], torch.tensor([[0.45, 0.28]], requires_grad=True)
 for _ in range(14):
-    point.requires_grad_()
     e = codebook[nearest(point)]
     loss = (point + (e - point).detach() - wanted).square().sum()
     walk.append((*point[0].tolist(), int(nearest(point)), loss.item()))
     (slope,) = torch.autograd.grad(loss, point)
-    point = (point - 0.04 * slope).detach()
+    point.data -= 0.04 * slope
+
+# %%
 xs, ys, chosen, losses = zip(*walk)
 print("codes ", chosen)
 print("losses", [f"{v:.2f}" for v in losses])
@@ -241,7 +203,7 @@ right.set_title("z walks; its colour is the code")
 save_figure(fig, "20_straight")
 
 # %% [markdown]
-# Nothing happens to the loss for some steps; then $z$ crosses a border, and a better code is chosen.
+# For some steps the loss stays the same; then $z$ crosses a border, and a better code is chosen.
 #
 # Still missing: who moves the codebook? The drawing's loss does not (its gradient went past it). A
 # second loss pulls each chosen row to the vectors that chose it, and, more gently, the vectors to
@@ -253,7 +215,7 @@ save_figure(fig, "20_straight")
 # | $|\,e - \mathrm{sg}(z)\,|^2$ | – | moves | – |
 # | $\tfrac14\,|\,z - \mathrm{sg}(e)\,|^2$ | moves | – | – |
 #
-# sg is *stop gradient*: `detach`.
+# sg is *stop gradient*, `detach`; the sum of the last two rows is called `apart` below.
 
 # %% [markdown]
 # ## The module: encoder, codebook, decoder
@@ -346,9 +308,8 @@ class MaskCodec(nn.Module):
 
 
 # %% [markdown]
-# Three methods: to vectors, back to pixels, and both for training, straight through the choice. Our own
-# encoder gives its vectors a fixed length ([lesson 07](07_rms_norm.ipynb), without a weight). Otherwise
-# they may grow and grow, and the codebook runs after them.
+# Masks to vectors. Our own encoder gives them a fixed length ([lesson 07](07_rms_norm.ipynb), without a
+# weight). Otherwise they may grow and grow, and the codebook runs after them.
 
 
 # %%
@@ -363,6 +324,12 @@ def encode_vectors(self, masks: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(z, z.shape[2:]) if self.fixed_length else z
 
 
+# %% [markdown]
+# Vectors to pixels; and both for training, straight through the choice:
+
+
+# %%
+#| export
 @add_to_class(MaskCodec)
 def decode_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
     """What the decoder draws: `float32[B, 16, code_width]` → `float32[B, 64, 64]`."""
@@ -386,11 +353,13 @@ net = MaskCodec(codes=32, code_width=8, width=32)
 some = torch.tensor(np.stack([square("cat"), square("dog"), square("tree")]))
 drawn, codes, apart = net(some)
 print("codes", list(codes.shape), "drawing", list(drawn.shape))
+
+# %%
 drawn.mean().backward()
 assert net._vq_vae._embedding.grad is None and net.encoder[0].weight.grad.abs().max() > 0
 
 # %% [markdown]
-# The last line is the table's first row: a gradient arrives at the encoder, and none at the codebook.
+# That is the table's first row: a gradient arrives at the encoder, and none at the codebook.
 #
 # ## Train one
 #
@@ -401,11 +370,13 @@ KINDS = sorted(path.stem for path in (ASSETS / "emoji").glob("*.png"))
 HELD = KINDS[3::6]
 
 
+# %%
 def squares(kinds, turns):
     shapes = np.stack([square(kind, turn) for kind in kinds for turn in turns])
     return torch.tensor(np.concatenate([shapes, shapes[:, :, ::-1]]))
 
 
+# %%
 train_masks = squares([kind for kind in KINDS if kind not in HELD], (-20, -10, 0, 10, 20))
 held_masks = squares(HELD, (0, 15))
 assert (len(KINDS) - len(HELD), len(HELD), len(train_masks)) == (40, 8, 400)
@@ -425,10 +396,29 @@ def training(net, steps=240):
         yield some, codes, loss.item()
 
 
+# %% [markdown]
+# How good is a drawing? As with boxes: what both share, divided by what they cover together.
+
+
+# %%
+#| export
+def mask_iou(a, b) -> np.ndarray:
+    """Intersection over union of masks, bool[..., height, width], arrays or tensors.
+
+    Returns:
+        float64[...], 0 (apart, or both empty) to 1 (equal).
+    """
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    shared, together = (a & b).sum((-1, -2)), (a | b).sum((-1, -2))
+    return shared / np.maximum(together, 1)
+
+
 # %% tags=["nbval-ignore-output"]
 torch.manual_seed(1)
 net = MaskCodec(codes=64, code_width=16, width=32)
 steps = [(codes, loss) for _, codes, loss in training(net)]
+
+# %% tags=["nbval-ignore-output"]
 with torch.no_grad():
     drawn, codes, _ = net(held_masks)
 fits = mask_iou(drawn > 0, held_masks > 0.5)
@@ -442,8 +432,8 @@ def pairs(ax, truth, drawn, notes=()):
     rows = [np.concatenate([np.pad(np.asarray(m), 3) for m in part], 1) for part in (truth, drawn)]
     ax.imshow(np.concatenate(rows), cmap=HEAT, vmin=0, vmax=1)
     ax.set_axis_off()
-    for place, note in enumerate(notes):
-        ax.text(70 * place + 35, -4, note, ha="center")
+    for column, note in enumerate(notes):
+        ax.text(70 * column + 35, -4, note, ha="center")
 
 
 fig, (left, right) = plt.subplots(
@@ -451,20 +441,19 @@ fig, (left, right) = plt.subplots(
 )
 left.plot([loss for _, loss in steps], color=COLOURS["vision"])
 left.set(xlabel="step", ylabel="error of the drawing", ylim=(0, None))
-notes = [f"{kind}\n{fit:.2f}" for kind, fit in zip(HELD, fits[::2])]
+notes = [f"{kind}\nIoU {fit:.2f}" for kind, fit in zip(HELD, fits[::2])]
 pairs(right, held_masks[:12:2], (drawn[:12:2] + 1) / 2, notes[:6])
 save_figure(fig, "20_training.png")
 
 # %% [markdown]
-# It never saw these kinds, and still draws something like them: it did not learn 40 kinds but *pieces of
-# edges*. Corners are soft; the elephant has lost its legs. For a few seconds it looks like a good
-# beginning, and yet something is badly wrong with this codec. You will see it in the section on the bug.
+# It never saw these kinds, and still draws something like them. Corners are soft; the elephant has lost
+# its legs. A good beginning for a few seconds of training, and yet something is badly wrong with this
+# codec. The section on the bug shows what.
 
 # %% [markdown]
 # ## Two methods for everybody else
 #
-# Whoever uses a codec has masks and wants codes, or has codes out of an untrusted text and wants a
-# drawing. These two check what they get.
+# One writes masks, one draws codes, and each checks what it gets: codes may be from an untrusted text.
 
 
 # %%
@@ -511,10 +500,9 @@ def decode(self, codes: torch.Tensor) -> torch.Tensor:
 # ## Files
 #
 # The published `vae-oid.npz` holds everything: the codebook, the decoder that reads answers, and the
-# **encoder** that wrote the masks for PaliGemma's training. It differs from ours in three points: its
-# widths, two blocks in its encoder, and vectors of any length. Widths are seen from the tensors.
-# `match_tensors` ([tensors.py](../paligemma/support/tensors.py)) sees to it that every tensor is there,
-# with its shape, full of numbers.
+# **encoder** that wrote the masks for PaliGemma's training. It differs from ours in its widths,
+# which are seen from the tensors, two blocks in its encoder, and vectors of any length. `match_tensors`
+# ([tensors.py](../paligemma/support/tensors.py)) sees to it that no tensor is missing or damaged.
 
 
 # %%
@@ -585,6 +573,8 @@ def from_pretrained(cls, path: str | os.PathLike) -> "MaskCodec":
     return cls.from_state(state, path, fixed_length=about.get("fixed_length", "true") == "true")
 
 
+# %%
+#| export
 @add_to_class(MaskCodec)
 def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
     """Write `mask_codec.safetensors`, whole or not at all, into a directory, made when absent."""
@@ -616,6 +606,8 @@ weights = {n: 0.05 * torch.randn(t.shape) for n, t in like_theirs.state_dict().i
 with tempfile.TemporaryDirectory() as folder:
     np.savez(f"{folder}/vae-oid.npz", **{n: t.numpy() for n, t in weights.items()})
     published = MaskCodec.from_npz(f"{folder}/vae-oid.npz")
+
+# %%
 sizes = {n: sum(t.numel() for k, t in weights.items() if n in k) for n in ("decoder", "_vq_vae")}
 print("parameters:", sizes)
 assert sizes == {"decoder": 1_123_457, "_vq_vae": 65_536}
@@ -632,6 +624,7 @@ def block(name, x):
     return x + layer(F.conv2d, f"{name}.net.4", y)
 
 
+# %%
 some_codes = torch.randint(128, (5, 16))
 grid = weights["_vq_vae._embedding"][some_codes].view(5, 4, 4, 512).permute(0, 3, 1, 2)
 x = block("decoder.3", block("decoder.2", layer(F.conv2d, "decoder.0", grid).relu()))
@@ -663,7 +656,9 @@ assert same == 1
 codec = MaskCodec.from_pretrained(ASSETS / "tiny")
 sheet = np.asarray(Image.open(ASSETS / "mask_codec" / "held_out.png")) / 255
 tiles = sheet.reshape(6, 64, 8, 64).swapaxes(1, 2).reshape(48, 64, 64)
-held = torch.tensor(tiles, dtype=torch.float32)
+held = torch.tensor(tiles, dtype=torch.float32)  # [48, 64, 64]
+
+# %%
 codes = codec.encode(held)
 drawn = codec.decode(codes)
 ious = mask_iou(drawn > 0, held > 0.5)
@@ -677,8 +672,8 @@ for ax, start in zip(axes, (0, 10, 20)):
 save_figure(fig, "20_gallery.png")
 
 # %% [markdown]
-# What to notice: compact things are nearly perfect. What suffers is thin: legs, stalks, gaps. We can
-# measure that: how much of a shape lies within two pixels of its edge?
+# Over each pair stands its IoU. What to notice: compact things are nearly perfect. What suffers is thin:
+# legs, stalks, gaps. We can measure that: how much of a shape lies within two pixels of its edge?
 
 # %%
 inner = 1 - F.max_pool2d(1 - (held > 0.5).float()[:, None], 5, stride=1, padding=2)[:, 0]
@@ -688,38 +683,24 @@ print(f"correlation of thinness and IoU: {related:.2f}")
 assert related < -0.85
 
 # %% [markdown]
-# A cell has seven bits, and a thin line needs more of them. And the cat of the
-# beginning, beside its polygon?
-
-# %%
-whole = torch.tensor(cat[None], dtype=torch.float32)
-spelled = mask_iou(codec.decode(codec.encode(whole))[0] > 0, cat)
-corner_bits, code_bits = 8 * 2 * 10, 16 * 7  # 1,024 steps a coordinate; 128 codes
-print(f"eight corners, 4,000 tries: {corner_bits} bits, IoU {best:.2f}")
-print(f"sixteen codes, no search:   {code_bits} bits, IoU {spelled:.2f}")
-assert code_bits < corner_bits and abs(spelled - best) < 0.03
-
-# %% [markdown]
-# For a compact shape the polygon is *as good*. What the codes win: fewer bits, no search, holes and
-# several parts at no extra cost, and always sixteen tokens.
+# A cell has seven bits, and a thin line needs more of them.
 #
 # What do the codes mean? For each, the mean of all cells for which it was chosen, in these shapes and in
-# those of the lesson's own training; a pale tile was never chosen here:
+# those of the lesson's own training:
 
 # %%
 seen = torch.cat([held, train_masks])
 cells = seen.unflatten(2, (4, 16)).unflatten(1, (4, 16)).permute(0, 1, 3, 2, 4).flatten(0, 2)
-chosen = codec.encode(seen).flatten()
-counts = torch.bincount(chosen, minlength=codec.codes)
-letters = torch.zeros(codec.codes, 16, 16).index_add(0, chosen, cells)
-letters = letters / counts.clamp(min=1)[:, None, None]
-filled = letters.mean((1, 2))[counts > 0]
-order = np.corrcoef(filled, np.arange(codec.codes)[counts > 0])[0, 1]
+chosen = codec.encode(seen).flatten()  # one code for each cell of 16 × 16 pixels
+letters = torch.stack([cells[chosen == code].mean(0) for code in range(codec.codes)])
+
+# %%
+filled = letters.mean((1, 2))
+order = np.corrcoef(filled, np.arange(codec.codes))[0, 1]
 print(f"number and filling go together: {order:.2f}; plainly full: {int((filled > 0.98).sum())}")
 assert order > 0.9 and (filled > 0.98).sum() >= 5
 
 # %% tags=["hide-input"]
-letters[counts == 0] = 0.35
 tiles = F.pad(letters, (1, 1, 1, 1), value=0.35).unflatten(0, (8, 16))
 mosaic = tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 fig, ax = plt.subplots(figsize=(8, 4.1), layout="constrained")
@@ -729,7 +710,7 @@ save_figure(fig, "20_alphabet.png")
 
 # %% [markdown]
 # Numbered from empty to full; between them, edges at every height and slant. Several codes are plainly
-# full: they tell the *neighbours* something.
+# full: of their own cell they say the same.
 #
 # Does a code concern only its own cell? Change one code of every held-out shape, and see where the
 # drawing changes:
@@ -739,13 +720,18 @@ torch.manual_seed(0)
 changed = codes.clone()
 changed[:, 5] = torch.randint(codec.codes, (len(codes),))  # second row, second column
 other = codec.decode(changed)
-moved = (other - drawn).abs().mean(0)
+moved = (other - drawn).abs().mean(0)  # [64, 64]
+
+# %%
 share = (moved[16:32, 16:32].sum() / moved.sum()).item()
 near = (moved[8:40, 8:40].sum() / moved.sum()).item()
+print(f"of all change: {share:.2f} in the cell, {near:.2f} in it or within eight pixels of it")
+assert share > 5 / 16 and near > 0.6
+
+# %%
 lost = ious.mean() - mask_iou(other > 0, held > 0.5).mean()
-print(f"of all change: {share:.2f} in the cell, {near:.2f} within eight pixels of it")
 print(f"IoU lost by one wrong code: {lost:.3f}")
-assert share > 5 / 16 and near > 0.6 and lost < 0.05
+assert lost < 0.05
 
 # %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(3.6, 3.1), layout="constrained")
@@ -758,9 +744,9 @@ fig.colorbar(drawing, ax=ax, shrink=0.8, label="mean change")
 save_figure(fig, "20_one_letter")
 
 # %% [markdown]
-# The cell is a sixteenth of the picture and gets more than five times its share; most of the rest is close
-# by, for neighbours agree on where an edge meets. Good news for a language model: **one wrong token
-# spoils one corner, not the shape**.
+# The cell is a sixteenth of the picture and gets more than five times its share; with eight pixels
+# around it, over six tenths. So neighbours have a say too. Good news for a language model: **one wrong
+# token spoils one corner, not the shape**.
 #
 # ## At full size
 #
@@ -795,8 +781,8 @@ print(f"codes in use at the last step: {in_use[-1]:.1f} of 64")
 assert in_use[-1] < 10
 
 # %% [markdown]
-# A handful of codes does all the work, and the drawings still look like something. Why: a row that is far
-# from all vectors is never chosen, so nothing ever pulls it nearer. The rich get richer.
+# A handful of codes does all the work. Why: a row that is far from all vectors is never chosen, so
+# nothing ever pulls it nearer. The rich get richer.
 #
 # The cure: from time to time, move each row that nobody chose onto a vector that the encoder says *now*.
 
@@ -826,7 +812,7 @@ alive, counts, alive_steps = MaskCodec(codes=64, code_width=16, width=32), torch
 for step, (some, codes_now, loss) in enumerate(training(alive)):
     alive_steps.append((codes_now, loss))
     counts += torch.bincount(codes_now.flatten(), minlength=64)
-    if step % 20 == 0 and step < 190:
+    if step % 20 == 0 and step < 190:  # later ones would have no time to settle
         restart_dead_codes(alive, some, counts)
         counts.zero_()
 
@@ -838,7 +824,10 @@ alive_fits = mask_iou(alive_drawn > 0, held_masks > 0.5)
 for name, own, fit in (("as before", lazy_codes, fits), ("restarted", alive_codes, alive_fits)):
     print(f"{name}: {perplexity(own):4.1f} codes in use, IoU of held-out kinds {fit.mean():.2f}")
 assert perplexity(alive_codes) > 4 * perplexity(lazy_codes) and alive_fits.mean() > fits.mean()
+
+# %% tags=["nbval-ignore-output"]
 first = [np.mean([loss for _, loss in run[:120]]) for run in (steps, alive_steps)]
+print("mean loss of the first 120 steps:", [f"{value:.2f}" for value in first])
 assert abs(first[0] / first[1] - 1) < 0.15
 
 # %% tags=["hide-input", "nbval-ignore-output"]
@@ -858,9 +847,8 @@ axes[0].legend()
 save_figure(fig, "20_dead")
 
 # %% [markdown]
-# Same start, same number of steps. For half of the run the losses hardly differ: the loss does not show
-# the illness, perplexity does. Other cures (moving averages, small random starts, rows made of data) are
-# versions of one idea: put codes where the vectors are.
+# Same start, same number of steps. For half of the run the losses differ by less than 15%: the loss does
+# not show the illness, perplexity does.
 
 # %% [markdown]
 # ## Exercises
@@ -915,7 +903,7 @@ check(test_1, answers)
 # %% [markdown]
 # ### Exercise 2 (write): quantise, straight through
 #
-# Return the nearest row of `table` for each vector, such that the gradient of the result arrives at
+# Return the nearest row of `table` for each vector of `z`, such that the gradient of the result arrives at
 # `z` unchanged, and none at `table`.
 
 
@@ -966,32 +954,32 @@ check(test_2, quantise)
 # ### Exercise 3 (extend): write without an encoder
 #
 # Some copies of the file hold the decoder alone. It can still write: **try, and look**. Return `codes`
-# with the code at `place` replaced by the one of all `codec.codes` whose drawing overlaps the mask best
+# with the code number `at` replaced by the one of all `codec.codes` whose drawing overlaps the mask best
 # (`mask_iou` of what is above 0); all other codes stay.
 
 
 # %% tags=["exercise"]
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     return None  # int64[16]
 
 
 # %% tags=["check"]
 def test_3(try_codes):
-    for shape, place in ((0, 5), (3, 0), (7, 15)):
+    for shape, at in ((0, 5), (3, 0), (7, 15)):
         mask, before = held[shape] > 0.5, codec.encode(held[shape : shape + 1])[0]
         given = before.clone()
-        after = try_codes(codec, given, mask, place)
+        after = try_codes(codec, given, mask, at)
         assert isinstance(after, torch.Tensor) and after.shape == (16,), (
             "return a tensor of 16 codes"
         )
         assert torch.equal(before, given), "do not change the codes that were given"
-        others = torch.arange(16) != place
-        assert torch.equal(after[others], before[others]), "only the code at `place` may change"
+        others = torch.arange(16) != at
+        assert torch.equal(after[others], before[others]), "only the code number `at` may change"
         trials = before.repeat(codec.codes, 1)
-        trials[:, place] = torch.arange(codec.codes)
+        trials[:, at] = torch.arange(codec.codes)
         got = mask_iou(codec.decode(after[None])[0] > 0, mask)
         missed = (mask_iou(codec.decode(trials) > 0, mask) > got).sum()
-        assert missed == 0, f"shape {shape}, place {place}: {missed} other codes overlap more"
+        assert missed == 0, f"shape {shape}, code number {at}: {missed} other codes overlap more"
 
 
 check(test_3, try_codes)
@@ -1000,16 +988,16 @@ check(test_3, try_codes)
 # <details><summary>Hint</summary>
 #
 # Repeat the codes once for every code of the codebook, write `torch.arange(codec.codes)` into the column
-# `place`, decode all in one batch.
+# `at`, decode all in one batch.
 #
 # </details>
 
 
 # %% tags=["solution"]
 # All trials in one batch: the decoder is so small that trying everything is cheap.
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     trials = codes.repeat(codec.codes, 1)  # [rows of the codebook, 16]
-    trials[:, place] = torch.arange(codec.codes)
+    trials[:, at] = torch.arange(codec.codes)
     overlaps = mask_iou(codec.decode(trials) > 0, mask)
     return trials[overlaps.argmax()]
 
@@ -1032,9 +1020,8 @@ check(test_3, try_codes)
 #
 # <details><summary>Answer</summary>
 #
-# It writes tokens: a softmax over a vocabulary, trained with cross-entropy. Numbers would need another
-# output layer and another loss, and an average of two possible shapes is often no shape at all. A
-# choice among tokens can be unsure without being blurred.
+# It writes tokens: a softmax over a vocabulary. Numbers would need another output layer and another loss,
+# and an average of two possible shapes is often no shape at all.
 #
 # </details>
 
@@ -1054,8 +1041,7 @@ check(test_3, try_codes)
 # <details><summary>Answer</summary>
 #
 # No. Perplexity only says that no row is wasted. A random codebook can be in even use, too; the error of
-# the drawing says how good the codes are. And for a language model a third thing counts: similar
-# shapes should have similar spellings, for they must be *predicted*.
+# the drawing says how good the codes are.
 #
 # </details>
 

@@ -89,38 +89,38 @@ def quantise(z, table):
 
 
 # %% 3 · changes what it was given
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     best, kept = -1, 0
     for code in range(codec.codes):
-        codes[place] = code
+        codes[at] = code
         fit = mask_iou(codec.decode(codes[None])[0] > 0, mask)
         if fit > best:
             best, kept = fit, code
-    codes[place] = kept
+    codes[at] = kept
     return codes
 
 
 # %% 3 · changes nothing
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     return codes.clone()
 
 
 # %% 3 · the worst
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     trials = codes.repeat(codec.codes, 1)
-    trials[:, place] = torch.arange(codec.codes)
+    trials[:, at] = torch.arange(codec.codes)
     return trials[mask_iou(codec.decode(trials) > 0, mask).argmin()]
 
 
 # %% 3 · only the number
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     trials = codes.repeat(codec.codes, 1)
-    trials[:, place] = torch.arange(codec.codes)
+    trials[:, at] = torch.arange(codec.codes)
     return int(mask_iou(codec.decode(trials) > 0, mask).argmax())
 
 
-# %% 3 · all places
-def try_codes(codec, codes, mask, place):
+# %% 3 · all sixteen
+def try_codes(codec, codes, mask, at):
     codes = codes.clone()
     for k in range(16):
         trials = codes.repeat(codec.codes, 1)
@@ -130,22 +130,22 @@ def try_codes(codec, codes, mask, place):
 
 
 # %% 3 · tries half of the codebook
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     trials = codes.repeat(64, 1)
-    trials[:, place] = torch.arange(64)
+    trials[:, at] = torch.arange(64)
     return trials[mask_iou(codec.decode(trials) > 0, mask).argmax()]
 
 
 # %% 3 · a threshold at a half
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     trials = codes.repeat(codec.codes, 1)
-    trials[:, place] = torch.arange(codec.codes)
+    trials[:, at] = torch.arange(codec.codes)
     return trials[mask_iou(codec.decode(trials) > 0.9, mask).argmax()]
 
 
 # %% 3 · a batch of one
-def try_codes(codec, codes, mask, place):
+def try_codes(codec, codes, mask, at):
     trials = codes.repeat(codec.codes, 1)
-    trials[:, place] = torch.arange(codec.codes)
+    trials[:, at] = torch.arange(codec.codes)
     best = mask_iou(codec.decode(trials) > 0, mask).argmax()
     return trials[best : best + 1]
