@@ -151,7 +151,7 @@ def parse_segments(
             label has the label "".
         width, height: of the given picture, whole pixels.
         codec: draws the masks.
-        dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
+        dropped: a list that gets (part of the text, what is wrong with it) for each broken object.
     """
     objects = find_masks(text, codec, dropped)
     return draw_segments(objects, [1.0] * len(objects), width, height, codec)

@@ -75,7 +75,7 @@ ASSETS = resources.files("paligemma") / "assets"
 # %% [markdown]
 # ## The problem: a square in a picture
 #
-# The codec knows squares of 64 × 64 pixels. A picture has objects of any size and place. What joins the
+# The codec knows squares of 64 × 64 pixels. A picture has objects of any size, anywhere. What joins the
 # two is the box: four location tokens say where and how large, and sixteen of the tokens `<seg000>` …
 # `<seg127>` say what shape. Such a token is a **mask token**; its number is a code of the codec.
 #
@@ -124,48 +124,37 @@ def draw_small(masks, labels):
 
 
 show_images(
-    [scene.resize((280, 280)), draw_small(masks, names)], ["the picture", "truth"], height=3
+    [scene.resize((280, 280)), draw_small(masks, names)], ["the picture", "the truth"], height=3
 )
 
 # %% [markdown]
 # ## By hand: resizing a line
 #
-# Six pixels to four: each new pixel covers 1.5 old ones. Which old ones does it look at? A tent over
-# its middle, as wide as 1.5 pixels to either side; the weights sum to 1. To twelve, each covers half
-# an old one, and the tent stays one pixel wide to either side: it looks at the nearest two.
-
-
-# %%
-def resize_loop(line, size):
-    """Bilinear, smoothed where pixels get fewer: a weighted mean for each new pixel."""
-    step, new = len(line) / size, []
-    reach = max(step, 1)
-    for k in range(size):
-        middle = (k + 0.5) * step
-        weights = [max(0, 1 - abs(middle - (i + 0.5)) / reach) for i in range(len(line))]
-        new.append(sum(w * value for w, value in zip(weights, line)) / sum(weights))
-    return new
-
+# Each new pixel is a weighted mean of the old ones near it, and where pixels get fewer the weights reach
+# further ([lesson 02](02_image_processor.ipynb)). For masks they form a *tent*: bilinear. Six pixels to
+# four, the second new one:
 
 # %%
 line = [0, 0, 1, 1, 1, 0]
-for size in (4, 12):
-    print(size, [f"{value:.2f}" for value in resize_loop(line, size)])
-
-# %% [markdown]
-# PyTorch does the same with `antialias=True`, once across and once down. So the module needs no resizing
-# of its own.
+step = 6 / 4  # old pixels for each new one
+middle = 1.5 * step  # of the second new pixel, counted in old ones
+weights = [max(0, 1 - abs(middle - (i + 0.5)) / step) for i in range(6)]
+by_hand = sum(w * value for w, value in zip(weights, line)) / sum(weights)
+print([f"{w:.2f}" for w in weights], f"→ {by_hand:.2f}")
 
 # %%
 for size in (4, 12):
-    pixels = torch.tensor(line).float()[None, None, None]
-    theirs = F.interpolate(pixels, (1, size), mode="bilinear", antialias=True).flatten()
-    assert torch.allclose(torch.tensor(resize_loop(line, size)), theirs, atol=1e-6)
+    pixels = torch.tensor(line).float()[None, None, None]  # [1, 1, 1, 6]
+    new = F.interpolate(pixels, (1, size), mode="bilinear", antialias=True)[0, 0, 0].tolist()
+    print(size, [f"{value:.3f}" for value in new])
+    assert size != 4 or abs(new[1] - by_hand) < 1e-6
 
 # %% [markdown]
+# PyTorch's `antialias=True` does it once across and once down. So the module needs no resizing of its own.
+#
 # ## Cutting out, and putting back
 #
-# The plain forms, for a box of whole pixels inside the picture: three lines each.
+# The plain forms, for a box of whole pixels inside the picture:
 
 
 # %%
@@ -175,6 +164,7 @@ def cut(mask, box):
     return F.interpolate(inside, (64, 64), mode="bilinear", antialias=True)[0, 0]
 
 
+# %%
 def put_back(drawn, box, width, height):
     x0, y0, x1, y1 = box
     mask = np.zeros((height, width), dtype=bool)
@@ -257,8 +247,13 @@ squares = crop_masks(boxes, masks)
 for square, plain, mask, box in zip(squares, back, masks, boxes):
     assert torch.equal(square, cut(mask, box).clamp(0, 1))
     assert (paste_mask(2 * square - 1, box, 448, 448) == plain).all()
+
+# %%
 noisy = np.array(boxes) + 7e-15
 assert torch.equal(crop_masks(noisy, masks), squares)
+x0, y0, x1, y1 = boxes[0]
+hanging = paste_mask(2 * squares[0] - 1, (x0 - 40, y0, x1 - 40, y1), 448, 448)
+assert (hanging[:, :-40] == back[0][:, 40:]).all()  # the cat, partly out on the left
 
 # %% [markdown]
 # ## As tokens
@@ -389,7 +384,7 @@ def parse_segments(
             label has the label "".
         width, height: of the given picture, whole pixels.
         codec: draws the masks.
-        dropped: a list that gets (piece of text, what is wrong with it) for each broken object.
+        dropped: a list that gets (part of the text, what is wrong with it) for each broken object.
     """
     objects = find_masks(text, codec, dropped)
     return draw_segments(objects, [1.0] * len(objects), width, height, codec)
@@ -446,6 +441,8 @@ ask, log_probs = processor(scene, "segment cat ; dog"), []
 # %%
 steps = generate_steps(model, ask["input_ids"], ask["pixel_values"], log_probs=log_probs)
 ids = [int(token) for token in steps]
+
+# %%
 answered = score_segments(ids, log_probs, tokenizer, *scene.size, codec)
 for own in answered:
     print(own.label, f"score {own.score:.2f}, IoU {mask_iou(own.mask, masks).max():.2f}")
@@ -459,14 +456,13 @@ fig = show_images([draw_small(masks, names), shown], titles, height=3)
 save_figure(fig, "21_answer.png")
 
 # %% [markdown]
-# Both dogs lack part of an ear. Two things can be at fault: the codes may be others, and a box that is a few pixels
-# off moves and stretches its whole mask. Put the model's codes into the true box, and the right codes into
-# the model's box:
+# Both dogs lack part of an ear. Two things can be at fault: the codes may be others, and a box that is a
+# few pixels off moves and stretches its whole mask. Put the model's codes into the true box, and the
+# right codes into the model's box:
 
 # %%
-written = codec.decode(
-    torch.tensor([found.segs for found in find_masks(processor.decode(ids), codec)])
-)
+objects = find_masks(processor.decode(ids), codec)
+written = codec.decode(torch.tensor([found.segs for found in objects]))
 right = codec.decode(codec.encode(squares))
 
 # %%
@@ -493,6 +489,8 @@ for side in sides:
     plain.append(mask_iou(paste_mask(2 * own[0] - 1, box, width, height), shape))
     drawn = codec.decode(codec.encode(own))[0]
     coded.append(mask_iou(paste_mask(drawn, box, width, height), shape))
+
+# %%
 print(f"least IoU, square only: {min(plain):.3f}; with sixteen codes: {min(coded):.2f}")
 assert all(a > b for a, b in zip(plain, coded)) and min(plain) > 0.99
 
@@ -512,7 +510,7 @@ save_figure(fig, "21_sizes")
 # ## A bug people really make: the threshold first
 #
 # A mask is true or false, so a colleague makes it so at once: threshold the 64 × 64 drawing, then resize
-# it to the box. Nothing complains, and small objects look the same. On a large one:
+# it to the box. Nothing complains, and the masks look right.
 
 
 # %%
@@ -525,14 +523,14 @@ def paste_colleague(drawn, box, width, height):
 
 
 # %%
-truth = emoji_mask("cat", 384, 6)
-box, (height, width) = box_around(truth), truth.shape
-drawn = 2 * crop_masks([box], truth[None])[0] - 1
-ours, theirs = (paste(drawn, box, width, height) for paste in (paste_mask, paste_colleague))
-lost = [1 - mask_iou(own, truth) for own in (ours, theirs)]
-print(f"threshold last loses {lost[0]:.3f} of IoU, first {lost[1]:.3f}")
-print(f"a pixel of the square is {(box[2] - box[0]) / 64:.1f} of the picture's")
-assert lost[1] > 2 * lost[0]
+for side in (32, 96, 384):
+    truth = emoji_mask("cat", side, 6)
+    box, (height, width) = box_around(truth), truth.shape
+    drawn = 2 * crop_masks([box], truth[None])[0] - 1
+    ours, theirs = (paste(drawn, box, width, height) for paste in (paste_mask, paste_colleague))
+    lost = [1 - mask_iou(own, truth) for own in (ours, theirs)]
+    print(f"cat of {side:3}: threshold last loses {lost[0]:.3f} of IoU, first {lost[1]:.3f}")
+    assert lost[0] < 0.01 and lost[1] > 2 * lost[0] and lost[1] > 0.02
 
 # %% tags=["hide-input"]
 x0, y0 = box[:2]
@@ -541,9 +539,8 @@ fig = show_images(views, ["truth", "threshold last", "threshold first"], height=
 save_figure(fig, "21_stairs.png")
 
 # %% [markdown]
-# Stairs, each as high as a pixel of the square. The answers are a little worse, for ever. The check that
-# exposes it is not to look at a small picture but to compute: there and back on a *large* mask, where the
-# square should lose almost nothing.
+# Here the cat of 384 pixels: stairs, each as high as a pixel of the square. The answers are a little
+# worse, and nothing says so. The check: there and back must lose almost nothing, at any size.
 
 # %% [markdown]
 # ## Exercises
@@ -692,7 +689,7 @@ def test_3(label_map):
         assert got is not None and np.shape(got) == (3, 6), "return an array [height, width]"
         alone = (int(got[0][0]), int(got[2][5]))
         assert alone == (0, 1), (
-            f"pixels that only one claims have {alone}, not its place in the list"
+            f"pixels that only one claims have {alone}, not its number in the list"
         )
         assert got[0][5] == -1, f"a pixel that nobody claims has {got[0][5]}"
         first = 1 if scores[1] > scores[0] else 0
