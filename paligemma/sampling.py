@@ -43,9 +43,9 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """
     if top_p >= 1:
         return logits
-    total = logits.float().logsumexp(-1, keepdim=True)  # (B, 1), in float32: V small numbers
+    total = logits.float().logsumexp(-1, keepdim=True)  # [B, 1], in float32: V small numbers
     for count in sorted({min(FEW, logits.shape[-1]), logits.shape[-1]}):
-        largest, order = logits.topk(count)  # (B, count), in falling order
+        largest, order = logits.topk(count)  # [B, count], in falling order
         probability = (largest.float() - total).exp()
         before = probability.cumsum(-1) - probability  # mass of everything more likely
         if bool((before[..., -1] >= top_p).all()):
@@ -59,7 +59,7 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 def multinomial(
     probability: torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Throw one dart at each row's ruler, on which token i has a piece of length p(i).
+    """Throw one dart at each row's ruler, on which token i has a part of length p(i).
 
     Args:
         probability: `float32[B, V]`, at least 0; rows need not sum to 1.
@@ -68,7 +68,7 @@ def multinomial(
     Returns:
         `int64[B]`; a token of probability 0 is never drawn.
     """
-    end = probability.cumsum(-1)  # (B, V), where each piece ends
+    end = probability.cumsum(-1)  # [B, V], where each part ends
     # However sums are rounded: ends never fall, and an impossible token has no length at all.
     end = end.masked_fill(probability == 0, 0).cummax(-1).values
     dart = torch.rand(len(end), 1, generator=generator, device=end.device)  # in [0, 1)
@@ -134,7 +134,7 @@ def sample(
         ValueError: a parameter out of range, logits of another shape, NaN or +inf among them.
     """
     check_sampling(temperature, top_k, top_p)
-    largest, token = logits.max(-1, keepdim=True)  # (B, 1)
+    largest, token = logits.max(-1, keepdim=True)  # [B, 1]
     _check_logits(logits, largest)
     if temperature == 0:
         return token.squeeze(-1)

@@ -36,7 +36,7 @@ model_map("sampling")
 # %% [markdown]
 # ## Setup
 #
-# The trained model of this course gives us real distributions: lesson [16](16_checkpoint.ipynb) loads it, lesson [14](14_processor.ipynb) prepares its pictures. The result is [sampling.py](../paligemma/sampling.py).
+# The trained model of this course gives us real distributions: [lesson 16](16_checkpoint.ipynb) loads it, [lesson 14](14_processor.ipynb) prepares its pictures. The result is [sampling.py](../paligemma/sampling.py).
 
 # %%
 #| export
@@ -132,7 +132,7 @@ ends = p.cumsum(0)
 print("probabilities:", p.numpy().round(3), "running sums:", ends.numpy().round(3))
 
 # %% [markdown]
-# Greedy takes the largest: *cat*, always. To **draw**, lay the three as pieces on a ruler of length 1 and throw a dart that lands anywhere with equal chance. The longer the piece, the likelier it is hit. The ends of the pieces are the running sums.
+# Greedy takes the largest: *cat*, always. To **draw**, lay the three end to end on a ruler of length 1 and throw a dart that lands anywhere with equal chance. The longer a part, the likelier it is hit. The parts end at the running sums.
 
 # %% tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 1.4), layout="constrained")
@@ -155,11 +155,11 @@ for T in (0.5, 1, 2):
     print(f"T = {T}:", (x / T).softmax(0).numpy().round(3))
 
 # %% [markdown]
-# Now the photograph's tokens. Each curve is one token's probability. Read the figure from the left: near 0 there is only the winner (greedy is the limit $T \to 0$), and far to the right all $V$ tokens of the vocabulary come to the same $1/V$.
+# Now the photograph's tokens. Each curve is one token's probability. Read the figure from the left: near 0 there is only the winner (greedy is the limit $T \to 0$), and far to the right all $V$ tokens of the vocabulary approach the same $1/V$.
 
 # %%
 temperatures = torch.logspace(-2, 1.3, 150)
-curves = (photo / temperatures[:, None]).softmax(-1)  # (150, V)
+curves = (photo / temperatures[:, None]).softmax(-1)  # [150, V]
 best = photo.topk(5).indices
 rest = 1 - curves[:, best].sum(-1)
 at = {T: round(rest[(temperatures - T).abs().argmin()].item(), 2) for T in (1, 3, 10)}
@@ -254,7 +254,7 @@ print("kept of five:", sample_loop(x5.tolist(), 1.0, 5, 0.75, 0.0)[1])
 
 # %%
 def keep_top_p_sorted(logits, top_p):
-    falling, order = logits.sort(dim=-1, descending=True)  # (B, V)
+    falling, order = logits.sort(dim=-1, descending=True)  # [B, V]
     probability = falling.softmax(-1)
     before = probability.cumsum(-1) - probability
     drop = torch.empty_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
@@ -331,6 +331,7 @@ def milliseconds(run, repeat=8):
     return 1000 * min(times)
 
 
+# %%
 V = 257216
 row = torch.randn(1, V)
 row[0, :200] = torch.linspace(18, 8, 200)  # a few likely tokens and a long tail
@@ -366,9 +367,9 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """
     if top_p >= 1:
         return logits
-    total = logits.float().logsumexp(-1, keepdim=True)  # (B, 1), in float32: V small numbers
+    total = logits.float().logsumexp(-1, keepdim=True)  # [B, 1], in float32: V small numbers
     for count in sorted({min(FEW, logits.shape[-1]), logits.shape[-1]}):
-        largest, order = logits.topk(count)  # (B, count), in falling order
+        largest, order = logits.topk(count)  # [B, count], in falling order
         probability = (largest.float() - total).exp()
         before = probability.cumsum(-1) - probability  # mass of everything more likely
         if bool((before[..., -1] >= top_p).all()):
@@ -388,7 +389,7 @@ for spread in (0.1, 2.0, 10.0):
     print(f"spread {spread:4}: of 5000 tokens stay", kept.sum(-1).tolist())
 
 # %% [markdown]
-# `torch.multinomial` draws a random number for every token of the vocabulary; one dart is enough. `searchsorted` finds the first piece that ends beyond it. Sums of floats are rounded, and a token that was cut off must *never* appear, not even once in a million: the middle line makes its piece exactly as long as nothing.
+# `torch.multinomial` draws a random number for every token of the vocabulary; one dart is enough. `searchsorted` finds the first part that ends beyond it. Sums of floats are rounded, and a token that was cut off must *never* appear, not even once in a million: the second line gives its part no length at all.
 
 
 # %%
@@ -396,7 +397,7 @@ for spread in (0.1, 2.0, 10.0):
 def multinomial(
     probability: torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Throw one dart at each row's ruler, on which token i has a piece of length p(i).
+    """Throw one dart at each row's ruler, on which token i has a part of length p(i).
 
     Args:
         probability: `float32[B, V]`, at least 0; rows need not sum to 1.
@@ -405,7 +406,7 @@ def multinomial(
     Returns:
         `int64[B]`; a token of probability 0 is never drawn.
     """
-    end = probability.cumsum(-1)  # (B, V), where each piece ends
+    end = probability.cumsum(-1)  # [B, V], where each part ends
     # However sums are rounded: ends never fall, and an impossible token has no length at all.
     end = end.masked_fill(probability == 0, 0).cummax(-1).values
     dart = torch.rand(len(end), 1, generator=generator, device=end.device)  # in [0, 1)
@@ -428,7 +429,7 @@ print("argmax:", broken.argmax(-1).item())
 assert broken.argmax(-1) == 1
 
 # %% [markdown]
-# `argmax` returns the place of the NaN, and the model would answer fluent nonsense instead of an error. So broken logits are refused. Parameters out of range are, too, and not repaired: a `top_p` of 90 is a percentage that someone mistyped.
+# `argmax` returns the index of the NaN, and the model would answer nonsense instead of an error. So broken logits are refused. Parameters out of range are, too, and not repaired: a `top_p` of 90 is a percentage that someone mistyped.
 
 
 # %%
@@ -510,7 +511,7 @@ def sample(
         ValueError: a parameter out of range, logits of another shape, NaN or +inf among them.
     """
     check_sampling(temperature, top_k, top_p)
-    largest, token = logits.max(-1, keepdim=True)  # (B, 1)
+    largest, token = logits.max(-1, keepdim=True)  # [B, 1]
     _check_logits(logits, largest)
     if temperature == 0:
         return token.squeeze(-1)
@@ -551,10 +552,10 @@ assert flat.bfloat16().cumsum(0)[-1] < 0.999 < flat.cumsum(0)[-1]
 # %% [markdown]
 # ### Does it follow the distribution?
 #
-# A draw is random, so one result proves nothing. Four thousand do. If $n$ darts are thrown at a piece of length $p$, the count strays from $np$ by about $\sqrt{np(1-p)}$. Measured in that unit, most tokens should lie within 2, nearly all within 3.
+# A draw is random, so one result proves nothing. Four thousand do. If $n$ darts are thrown at a part of length $p$, the count strays from $np$ by about $\sqrt{np(1-p)}$. Measured in that unit, most tokens should lie within 2, nearly all within 3.
 
 # %%
-chances = keep_top_p(photo[None], 0.9).softmax(-1)[0]  # (V,)
+chances = keep_top_p(photo[None], 0.9).softmax(-1)[0]  # [V]
 n = 4_000
 counts = sample(photo.expand(n, -1), top_p=0.9, generator=torch.Generator().manual_seed(0))
 counts = counts.bincount(minlength=len(photo))
@@ -602,6 +603,7 @@ fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.9), layout="constrained")
 for (title, logits), colour in zip(cases.items(), CYCLE):
     falling = logits.softmax(-1).sort(descending=True).values
     number = torch.stack([keep_top_p(logits[None], p).isfinite().sum() for p in grid.tolist()])
+    assert (falling.cumsum(0)[number - 1] > grid - 1e-6).all()
     axes[0].plot(grid, number, color=colour, label=title)
     axes[1].plot(grid, falling.cumsum(0)[number - 1], color=colour, drawstyle="steps-post")
 axes[0].set(yscale="log", xlabel="top_p", ylabel="tokens kept")
@@ -836,7 +838,7 @@ check(test_3, is_right)
 # ## Summary
 #
 # - A model gives a distribution; the choice of a token is yours, and has no weights.
-# - A draw is a dart on a ruler whose pieces are the probabilities.
+# - A draw is a dart on a ruler whose parts are the probabilities.
 # - Temperature moves mass, top-k fixes a number, top-p asks the model. In this order.
 # - The token that crosses $p$ stays. Decide by the mass *before* it.
 # - Never sort 257,216 numbers to keep ten of them.

@@ -133,3 +133,15 @@ def is_right(keep):
 def is_right(keep):
     logits = torch.tensor([[0.15, 0.40, 0.05, 0.30, 0.10]]).log()
     return (keep(logits, 0.6).isfinite() == torch.tensor([[0, 1, 0, 1, 0]]).bool()).all()
+
+
+# %% 2 · strictly more than the threshold
+def keep_min_p(logits, min_p):
+    p = logits.softmax(-1)
+    return logits.masked_fill(p <= min_p * p.amax(-1, keepdim=True), -torch.inf)
+
+
+# %% 3 · looks whether the most likely token stays
+def is_right(keep):
+    logits = torch.tensor([[0.15, 0.40, 0.05, 0.30, 0.10]]).log()
+    return bool(keep(logits, 0.3).isfinite()[0, 1])
