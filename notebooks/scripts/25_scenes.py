@@ -37,7 +37,7 @@ model_map("scenes")
 # ## Setup
 #
 # From [lesson 19](19_detection.ipynb) come the location tokens, from [lesson 01](01_plotting.ipynb) the drawing. `kinds.json`
-# lists 48 Noto emoji with their names; each has a picture of 64 × 64 pixels with transparency (see NOTICE). The cells
+# lists 48 Noto emoji with their names; each has a picture of 64 × 64 pixels with transparency. The cells
 # that begin with `#| export` become [scenes.py](../paligemma/scenes.py).
 
 # %%
@@ -88,7 +88,7 @@ warnings.filterwarnings("ignore", message="This DataLoader will create")  # on f
 # nobody counted the objects, and nobody drew the masks. Hand labels are true but dear: a careful outline takes a minute or
 # more.
 #
-# There is a third way. If **we compose the picture**, we know everything in it before it exists.
+# But if **we compose the picture**, we know everything in it before it exists.
 
 # %% tags=["hide-input"]
 told = "caption: a cat and two dogs\nhow many dogs? 2\nis there a bee? no"
@@ -143,10 +143,13 @@ assert np.array_equal(multiplied_first, 0.5 * yellow) and as_it_is[1] == 0.25 * 
 # ## As a loop: one sprite
 #
 # The sprites come ready ([sprites.py](../paligemma/support/sprites.py)): every kind at thirteen sizes and five angles, plain and mirrored.
-# Each is a triple: premultiplied colour, alpha, and a **mask** of the pixels that count as the object (alpha at least half).
+# Each is a triple: premultiplied colour, alpha, and a **mask** of the pixels that count as the object (alpha at least half),
+# cropped to that mask.
 
 # %%
-colour, alpha, mask = sprites()[NAMES.index("owl")][3][2][0]  # 31 pixels, upright, not mirrored
+owl = sprites()[NAMES.index("owl")]
+colour, alpha, mask = owl[3][2][0]  # fourth size, upright, not mirrored
+assert len(owl) == 13 and len(owl[3]) == 5 and np.array_equal(mask, alpha[..., 0] >= 128)
 dog = sprites()[NAMES.index("dog")][6][1][0]
 print("owl:", colour.shape, alpha.shape, mask.shape, f"{mask.mean():.0%} of its box is owl")
 
@@ -243,7 +246,6 @@ ground = np.full((SIZE, SIZE, 3), 200, np.uint8)
 fast = compose(ground, [(colour, alpha, mask), dog], boxes)
 assert np.array_equal(fast.image, slow) and np.array_equal(fast.owner, slow_owner)
 print("owl's box", boxes[0].tolist(), "→ visible", fast.boxes[0].tolist())
-assert np.array_equal(fast.boxes[1], boxes[1]) and not np.array_equal(fast.boxes[0], boxes[0])
 
 # %% [markdown]
 # Masks are `owner == number`; each pixel has *one* owner, so two masks never share one.
@@ -253,17 +255,16 @@ assert np.array_equal(fast.boxes[1], boxes[1]) and not np.array_equal(fast.boxes
 # ### 1 · Backgrounds
 #
 # If all were white, "not white" would mean "object". So they vary. How much? An earlier version of this world knew plain
-# colours, ramps, noise and two photographs. Its model captioned 31 % of the scenes on a chessboard, which it had never
-# seen. **What never varies in the data is taken for granted.**
+# colours, ramps, noise and two photographs. Of scenes on a chessboard, which it had never seen, its model captioned 31 %
+# right. **What never varies in the data is taken for granted.**
 
 # %%
 record = json.loads((ASSETS / "tiny" / "curves.json").read_text())
 story = " ".join(record["story"].split())
 assert "another renderer's scenes on checks were captioned right in 31 %" in story
-print(
-    len(backgrounds.PATTERNS), "families of patterns,", len(backgrounds.PHOTOGRAPHS), "photographs"
-)
-assert "cat" not in backgrounds.PHOTOGRAPHS
+print(len(backgrounds.PATTERNS), "patterns,", len(backgrounds.PHOTOGRAPHS), "photographs")
+assert "cat" not in backgrounds.PHOTOGRAPHS and "astronaut" in backgrounds.PHOTOGRAPHS
+assert {"cat", "rocket"} <= set(NAMES)
 
 # %% [markdown]
 # Now there are patterns ([backgrounds.py](../paligemma/support/backgrounds.py)). The cat photograph is left out: a scene that shows a cat
@@ -277,6 +278,9 @@ names = [family.__name__ for family in families]
 show_images([family(rng) for family in families], names, columns=6, height=1.4)
 
 # %% [markdown]
+# Look closely: behind the astronaut stands a space shuttle, and *rocket* is one of our 48 kinds. On this background the
+# answer "no rocket" is not quite true. We found it by looking; no assert did.
+#
 # ### 2 · Who stands together?
 #
 # 48 kinds make 1,128 pairs. A tenth of them we hold out: training never shows these two together, only the test split
@@ -321,16 +325,14 @@ def draw_kinds(rng: np.random.Generator, count: int, unseen: bool = False) -> li
 
 
 # %%
+print(len(HELD_OUT), "of", len(PAIRS), "pairs")
+
+# %% tags=["hide-input"]
 matrix = np.zeros((len(NAMES), len(NAMES)))
 for i, j in HELD_OUT:
     matrix[i, j] = matrix[j, i] = 1
 missing = matrix.sum(0)
-print(
-    f"{len(HELD_OUT)} of {len(PAIRS)} pairs; a kind misses {missing.min():.0f} to {missing.max():.0f}"
-)
-assert len(NAMES) == 48 and missing.max() < 10
-
-# %% tags=["hide-input"]
+assert missing.max() < 10
 figure, axis = plt.subplots(figsize=(5.4, 4.8), layout="constrained")
 show_heatmap(matrix[:20, :20], "dark: pairs that training never shows (20 kinds)", ax=axis)
 axis.set_xticks(range(20), NAMES[:20], rotation=90)
@@ -338,7 +340,7 @@ axis.set_yticks(range(20), NAMES[:20])
 save_figure(figure, "25_held_out")
 
 # %% [markdown]
-# Every kind keeps dozens of partners in training; only combinations are new.
+# Every kind keeps at least 38 of 47 partners in training; only combinations are new.
 #
 # ### 3 · Where?
 #
@@ -398,7 +400,7 @@ def _arrange(rng: np.random.Generator, kinds: list[int]) -> tuple[list[Sprite], 
 # ### 4 · The scene
 #
 # All randomness comes from one generator. Its **seed** is made of the world's seed, the split, the index and `unseen`. No clock,
-# no global state: scene 7 is scene 7 on any machine, in any order. This one line decides the bug at the end of the lesson.
+# no global state: scene 7 is scene 7 in any order, in any process, after any restart.
 
 
 # %%
@@ -452,12 +454,12 @@ titles = ["the picture", "boxes", "masks", "the owner map"]
 save_figure(show_images(views, titles, columns=2, height=3.0), "25_truth.png")
 
 # %% [markdown]
-# All truth in one array: boxes and masks are read from the owner map.
+# One array holds both: boxes and masks are read from the owner map.
 #
 # ### 5 · Words
 #
-# The caption lists kinds from left to right. German and French names come from the Unicode project's tables, which name
-# each emoji in many languages, without plurals; so we write `×2`: better plain than wrong.
+# The caption lists kinds from left to right. German and French names come from the Unicode project's tables (CLDR), which
+# name each emoji in many languages, without plurals; so we write `×2`: better plain than wrong.
 
 
 # %%
@@ -632,7 +634,7 @@ class SceneDataset(torch.utils.data.Dataset):
 # ## Against the reference
 #
 # Let Pillow paste the owl through the same alpha: our integers may differ from its rounding by two of 255 steps at most.
-# And its `getbbox` must find our boxes in the masks.
+# And its `getbbox` must find our boxes in the masks, also where an object is covered in part.
 
 # %%
 straight = colour.astype(float) * 255 / np.maximum(alpha - (alpha >> 8), 1)  # not premultiplied
@@ -641,9 +643,15 @@ cover = Image.fromarray(np.minimum(alpha[..., 0], 255).astype(np.uint8))
 picture.paste(Image.fromarray(straight.clip(0, 255).round().astype(np.uint8)), (30, 40), cover)
 alone = compose(np.full((SIZE, SIZE, 3), 200, np.uint8), [(colour, alpha, mask)], boxes[:1])
 difference = np.abs(np.asarray(picture).astype(int) - alone.image).max()
-found = [list(Image.fromarray(m).getbbox()) for m in scene.masks]
-assert difference <= 2 and found == scene.boxes.tolist()
-print("largest difference:", difference, "of 255; boxes equal")
+print("largest difference:", difference, "of 255")
+assert difference <= 2
+
+# %%
+overlap = 0
+for made in map(make_scene, range(100)):
+    assert [list(Image.fromarray(m).getbbox()) for m in made.masks] == made.boxes.tolist()
+    overlap += any(_shared(a, b) for a, b in itertools.combinations(made.boxes.tolist(), 2))
+print("boxes equal in 100 scenes; some overlap in", overlap, "of them")
 
 # %% [markdown]
 # ## See it: a contact sheet
@@ -652,7 +660,7 @@ print("largest difference:", difference, "of 255; boxes equal")
 
 # %%
 data = SceneDataset(400, "validation", objects=(1, 2, 3))
-items = [data[i] for i in range(12, 24)]
+items = [data[i] for i in range(51, 63)]
 
 # %% tags=["hide-input"]
 titles = []
@@ -663,8 +671,8 @@ pictures = [Image.fromarray(item["image"]).resize((168, 168)) for item in items]
 save_figure(show_images(pictures, titles, columns=4, height=1.9), "25_contact_sheet.png")
 
 # %% [markdown]
-# What to notice: read each answer against its picture. Where two objects touch, the right one lies on top: a habit of this
-# world that a model may pick up.
+# What to notice: read each answer against its picture. Where two touch, as crown and snail do, the right one lies on top: a
+# habit of this world that a model may pick up.
 #
 # ### What can be answered with closed eyes?
 #
@@ -672,21 +680,20 @@ save_figure(show_images(pictures, titles, columns=4, height=1.9), "25_contact_sh
 # looks like skill. So look at how often each answer is true:
 
 # %%
-asked = SceneDataset(1000, "validation", tasks=("count", "where", "is there"))
-counts = {name: Counter() for name in asked.tasks}
-for i in range(len(asked)):
-    counts[asked[i]["task"]][asked[i]["suffix"]] += 1
-for name, counter in counts.items():
-    answer, times = counter.most_common(1)[0]
-    print(f"{name:8}  always {answer!r}: {times / counter.total():.0%} right")
-assert counts["count"].most_common(1)[0][0] == "1"
+counts = {}
+for name in ("count", "where", "is there"):
+    asked = SceneDataset(500, "validation", tasks=(name,))
+    items = [asked[i] for i in range(len(asked))]
+    counts[name] = Counter(item["suffix"] for item in items if item["task"] == name)
+    answer, times = counts[name].most_common(1)[0]
+    print(f"{name:8}  always {answer!r}: {times / counts[name].total():.0%} right")
 assert 0.45 < counts["is there"]["yes"] / counts["is there"].total() < 0.55
 
 # %% tags=["hide-input"]
 figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.1), layout="constrained", width_ratios=[6, 9, 3])
 for axis, (name, counter) in zip(axes, counts.items()):
     keys, top = sorted(counter), counter.most_common(1)[0][0]
-    colours = [COLOURS["language" if key == top else "vision"] for key in keys]
+    colours = [COLOURS["language" if key == top else "muted"] for key in keys]
     axis.bar(keys, [counter[key] / counter.total() for key in keys], color=colours)
     axis.set_title({"count": "how many …?", "where": "where …?", "is there": "is there …?"}[name])
     axis.tick_params(axis="x", rotation=60 if name == "where" else 0)
@@ -694,12 +701,12 @@ axes[0].set_ylabel("share of answers")
 save_figure(figure, "25_priors")
 
 # %% [markdown]
-# A score near an orange bar means: it has learned nothing. [Lesson 28](28_evaluation.ipynb) draws these bars beside every score.
+# A score near an orange bar can be had with closed eyes. [Lesson 28](28_evaluation.ipynb) puts these numbers beside every score.
 #
 # ### The same with any number of workers; different in any split
 #
 # A `DataLoader` can make items in several processes. We compare a fingerprint of each item, then ask whether a picture
-# stands in two splits: by *content*, not by seed.
+# stands in two splits (by *content*, not by seed), and a held-out pair in training.
 
 
 # %%
@@ -721,19 +728,19 @@ assert alike[0] == alike[1] == alike[2]
 seen = {s: {fingerprint(make_scene(i, s).image) for i in range(200)} for s in SPLITS}
 shared = [len(seen[a] & seen[b]) for a, b in itertools.combinations(SPLITS, 2)]
 print("0, 1 and 2 workers agree; pictures in two splits:", shared)
-assert shared == [0, 0, 0]
+assert shared == [0, 0, 0] and not any(has_unseen_pair(make_scene(i).kinds) for i in range(200))
 
 # %% [markdown]
 # ## At full size
 #
-# How much disk would a million scenes need, and how much the recipe for all of them? And does making keep up with
+# How much disk would a million scenes need as plain pixels, and how much what they are made of? And does making keep up with
 # training?
 
 # %%
-recipe = sum(file.stat().st_size for file in (ASSETS / "emoji").glob("*.png"))
-print(
-    f"a million scenes: {1e6 * SIZE * SIZE * 3 / 1e9:.1f} GB; {len(NAMES)} emoji: {recipe / 1e6:.2f} MB"
-)
+files = [ASSETS / "emoji" / f"{name}.png" for name in NAMES]
+files += [ASSETS / "pictures" / f"{name}.jpg" for name in backgrounds.PHOTOGRAPHS]
+made_of = sum(file.stat().st_size for file in files) / 1e6
+print(f"a million scenes: {1e6 * SIZE * SIZE * 3 / 1e9:.1f} GB, made of {made_of:.2f} MB")
 points, batch = record["points"], record["recipe"]["batch"]
 seen = points[-1]["step"] * batch
 print(f"the shipped model saw {seen:,} scenes, {seen / record['seconds']:.0f} a second")
@@ -752,7 +759,7 @@ print(f"made on one core: {300 / (time.perf_counter() - start):,.0f} scenes a se
 # ## A bug people really make
 #
 # A colleague finds seeding for each item clumsy: one generator, made once, does it too. With one process no scene repeats.
-# With four workers the loss goes down *faster*. Good news?
+# With four workers everything runs, without a word. Is it the same data?
 
 
 # %%
@@ -776,8 +783,8 @@ assert different == [40, 10]
 
 # %% [markdown]
 # Each worker process starts with a **copy** of the dataset, and so with a copy of the generator. All four draw the same
-# scenes. The loss falls faster because there is a quarter of the data to learn. No error, no warning; the pictures look
-# fine one by one. It gets worse: workers start anew each time, from the same copy.
+# scenes: a quarter of the data. No error, no warning; the pictures look fine one by one, and a quarter is easier to learn
+# by heart, so the loss looks no worse. And workers start anew in each pass, from the same copy:
 
 # %%
 for name, dataset in (("the colleague's", ColleaguesDataset(40)), ("ours", SceneDataset(40))):
@@ -852,14 +859,16 @@ def test_2(left_of):
     for index, scene in enumerate(tried):
         centres = (scene.boxes[:, 0] + scene.boxes[:, 2]).tolist()
         pairs = left_of(scene)
-        assert isinstance(pairs, list), (
-            "return a list of pairs; an empty one where nothing can be asked"
-        )
+        assert isinstance(pairs, list) and all(
+            isinstance(pair, tuple) and len(pair) == 2 for pair in pairs
+        ), "return a list of pairs; an empty one where nothing can be asked"
         about = [prompt for prompt, _ in pairs]
         assert len(about) == len(set(about)), "each question once"
         for prompt, answer in pairs:
             name = prompt.removeprefix("answer en what is left of the ").removesuffix("?")
-            assert name in NAMES, f"{prompt!r} is not such a question"
+            assert name in NAMES and len(prompt) == len(name) + 31, (
+                f"{prompt!r} is not the question in the form of the example"
+            )
             places = [x for x, kind in zip(centres, scene.kinds) if NAMES[kind] == name]
             assert places, f"scene {index} has no {name}"
             assert len(places) == 1, (
@@ -916,7 +925,7 @@ def test_3(disguise):
     for image in (make_scene(3).image, white, black):
         before = image.copy()
         changed = disguise(image)
-        assert changed is not None, "return a picture"
+        assert isinstance(changed, np.ndarray), "return a picture, as an array"
         assert np.array_equal(image, before), "the given picture was changed, too: copy it first"
         assert changed.dtype == np.uint8 and changed.shape == image.shape, "same form, please"
         gap = np.abs(changed.astype(int) - image).max()

@@ -166,3 +166,35 @@ def disguise(image):
 def disguise(image):
     noise = np.random.default_rng(0).integers(-1, 2, image.shape)
     return (image + noise).astype(np.uint8)
+
+
+# %% 2 · the bare name for a prompt
+def left_of(scene):
+    return [
+        (NAMES[kind], NAMES[left])
+        for left, kind in itertools.pairwise(scene.kinds)
+        if scene.kinds.count(kind) == 1
+    ]
+
+
+# %% 2 · no question mark
+def left_of(scene):
+    return [
+        (f"answer en what is left of the {NAMES[kind]}", NAMES[left])
+        for left, kind in itertools.pairwise(scene.kinds)
+        if scene.kinds.count(kind) == 1
+    ]
+
+
+# %% 2 · answers without prompts
+def left_of(scene):
+    return [
+        NAMES[left]
+        for left, kind in itertools.pairwise(scene.kinds)
+        if scene.kinds.count(kind) == 1
+    ]
+
+
+# %% 3 · a Pillow picture
+def disguise(image):
+    return Image.fromarray(image ^ 1)
