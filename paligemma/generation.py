@@ -3,13 +3,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 
 from paligemma.model import PaliGemma
 from paligemma.sampling import check_sampling, sample
+from paligemma.support.arguments import check_steps
 from paligemma.tokenizer import Tokenizer
 
 
@@ -32,11 +32,7 @@ class GenerationConfig:
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p)
-        steps, eos = self.max_new_tokens, self.eos_token_id
-        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"max_new_tokens is {steps!r}; expected a whole number of at least 1")
-        if not isinstance(eos, Integral) or isinstance(eos, bool):
-            raise ValueError(f"eos_token_id is {eos!r}; expected one token id, or -1 for none")
+        check_steps(self.max_new_tokens, self.eos_token_id)
 
 
 def generate_steps(
@@ -120,7 +116,7 @@ def generate(
 def stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
     """Turn the tokens of one row, up to eos, into text as they come.
 
-    A character of several byte tokens is held back until it is whole, so the pieces are always
+    A character of several byte tokens is held back until it is whole, so the parts are always
     valid text; joined they equal `tokenizer.decode` of all ids.
     """
     seen, sent, text = [], 0, ""

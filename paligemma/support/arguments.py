@@ -1,5 +1,6 @@
 """What people pass: lists made equally long, tensors that have to fit each other."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -89,3 +90,17 @@ def check_pictures(is_image: torch.Tensor, image_features: torch.Tensor | None) 
             f"input_ids hold {found} <image> tokens and the pictures give {given}; "
             "make both with the same Processor"
         )
+
+
+def check_steps(max_new_tokens: Any, eos_token_id: Any) -> None:
+    """Refuse a limit that is no number of tokens, and an end that is no token id, nor -1."""
+    whole = {
+        name: isinstance(value, Integral) and not isinstance(value, bool)
+        for name, value in (("steps", max_new_tokens), ("eos", eos_token_id))
+    }
+    if not whole["steps"] or max_new_tokens < 1:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1"
+        )
+    if not whole["eos"]:
+        raise ValueError(f"eos_token_id is {eos_token_id!r}; expected one token id, or -1 for none")

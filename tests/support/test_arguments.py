@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paligemma.support.arguments import as_lists, check_inputs, check_pictures
+from paligemma.support.arguments import as_lists, check_inputs, check_pictures, check_steps
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,22 @@ def test_pictures_are_counted_over_all_rows():
     check_pictures(is_image, torch.zeros(5, 1, 8))
     check_pictures(~is_image & is_image, None)
     for features in (None, torch.zeros(2, 2, 8), torch.zeros(2, 3, 8)):
-        with pytest.raises(ValueError, match="hold 5 <image> tokens .* same Processor"):
+        with pytest.raises(ValueError, match=r"hold 5 <image> tokens .* same Processor"):
             check_pictures(is_image, features)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, None, "9"])
+def test_a_limit_that_is_none(steps):
+    with pytest.raises(ValueError, match=r"max_new_tokens is .* at least 1"):
+        check_steps(steps, 1)
+
+
+@pytest.mark.parametrize("eos", [1.0, True, None, [1]])
+def test_an_end_that_is_none(eos):
+    with pytest.raises(ValueError, match=r"eos_token_id is .* expected one token id"):
+        check_steps(9, eos)
+
+
+def test_limits_and_ends_that_are_right():
+    for steps, eos in ((1, 1), (torch.tensor([7]).numpy()[0], -1)):
+        check_steps(steps, eos)
