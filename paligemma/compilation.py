@@ -24,7 +24,7 @@ class StaticCache(KVCache):
         batch, device = self.keys[0].shape[0], self.keys[0].device
         self.visible = torch.zeros(batch, 1, 1, self.max_length, dtype=torch.bool, device=device)
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.static = False
+        self.static = False  # not yet: the prompt is being read
 
     def begin(self, attention_mask: torch.Tensor) -> None:
         """The prompt is in: `int64[B, S]`, 0 on its padding. From now on one token at a time."""
@@ -39,9 +39,9 @@ class StaticCache(KVCache):
     def update(
         self, layer_idx: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in `KVCache`; after `begin`, `float[B, K, room, Dh]` with the new token at `slot`."""
+        """As in `KVCache`; after `begin` the room, `float[B, K, S, Dh]`, the token at `slot`."""
         if not self.static:
-            return super().update(layer_idx, k, v)
+            return KVCache.update(self, layer_idx, k, v)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys.index_copy_(2, self.slot, k)
         values.index_copy_(2, self.slot, v)
@@ -71,7 +71,7 @@ class CompiledDecoder:
     """Takes a model's place in `generate`: prompts as ever, then one compiled step a token.
 
     It compiles for each batch size and room (a multiple of 128 tokens) that it meets, which takes
-    half a minute or more, once. Prefill is not compiled: its shape is a different one each time.
+    a while, once. Prefill is not compiled: its shape is a different one each time.
 
     Args:
         model: in evaluation mode; later changes of its weights are seen, of its layers too.
@@ -83,7 +83,7 @@ class CompiledDecoder:
         # Not fullgraph: after many shapes PyTorch goes on uncompiled, instead of with an error.
         options = {"mode": "reduce-overhead", "dynamic": False}
         self.step = step or torch.compile(decode_step, **options)
-        self.spare: dict[tuple, list[StaticCache]] = {}
+        self.spare: dict[tuple, list[StaticCache]] = {}  # memory to be used again
 
     def make_cache(self, batch_size: int, max_length: int) -> StaticCache:
         """A static cache for `batch_size` rows of up to `max_length` tokens.
@@ -102,15 +102,6 @@ class CompiledDecoder:
         weakref.finalize(cache, spare.append, store)
         return cache
 
-    def new_store(self, batch_size: int, room: int) -> StaticCache:
-        """Memory for a cache."""
-        c = self.model.config.text_config
-        shape = c.num_hidden_layers, batch_size, c.num_key_value_heads, room, c.head_dim
-        store = StaticCache(*shape, device=self.model.device, dtype=self.model.dtype)
-        for tensor in (*store.keys, *store.values, store.visible, store.slot):
-            torch._dynamo.mark_static_address(tensor)
-        return store
-
     def __call__(
         self,
         input_ids: torch.Tensor,
@@ -122,11 +113,20 @@ class CompiledDecoder:
     ) -> PaliGemmaOutput:
         """As `PaliGemma.forward`: a prompt first, then `int64[B, 1]`, always with the cache."""
         if cache.static:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step returned may go
             return PaliGemmaOutput(self.step(self.model, input_ids, cache))
         output = self.model(input_ids, pixel_values, attention_mask, cache=cache, **options)
         cache.begin(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         return output
+
+    def new_store(self, batch_size: int, room: int) -> StaticCache:
+        """Memory for a cache, at addresses that stay."""
+        c = self.model.config.text_config
+        shape = c.num_hidden_layers, batch_size, c.num_key_value_heads, room, c.head_dim
+        store = StaticCache(*shape, device=self.model.device, dtype=self.model.dtype)
+        for tensor in (*store.keys, *store.values, store.visible, store.slot):
+            torch._dynamo.mark_static_address(tensor)
+        return store
 
 
 def compile_decode(model: PaliGemma) -> CompiledDecoder | PaliGemma:

@@ -1,15 +1,15 @@
 # %% 1 · each length is compiled
-recordings = (3, 2, 2)
+compiled_times = (3, 2, 2)
 # %% 1 · every change of the batch is compiled
-recordings = (1, 3, 2)
+compiled_times = (1, 3, 2)
 # %% 1 · the new tokens don't count for the room
-recordings = (1, 2, 1)
+compiled_times = (1, 2, 1)
 # %% 1 · one for all, always
-recordings = (1, 1, 1)
+compiled_times = (1, 1, 1)
 # %% 1 · counts the answers
-recordings = (3, 3, 2)
+compiled_times = (3, 3, 2)
 # %% 1 · a number
-recordings = 5
+compiled_times = 5
 
 
 # %% 2 · cuts out what is filled
