@@ -1,5 +1,5 @@
 # Exported from notebooks/19_detection.ipynb — edit there, then run `make sync`.
-"""Boxes as location tokens: write them, read them from untrusted text, measure how good they are."""
+"""Boxes as location tokens: write them, read them from untrusted text, measure their quality."""
 
 import math
 import re

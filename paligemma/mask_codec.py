@@ -55,7 +55,7 @@ class Codebook(nn.Module):
 
 
 def make_encoder(widths: Sequence[int], code_width: int, blocks: int = 1) -> nn.Sequential:
-    """Strided convolutions of these widths, residual blocks, and a 1 × 1 to the codebook's width."""
+    """Strided convolutions of these widths, residual blocks, a 1 × 1 to the codebook's width."""
     layers: list[nn.Module] = []
     for before, after in pairwise((1, *widths)):
         layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
@@ -100,7 +100,7 @@ class MaskCodec(nn.Module):
         return self.decoder(grid)[:, 0]
 
     def forward(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One pass for training: the drawing, its codes, and how far codebook and encoder are apart."""
+        """One pass for training: the drawing, its codes, how far codebook and encoder are apart."""
         z = self.encode_vectors(masks)
         codes = self._vq_vae.nearest(z)  # [B, 16]
         e = self._vq_vae(codes)
@@ -109,7 +109,7 @@ class MaskCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, masks: torch.Tensor) -> torch.Tensor:
-        """Write masks as codes: `float32[B, 64, 64]` in [0, 1] (or bool) → `int64[B, 16]`, row by row.
+        """Masks as codes: `float32[B, 64, 64]` in [0, 1] (or bool) → `int64[B, 16]`, row by row.
 
         Raises:
             ValueError: another shape, values outside 0 to 1, or a codec without an encoder.
@@ -191,7 +191,7 @@ class MaskCodec(nn.Module):
         return cls.from_state(state, path, fixed_length=about.get("fixed_length", "true") == "true")
 
     def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype = torch.float16) -> None:
-        """Write `mask_codec.safetensors`, whole or not at all, into a directory, made when absent."""
+        """Write `mask_codec.safetensors`, whole or not at all, into a directory, made if absent."""
         path = codec_file(path)
         state = {n: t.to("cpu", dtype).contiguous() for n, t in self.state_dict().items()}
         about = {"format": "pt", "fixed_length": str(self.fixed_length).lower()}

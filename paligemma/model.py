@@ -154,7 +154,7 @@ class PaliGemma(nn.Module):
             input_ids: `int64[B, L]`, the new tokens.
             pixel_values: `float[P, 3, H, W]`, the pictures of the `<image>` tokens, in order over
                 the rows; a row may hold several.
-            attention_mask: `int64[B, S]`, 0 on padding: cached tokens and new ones; None: no padding.
+            attention_mask: `int64[B, S]`, 0 on padding, cached tokens and new ones; None: none.
             token_type_ids: `int64[B, L]`, 0 prefix, 1 suffix; None: prefix (suffix after a cache).
             labels: `int64[B, L]`, -100 where nothing is to be learned; not shifted.
             cache: from `make_cache`; gains the L tokens.

@@ -573,7 +573,7 @@ check(test_3, likelihood)
 # | head | [04](04_siglip_attention.ipynb) | one of several attentions that run side by side on slices of the width |
 # | IoU | [19](19_detection.ipynb) | intersection over union: how much two boxes or masks overlap |
 # | KV cache | [11](11_kv_cache.ipynb) | keys and values of past positions, kept |
-# | label | [14](14_processor.ipynb) | the token that should come next; −100 where nothing is asked |
+# | label | [14](14_processor.ipynb) | the id to be learned, at its own position; −100 where nothing is asked |
 # | LayerNorm | [05](05_siglip.ipynb) | subtract the mean, divide by the spread, scale and shift |
 # | left padding | [14](14_processor.ipynb) | shorter rows are filled up at their beginning |
 # | location token | [06](06_tokenizer.ipynb) | one of 1,024 tokens that name a place along a side of the picture |

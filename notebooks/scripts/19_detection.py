@@ -42,7 +42,7 @@ model_map("detection")
 
 # %%
 #| export
-"""Boxes as location tokens: write them, read them from untrusted text, measure how good they are."""
+"""Boxes as location tokens: write them, read them from untrusted text, measure their quality."""
 
 import math
 import re
