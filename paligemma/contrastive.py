@@ -53,6 +53,17 @@ def sigmoid_loss(
     return total / len(images)
 
 
+def _unit_pairs(image_features, text_features):
+    """Both features with rows of length 1, if they can be pairs."""
+    shapes = list(image_features.shape), list(text_features.shape)
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]:
+        raise ValueError(
+            f"features must be [B, D] of the same shape, got {shapes[0]} for pictures and "
+            f"{shapes[1]} for texts: row i of one belongs to row i of the other"
+        )
+    return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+
+
 class PoolingHead(nn.Module):
     """One learned query attends to all patches, then an MLP: a picture becomes one vector.
 
@@ -229,14 +240,3 @@ def block_loss(images, texts, scale, bias, own: bool = True) -> torch.Tensor:
     if own:
         signs.fill_diagonal_(1)
     return -F.logsigmoid(signs * logits).sum()
-
-
-def _unit_pairs(image_features, text_features):
-    """Both features with rows of length 1, if they can be pairs."""
-    shapes = list(image_features.shape), list(text_features.shape)
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]:
-        raise ValueError(
-            f"features must be [B, D] of the same shape, got {shapes[0]} for pictures and "
-            f"{shapes[1]} for texts: row i of one belongs to row i of the other"
-        )
-    return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)

@@ -112,3 +112,28 @@ def loss_with_doubles(image_features, text_features, same, scale, bias):
     images, texts = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
     signs = 1 - 2 * (same[:, None] == same[None, :]).float()
     return -F.logsigmoid(signs * (scale * images @ texts.T + bias)).sum() / len(images)
+
+
+# %% 3 · the mean over the pairs that are true
+def loss_with_doubles(image_features, text_features, same, scale, bias):
+    images, texts = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    true = same[:, None] == same[None, :]
+    signs = 2 * true.float() - 1
+    return -F.logsigmoid(signs * (scale * images @ texts.T + bias)).sum() / true.sum()
+
+
+# %% 3 · each double once
+def loss_with_doubles(image_features, text_features, same, scale, bias):
+    images, texts = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    kept = [list(same).index(number) for number in same.unique()]
+    return sigmoid_loss(images[kept], texts[kept], scale, bias)
+
+
+# %% 2 · the sum of unit vectors divided by their number only
+def ensemble(text_features):
+    return F.normalize(text_features, dim=-1).sum(dim=0) / len(text_features)
+
+
+# %% 2 · the median prompt
+def ensemble(text_features):
+    return F.normalize(text_features.median(dim=0).values, dim=-1)
