@@ -46,19 +46,13 @@ class Pipeline:
     Args:
         model: in evaluation mode, on any device.
         processor: from the same checkpoint.
-        codec: draws the masks of `segment`; None: this model has none.
+        codec: a `MaskCodec` that draws the masks of `segment`; None: this model has none.
         decoder: what `generate` asks, such as a `CompiledDecoder` of the model; None: the model.
     """
 
-    def __init__(
-        self, model: PaliGemma, processor: Processor, codec: MaskCodec | None = None, decoder=None
-    ):
+    def __init__(self, model: PaliGemma, processor: Processor, codec=None, decoder=None):
         self.model, self.processor = model, processor
         self.codec, self.decoder = codec, decoder
-
-    def __call__(self, image, prompt: str, **options) -> str:
-        """Answer one prompt about one picture: the pieces of `stream`, joined."""
-        return "".join(self.stream(image, prompt, **options))
 
     def encode(self, image) -> "EncodedImage":
         """Look at a picture once, to ask many things about it; use the result in its place."""
@@ -82,6 +76,18 @@ class Pipeline:
                 looked[i] = EncodedImage(seen, group[0].size)
         return looked
 
+    def _lay_out(
+        self, prompts: Sequence[str], looked: "list[EncodedImage]"
+    ) -> tuple[torch.Tensor, ...]:
+        """The ids of B prompts about B pictures, and their attention mask, `int64[B, L]` both."""
+        shape = (self.processor.num_image_tokens, self.model.config.text_config.hidden_size)
+        if any(one.features.shape[1:] != shape for one in looked):
+            raise ValueError("a picture was encoded by another model; encode it with this one")
+        pairs = zip(prompts, looked, strict=True)
+        prefixes = [self.processor.encode_prefix(text, len(one.features)) for text, one in pairs]
+        batch = collate(prefixes, [], self.processor.tokenizer.pad_id)
+        return tuple(batch[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
+
     def _steps(
         self, images: Sequence, prompts: Sequence[str], options: dict, log_probs: list | None = None
     ) -> Iterator[torch.Tensor]:
@@ -89,32 +95,27 @@ class Pipeline:
 
         All that can be wrong is found here; only the language model waits for the first step.
         """
-        device, tokenizer = self.model.device, self.processor.tokenizer
-        config = check_options(**{"eos_token_id": tokenizer.eos_id} | options)
+        device = self.model.device
+        config = check_options(**{"eos_token_id": self.processor.tokenizer.eos_id} | options)
         generator, seed = torch.Generator(device), options.get("seed")
         generator.seed() if seed is None else generator.manual_seed(int(seed))
         looked = self._look(images)
-        shape = (self.processor.num_image_tokens, self.model.config.text_config.hidden_size)
-        if any(one.features.shape[1:] != shape for one in looked):
-            raise ValueError("a picture was encoded by another model; encode it with this one")
-        prefixes = [
-            self.processor.encode_prefix(prompt, len(one.features))
-            for prompt, one in zip(prompts, looked, strict=True)
-        ]
-        batch = collate(prefixes, [], tokenizer.pad_id)
-        input_ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+        input_ids, mask = self._lay_out(prompts, looked)
         features = torch.cat([one.features.to(device) for one in looked])
         decoder = self.decoder or self.model
         return generate_steps(
             decoder, input_ids, None, mask, config, generator, features, log_probs
         )
 
+    def __call__(self, image, prompt: str, **options) -> str:
+        """Answer one prompt about one picture: the pieces of `stream`, joined."""
+        return "".join(self.stream(image, prompt, **options))
+
     def stream(self, image, prompt: str, **options) -> Iterator[str]:
         """Answer piece by piece, as the tokens come; a piece never ends in mid-character.
 
         Raises:
-            ValueError: a picture, prompt or option that cannot be used; at once, not at the first
-                piece.
+            ValueError: an unusable picture, prompt or option; at once, not at the first piece.
         """
         steps = self._steps([image], [prompt], options)
         return text_pieces((int(token) for token in steps), self.processor.tokenizer)
@@ -147,6 +148,14 @@ class Pipeline:
         """
         return score_detections(*self._scored(image, task_prompt("detect", what), options))
 
+    def _scored(self, image, prompt, options) -> tuple[list[int], list[float], Tokenizer, int, int]:
+        """An answer's tokens, the logarithms of their probabilities, who spells them, the size."""
+        once, log_probs = self.encode(image), []
+        if len(once.features) != 1:
+            raise ValueError(f"got {len(once.features)} pictures; boxes and masks are those of one")
+        ids = [int(token) for token in self._steps([once], [prompt], options, log_probs)]
+        return ids, [float(value) for value in log_probs], self.processor.tokenizer, *once.size
+
     def segment(self, image, what: str | Sequence[str], prefix=True, **options) -> list[Segment]:
         """Find the things named, with their shapes; masks as large as `image`.
 
@@ -160,14 +169,6 @@ class Pipeline:
             raise ValueError(f"this model has no mask codec; put {files}, or set pipeline.codec")
         prompt = task_prompt("segment", what) if prefix else what
         return score_segments(*self._scored(image, prompt, options), self.codec)
-
-    def _scored(self, image, prompt, options) -> tuple[list[int], list[float], Tokenizer, int, int]:
-        """An answer's tokens, the logarithms of their probabilities, who spells them, the size."""
-        once, log_probs = self.encode(image), []
-        if len(once.features) != 1:
-            raise ValueError(f"got {len(once.features)} pictures; boxes and masks are those of one")
-        ids = [int(token) for token in self._steps([once], [prompt], options, log_probs)]
-        return ids, [float(value) for value in log_probs], self.processor.tokenizer, *once.size
 
     def to(self, where: torch.device | torch.dtype | str | int) -> "Pipeline":
         """Move the model to "cuda", or let it compute in `torch.bfloat16`; else a ValueError."""
@@ -237,6 +238,14 @@ def task_prompt(task: str, what: str | Sequence[str]) -> str:
     return f"{task} {' ; '.join(names)}"
 
 
+def find_codec(folder: Path) -> MaskCodec | None:
+    """The mask codec beside a model's weights: ours, or the published `vae-oid.npz`."""
+    if (folder / "mask_codec.safetensors").is_file():
+        return MaskCodec.from_pretrained(folder)
+    published = folder / "vae-oid.npz"
+    return MaskCodec.from_npz(published) if published.is_file() else None
+
+
 def load(
     path: str | os.PathLike | None = None,
     device: torch.device | str | int = "cpu",
@@ -250,9 +259,8 @@ def load(
     """Load a checkpoint with its processor.
 
     Args:
-        path: a checkpoint directory, or a name on the Hugging Face hub such as
-            "google/paligemma-3b-mix-224" (needs the package `huggingface_hub`); None: the tiny
-            model that ships with this package.
+        path: a checkpoint directory, or a name on the Hugging Face hub (needs `huggingface_hub`)
+            such as "google/paligemma-3b-mix-224"; None: the tiny model that ships.
         device: "cpu", "cuda", "cuda:1", 1, "mps"; "auto": an accelerator where there is one.
         dtype: to compute in, `torch.bfloat16` or "bfloat16"; None: float32 for less than 1 GB of
             weights, else the type they are stored in (quantised: always that).
@@ -286,14 +294,6 @@ def load(
         if quantize:
             quantize_model(model, quantize)
     return Pipeline(model, processor, codec, compile_decode(model) if compile else None)
-
-
-def find_codec(folder: Path) -> MaskCodec | None:
-    """The mask codec beside a model's weights: ours, or the published `vae-oid.npz`."""
-    if (folder / "mask_codec.safetensors").is_file():
-        return MaskCodec.from_pretrained(folder)
-    published = folder / "vae-oid.npz"
-    return MaskCodec.from_npz(published) if published.is_file() else None
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -10,6 +10,8 @@ passes = [1, 0, 1, 0, 2, 2]
 passes = [1, 0, 1, 2, 1, 2]
 # %% 1 · thinks each token looks again
 passes = [6, 0, 6, 0, 6, 12]
+# %% 1 · one number for all
+passes = 5
 # %% 1 · five numbers
 passes = [1, 0, 1, 0, 1]
 
@@ -19,7 +21,7 @@ def run(arguments, pg):
     print(pg(arguments[0], arguments[1]))
 
 
-# %% 2 · no customs at all
+# %% 2 · no conventions at all
 def run(arguments, pg):
     print(pg(*arguments))
     return 0
