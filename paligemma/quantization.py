@@ -148,7 +148,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: torch.Tensor, bias=None, group_size: int = 64):
-        """Quantise `float[out, in]`, a chunk at a time; on the meta device there are only shapes."""
+        """Quantise `float[out, in]`, a chunk at a time; on the meta device only shapes."""
         n_out, n_in = weight.shape
         new = cls(n_in, n_out, bias is not None, weight.dtype, group_size).to(weight.device)
         new.bias = None if bias is None else bias.detach()

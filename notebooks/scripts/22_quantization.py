@@ -739,7 +739,7 @@ save_figure(fig, "22_fewer_bits")
 # %% [markdown]
 # ## At full size: what it saves
 #
-# A quarter of an MLP matrix of the 3B model, 2048 × 4096, on **one** core. One row goes through eight copies in turn: a
+# A quarter of an MLP matrix of the 3B model, 2048 × 4096, on **one** core. Few rows go through eight copies in turn: a
 # single one would stay in the processor's cache and look too fast.
 
 
@@ -771,7 +771,7 @@ COUNTS, times = (1, 8, 64, 256), {}
 for rows in COUNTS:
     x = torch.randn(rows, 2048).bfloat16()
     for name, copies in ways.items():
-        times[name, rows] = milliseconds(copies[: max(1, 8 // rows)], x)
+        times[name, rows] = milliseconds(copies[: 8 if rows <= 8 else 1], x)
 torch.set_num_threads(threads)
 
 # %% tags=["hide-input", "nbval-ignore-output"]
@@ -791,9 +791,9 @@ save_figure(fig, "22_rows")
 
 # %% [markdown]
 # What to notice: at one row the kernel is lowest. The bytes promise 2 and 3.6 times the pace of 16 bits; how much is
-# kept differs between processors. The kernel rises with the rows; the chunks start high, at the price of unpacking,
-# and rise little. The layer changes over at the dotted line. For 256 rows few bits save **no time**: the product is the
-# same, and unpacking comes on top.
+# kept differs between processors. The kernel's time rises with the rows; the chunks pay for unpacking, however many rows
+# there are. The layer changes over at the dotted line. For 256 rows few bits save **no time**: the product is the same,
+# and unpacking comes on top.
 
 # %% [markdown]
 # ## A bug people really make: the scale of the wrong side
