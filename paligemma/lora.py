@@ -30,10 +30,8 @@ class LoRALinear(nn.Module):
 
     Args:
         base_layer: the layer; frozen here.
-        rank: r, rows of A and columns of B.
-        alpha: α; the correction is scaled by α/r.
+        rank, alpha: r and α; with `use_rslora` the scale is α/√r.
         dropout: share of the correction's inputs set to 0 in training.
-        use_rslora: the scale is α/√r instead.
 
     Raises:
         ValueError: a rank, alpha or dropout that cannot be.
@@ -95,11 +93,7 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """All linear layers by name.
-
-    Raises:
-        ValueError: the model has adapters already, or is quantised.
-    """
+    """All linear layers by name. Raises ValueError: adapters there already, or quantised."""
     if "language_model.head" in dict(model.named_modules()):
         raise ValueError("the model is quantised; put adapters on the original weights")
     if found := adapters(model):
@@ -122,18 +116,14 @@ def add_lora(
 
     Args:
         model: a PaliGemma, or one of its parts.
-        rank: r of every adapter.
-        alpha: α; corrections are scaled by α/r, with `use_rslora` by α/√r.
-        targets: ends of layer names, `*` for anything: "q_proj", "language_model.*.q_proj",
-            "vision_tower.*".
-        dropout: share of an adapter's inputs set to 0 in training.
+        rank, alpha, dropout, use_rslora: of every adapter, as in `LoRALinear`.
+        targets: ends of layer names, `*` for anything: "q_proj", "language_model.*.q_proj".
 
     Returns:
         Names of the adapted layers; their output is what it was, for B is 0.
 
     Raises:
-        ValueError: a target that no linear layer has, a rank that is not low, adapters there
-            already. The model is then left as it was.
+        ValueError: a target that no linear layer has, a rank that is not low, adapters already.
     """
     linears = linear_layers(model)
     targets = [targets] if isinstance(targets, str) else list(targets)
@@ -155,11 +145,7 @@ def add_lora(
 
 
 def remove_lora(model: nn.Module) -> list[str]:
-    """Take the adapters off: the model answers as before them, to the last bit.
-
-    Returns:
-        Names of the layers. Their weights stay frozen (`model.requires_grad_()` frees them).
-    """
+    """Take the adapters off; the weights stay frozen. Returns the names of their layers."""
     found = adapters(model)
     for name, layer in found.items():
         put(model, name, layer.base_layer)
@@ -168,11 +154,7 @@ def remove_lora(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> list[str]:
-    """Add each correction to its weight, in float32, and take the adapters off.
-
-    Returns:
-        Names of the layers, plain `nn.Linear` again and as fast as before. They stay frozen.
-    """
+    """Add each correction to its weight, in float32; take the adapters off. Returns the names."""
     for layer in adapters(model).values():
         base = layer.base_layer
         total = base.weight.to(layer.lora_A.weight.dtype) + layer.delta()
@@ -235,8 +217,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, trainable: bool = Fa
         Names of the adapted layers.
 
     Raises:
-        ValueError: files that are missing, broken or of another method, a tensor without its
-            layer or of another shape, adapters there already. The model is then left as it was.
+        ValueError: files or tensors that do not fit; the model is then left as it was.
     """
     linears, path = linear_layers(model), find_folder(path)
     arguments, pairs = read_lora_config(path), {}
@@ -250,10 +231,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, trainable: bool = Fa
         shapes = {which: list(tensor.shape) for which, tensor in sorted(pair.items())}
         expected = {"A": [arguments["rank"], inputs], "B": [outputs, arguments["rank"]]}
         if shapes != expected:
-            raise CheckpointError(
-                f"{path}: adapter of {name} is {shapes}; expected {expected}: is it of another "
-                "base model?"
-            )
+            other = f"{path}: adapter of {name} is {shapes}; expected {expected}"
+            raise CheckpointError(f"{other}: is it of another base model?")
         pairs[name] = pair
     names = [name for name in linears if name in pairs]  # the file's order is alphabetical
     layers = {name: LoRALinear(linears[name], **arguments) for name in names}
