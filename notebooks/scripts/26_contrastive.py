@@ -267,7 +267,7 @@ ax.semilogy(biases, push, color=COLOURS["bad"], label="push of 32,767 wrong ones
 ax.axvline(-math.log(32_767), color=COLOURS["muted"], ls=":")
 ax.set(xlabel="bias b", ylabel="first gradient, a picture")
 ax.text(-math.log(32_767) + 0.15, 0.004, "−log B")
-ax.legend(loc="upper left")
+ax.legend(loc="center right", bbox_to_anchor=(1, 0.58))
 save_figure(fig, "26_first_loss")
 
 # %% [markdown]
