@@ -197,8 +197,6 @@ assert abs(out.loss.item() - slow) < 1e-5
 
 # %%
 class Leftmost(Dataset):
-    """Scenes of two or three objects; the answer is the leftmost one."""
-
     def __init__(self, length, split="train"):
         self.length, self.split = length, split
 
@@ -482,8 +480,8 @@ assert sorted(two_epochs[:10]) == sorted(two_epochs[10:]) == list(range(10))
 # ### A batch in parts, and a bug people really make
 #
 # A batch of 64 does not fit? Work through it in parts: gradients **add up** until somebody clears
-# them (**gradient accumulation**). The obvious code takes the mean of the parts' mean losses. It runs,
-# and learns. For years a widely used trainer did so; it was corrected in 2024.
+# them (**gradient accumulation**). The obvious code takes the mean of the parts' mean losses. It runs, and
+# learns. A widely used trainer did so for years, until 2024.
 #
 # The symptom: the same 8 examples, in 1 part and in 4, give different gradients.
 
@@ -704,8 +702,7 @@ print("6 steps = 3 + 3 steps: losses and weights are equal bit for bit")
 # %% [markdown]
 # ### Your own pictures
 #
-# Mostly they come as a file of JSON lines beside a folder of pictures. A
-# broken line is named by its number.
+# Mostly they come as a file of JSON lines beside a folder of pictures.
 
 
 # %%
@@ -772,6 +769,8 @@ ax.set(xlabel="step", ylabel="loss (log axis)", yscale="log", yticks=[0.1, 1, 10
 ax.set_yticklabels(["0.1", "1", "10"])
 ax.legend()
 save_figure(fig, "27_learning")
+
+# %% tags=["hide-input"]
 titles = [f"{b} → {a}" for b, a in zip(before[:6], after[:6])]
 save_figure(
     show_images([x["image"] for x in held_out[:6]], titles, columns=6, height=1.6),
@@ -823,8 +822,8 @@ save_figure(fig, "27_shipped")
 
 # %% [markdown]
 # From step 3,000 to 3,250 the loss fell by a fifth, and captions stood at 17 %: the rate was too
-# high. A branch was thrown away to find that out. At a lower rate captions were at 66 % by step 4,500;
-# and while the rate fell to zero, up to step 8,500, they rose from 76 to 88 %. Then the world grew
+# high. A branch was thrown away to find that out. At a lower rate captions were at 66 % by step 4,500; while it fell
+# to zero, up to step 8,500, they rose from 76 to 88 %. Then the world grew
 # wider: captions fell below 65 % and came back above 90.
 
 # %% [markdown]
@@ -911,7 +910,7 @@ class Parabola(nn.Module):
 
 
 def test_2(my_train):
-    targets, rates = (3.0, -2.0, 2.0), (0.4, 0.2, 0.1)
+    targets, rates = (3.0, -2.0, 2.5), (0.4, 0.2, 0.1)
     toy = Parabola()
     optimizer = torch.optim.SGD(toy.parameters(), lr=1.0)
     batches = [{"x": torch.tensor(x)} for x in targets]

@@ -201,3 +201,51 @@ def example_loss(logits, labels):
         logits[:, 1:].transpose(1, 2), labels[:, :-1], reduction="none"
     )
     return (losses.sum(1) / (labels[:, :-1] != -100).sum(1)).mean()
+
+
+# %% 2 · one step for all batches
+def my_train(model, optimizer, batches, rate_at):
+    losses = []
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step)
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+    optimizer.step()
+    return losses
+
+
+# %% 2 · forgets the backward pass
+def my_train(model, optimizer, batches, rate_at):
+    losses = []
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step)
+        losses.append(model(**batch).loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+# %% 2 · multiplies the rates
+def my_train(model, optimizer, batches, rate_at):
+    losses = []
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] *= rate_at(step)
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# %% 3 · skips the first label of each answer
+def example_loss(logits, labels):
+    losses = []
+    for row, truth in zip(logits, labels):
+        at = (truth != -100).nonzero()[1:, 0]
+        losses.append(nn.functional.cross_entropy(row[at - 1], truth[at]))
+    return torch.stack(losses).mean()
