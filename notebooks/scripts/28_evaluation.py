@@ -118,7 +118,7 @@ deviation = (p * (1 - p) / n) ** 0.5
 print(f"from {p - 2 * deviation:.2f} to {p + 2 * deviation:.2f}")
 
 # %% [markdown]
-# No formula at all: draw 100 of our 100 results, with repetition, and look at the share. Do it 2,000 times. This is
+# The same without a formula: draw 100 of the 100 results, with repetition, and look at the share. Do it 2,000 times. This is
 # the *bootstrap*.
 
 # %%
@@ -131,8 +131,8 @@ print(f"95 % of the shares lie from {low:.2f} to {high:.2f}")
 assert max(abs(low - (p - 2 * deviation)), abs(high - (p + 2 * deviation))) <= 0.011
 
 # %% [markdown]
-# Such a range is a **confidence interval**. At 100 of 100 both say "± 0", which is nonsense: nobody is perfect because
-# of 100 answers. Wilson's interval mends that. It asks which true shares would make our result likely.
+# Such a range is a **confidence interval**. At 100 of 100 both say "± 0", which is nonsense: a hundred right
+# answers do not prove that a model is perfect. Wilson's interval mends that. It asks which true shares would make our result likely.
 
 
 # %%
@@ -184,10 +184,9 @@ assert 0.94 < np.mean(held) < 0.965
 
 # %%
 shuffled = pg.batch(images[1:] + images[:1], list(prompts))
-print(
-    f"shuffled: {exact_match(shuffled, truths):.0f} %, commonest answer {Counter(shuffled).most_common(1)}"
-)
-assert exact_match(shuffled, truths) < 25 and Counter(shuffled)["0"] > 80
+zeros = Counter(shuffled)["0"]
+print(f"shuffled: {exact_match(shuffled, truths):.0f} % right; {zeros} of 100 answers are 0")
+assert exact_match(shuffled, truths) < 25 and zeros > 80
 
 # %% [markdown]
 # It looks: in another picture it doesn't find the kind, and says 0. So a low control doesn't mean that the question is
@@ -410,10 +409,11 @@ for row, m in found.items():
     controls = {name: round(m[name]) for name in ("shuffled", "blind") if name in m}
     print(f"{row:12}{right:4.0f} %  {controls}")
     assert right > max(controls.values()) + 30
+assert found["caption en"]["blind"] < 10 and 45 <= found["is there"]["blind"] <= 55
 
 # %% [markdown]
 # Every score stands far above its controls. These differ by task: "is there" has two answers, so a blind half is right;
-# captions are hundreds. The same from the model card, 1,000 scenes a row:
+# captions are so many that the commonest is hardly ever right. The same from the model card, 1,000 scenes a row:
 
 # %%
 card = json.loads((TINY / "figures.json").read_text())
@@ -430,10 +430,10 @@ for y, m in enumerate(tested.values()):
     ax.barh(y, right, color=COLOURS["learning"], alpha=0.5, height=0.6)
     if "exact" in m:  # a share of answers; F1 and IoU are none
         ax.plot(interval(right, m["scenes"]), [y, y], color=COLOURS["ink"], linewidth=3)
-    for name, colour in (("shuffled", "bad"), ("blind", "vision")):
+    for name, colour in (("shuffled", "bad"), ("blind", "language")):
         if name in m:
             ax.plot([m[name]] * 2, [y - 0.35, y + 0.35], color=COLOURS[colour], linewidth=3)
-for colour, label in (("ink", "95 % interval"), ("bad", "shuffled"), ("vision", "blind")):
+for colour, label in (("ink", "95 % interval"), ("bad", "shuffled"), ("language", "blind")):
     ax.plot([], [], color=COLOURS[colour], linewidth=3, label=label)
 ax.set(xlabel="right, %", xlim=(0, 101))
 ax.set_yticks(range(len(tested)), list(tested))
@@ -447,7 +447,7 @@ save_figure(fig, "28_card")
 # ### Kinds never seen together
 #
 # The card says 91 % for captions, 88 % for unseen pairs. Does the model know pairs by heart? Careful: all scenes of the
-# second row have several kinds, of the first barely half. So compare like with like.
+# second row have several kinds, of the first about half. So compare like with like.
 
 
 # %%
@@ -461,7 +461,7 @@ def captions(row, count=300):
 new, *_, new_correct = captions("caption en, kinds never seen together")
 asked, said, truths, correct = captions("caption en")
 several = np.array([len(set(scene.kinds)) > 1 for scene in asked])
-assert all(len(set(scene.kinds)) > 1 for scene in new) and several.mean() < 0.6
+assert all(len(set(scene.kinds)) > 1 for scene in new) and 0.45 < several.mean() < 0.6
 print(f"all {correct.mean():.1%} | unseen pairs {new_correct.mean():.1%}")
 print(f"with several kinds {correct[several].mean():.1%} | unseen pairs {new_correct.mean():.1%}")
 low, high = interval(100 * correct[several].mean(), several.sum())
@@ -507,13 +507,13 @@ assert "another renderer's scenes on checks were captioned right in 31 %" in sto
 
 # %% [markdown]
 # *Plain* and *ramp* are as in training (the control); checks, rings and cells are new. Eight scenes say little: see the
-# intervals. A thousand on the new ones say 84 %, seven points below. An earlier state of the model had 31 % on checks.
-# No test from the old world could have shown it; then its training got more backgrounds.
+# intervals. A thousand on the new ones say 84 %, seven points below. An earlier state of the model, which
+# knew fewer backgrounds, had 31 % on checks ([lesson 25](25_scenes.ipynb)). No test from its own world could have shown it.
 
 # %% [markdown]
 # ## See it: what it gets wrong
 #
-# A percentage hides *how* it is wrong. Always read mistakes.
+# A percentage hides *how* it is wrong. Always read mistakes. Over each picture: what it says, and in brackets the truth.
 
 # %%
 wrong = [i for i in range(len(said)) if not correct[i]]
@@ -581,7 +581,7 @@ assert np.array_equal(fed_in.all(1).numpy(), correct[many])
 # mistake as if nothing had happened.
 #
 # For boxes this is worse. A location token that is a little off is no mistake, so a model that writes alone reads
-# its **own** locations all the time, which are nearly never the true ones.
+# its **own** locations all the time, which are rarely the true ones.
 
 # %%
 own, true = ([re.findall(r"<loc\d+>", text) for text in texts] for texts in (boxes, true_boxes))
@@ -639,6 +639,8 @@ def test_1(answer):
     for name, a, b in zip("ab", answer, overlaps):
         assert a is True or a is False, f"({name}) is True or False"
         assert a == b, f"({name}): that isn't what `interval` says; compare their nearer ends"
+    whole = isinstance(answer[2], int) and answer[2] > 0
+    assert whole, "(c) is a number of scenes"
     half, full = (np.diff(interval(90, n))[0] for n in (answer[2], 1000))
     assert abs(half / full - 0.5) < 0.02, f"(c): your interval is {half / full:.2f} times as wide"
 

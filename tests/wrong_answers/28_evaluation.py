@@ -159,3 +159,28 @@ def leaked(train, test):
 # %% 3 · an array of truth values
 def leaked(train, test):
     return np.zeros(len(test), bool)
+
+
+# %% 1 · only two of three
+answer_1 = (True, False, None)
+# %% 1 · the number as a word
+answer_1 = (True, False, "4000")
+
+
+# %% 2 · half of the list further on
+def shuffled_score(pipeline, images, prompts, truths):
+    half = len(images) // 2
+    return exact_match(predict(pipeline, images[half:] + images[:half], prompts), truths)
+
+
+# %% 2 · leaves out the questions that would see their own
+def shuffled_score(pipeline, images, prompts, truths):
+    moved = images[1:] + images[:1]
+    kept = [i for i in range(len(images)) if moved[i] is not images[i]]
+    said = predict(pipeline, [moved[i] for i in kept], [prompts[i] for i in kept])
+    return exact_match(said, [truths[i] for i in kept])
+
+
+# %% 2 · always the first picture
+def shuffled_score(pipeline, images, prompts, truths):
+    return exact_match(predict(pipeline, [images[0]] * len(images), prompts), truths)
