@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from paligemma.model import PaliGemma
-from paligemma.support.files import shorten
+from paligemma.support.arguments import check_quantization
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,14 +215,6 @@ class Int4Linear(QuantizedLinear):
 
 
 MODES = {"int8": Int8Linear, "int4": Int4Linear}
-GROUP_SIZES = (32, 64, 128, 256)  # what the int4 kernel knows
-
-
-def check_one_type(model: nn.Module) -> None:
-    """Weights and scales of several float types cannot be multiplied with each other."""
-    floats = {str(t.dtype)[6:] for t in model.state_dict().values() if t.is_floating_point()}
-    if len(floats) > 1:
-        raise ValueError(f"the weights are {' and '.join(sorted(floats))}; give one dtype for all")
 
 
 @torch.no_grad()
@@ -241,16 +233,7 @@ def quantize_model(
         ValueError: an unknown mode or group size, a model that is quantised already, adapters
             that are not merged, weights of several types, or NaN. Only NaN is found on the way.
     """
-    if mode not in tuple(MODES):
-        raise ValueError(f"the mode is {shorten(mode)}; expected 'int8' or 'int4'")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size is {shorten(group_size)}; expected 32, 64, 128 or 256")
-    if model.language_model.head is not None:
-        raise ValueError("the model is quantised already; load the original weights again")
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("the model has adapters; call merge_lora first")
-    if dtype is None:
-        check_one_type(model)
+    check_quantization(model, mode, group_size, one_type=dtype is None)
     language, kind = model.language_model, MODES[mode]
     language.head = kind.from_weight(language.embed_tokens.weight, None, group_size)
     replace_linears(language, lambda old: kind.from_weight(old.weight, old.bias, group_size))

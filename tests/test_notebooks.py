@@ -5,6 +5,7 @@ what the cells and the outputs have to be.
 """
 
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -154,12 +155,42 @@ def test_outputs_are_clean(cells):
 
 def test_prose_comes_in_small_pieces(cells):
     def problem(cell):
-        words = count_words(cell.source) if cell.cell_type == "markdown" else 0  # aim at 80
-        return (
-            f"{words} words, 130 at most"
-            if words > 130 and "navigation" not in tags(cell)
-            else None
-        )
+        tables = cell.source.startswith(("## Symbols", "## Glossary"))
+        words = count_words(cell.source) if cell.cell_type == "markdown" and not tables else 0
+        return words > 90 and f"{words} words; 80 or fewer are wanted"
+
+    assert not cells_where(cells, problem)
+
+
+def test_a_lesson_is_one_sitting(cells):
+    stated = int(TITLE.match(cells[1].source)[2])
+    assert stated <= 50, f"{stated} minutes: cut it, or split it"
+
+
+def test_letters_are_large_enough(cells):
+    def problem(cell):
+        small = re.search(r"(?:font|label)_?size=([0-8](?:\.\d+)?)\b", cell.source)
+        return small and f"{small[0]}: 9 points or more"
+
+    assert not cells_where(code(cells), problem)
+
+
+def test_the_course_can_be_finished():
+    """All lessons together: minutes, and what a reader sees of code in one glance."""
+    lessons = [nbformat.read(path, as_version=4).cells for path in NOTEBOOKS]
+    stated = sum(int(TITLE.match(lesson[1].source)[2]) for lesson in lessons)
+    folded = {"hide-input", "check", "solution", "map"}
+    shown = [cell for lesson in lessons for cell in code(lesson) if not folded & set(tags(cell))]
+    lines = [sum(bool(line.strip()) for line in cell.source.split("\n")) for cell in shown]
+    assert stated <= 1350, f"{stated} minutes in all"
+    assert statistics.median(lines) <= 6, f"{statistics.median(lines)} lines in the median cell"
+    assert sum(n > 25 for n in lines) <= len(lines) / 10, "more than one cell in ten is long"
+
+
+def test_a_saved_figure_is_shown(cells):
+    def problem(cell):
+        shown = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+        return cell.cell_type == "code" and "save_figure(" in cell.source and not shown
 
     assert not cells_where(cells, problem)
 

@@ -21,8 +21,9 @@ from paligemma.evaluation import (
     row_questions,
 )
 from paligemma.inference import Pipeline, load
-from paligemma.quantization import GROUP_SIZES, quantize_model
+from paligemma.quantization import quantize_model
 from paligemma.scenes import ASSETS
+from paligemma.support.arguments import GROUP_SIZES
 
 PRECISIONS = ("bfloat16", "float32", "int8", "int4", "int8 in float32", "int4 in float32")
 

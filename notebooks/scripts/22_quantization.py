@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from paligemma.model import PaliGemma
-from paligemma.support.files import shorten
+from paligemma.support.arguments import check_quantization
 
 # %% tags=["setup"]
 import copy
@@ -88,11 +88,12 @@ for part, key in {"attention": "self_attn", "MLP": "mlp", "head": "embed_tokens"
     count = sum(size for name, size in sizes.items() if key in name)
     print(f"{part:9} {count / 1e6:5.0f} million weights, {count / total:3.0%}")
 print(f"read for each token, 16 bits each: {2 * total / 1e9:.2f} GB")
-assert [round(40e9 / (total * bits / 8)) for bits in (16, 8, 4)] == [8, 16, 32]
+rates = [round(40e9 / (total * bits / 8)) for bits in (16, 8, 4)]
+print("tokens a second from a memory of 40 GB/s, with 16, 8 and 4 bits:", rates)
+assert rates == [8, 16, 32]
 
 # %% [markdown]
-# A memory that delivers 40 GB a second allows eight tokens a second, whatever the processor; with 8 bits a weight
-# sixteen; with 4 bits, thirty-two. Storing numbers in fewer bits is called **quantisation**. How few can a weight have
+# The processor may be as fast as it likes: only fewer bytes help. Storing numbers in fewer bits is called **quantisation**. How few can a weight have
 # before the answers change?
 
 # %% [markdown]
@@ -339,12 +340,28 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 64) -> tuple[torch.Ten
     return codes.to(torch.uint8).flatten(1), torch.stack([scales, low + 8 * scales], -1)
 
 
+# %% [markdown]
+# Again a layer of one line, but for taking the codes back to numbers:
+
+
 # %%
-codes, scales = quantize_int4(down, 32)
-scale, zero = scales.repeat_interleave(32, 1).unbind(-1)
-back = (codes.float() - 8) * scale + zero
-torch.testing.assert_close(back, rounded(down, 4, 32), rtol=0, atol=1e-5)
-print("codes 0 …", codes.max().item(), "| the same values as `rounded`")
+class SimpleInt4(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.codes, self.scales = quantize_int4(linear.weight, 32)
+
+    def forward(self, x):
+        scale, zero = self.scales.repeat_interleave(32, 1).unbind(-1)
+        return x @ ((self.codes.to(x.dtype) - 8) * scale + zero).T
+
+
+# %%
+unit = SimpleInt4(exact.language_model.layers[0].mlp.down_proj)(torch.eye(down.shape[1])).T
+torch.testing.assert_close(unit, rounded(down, 4, 32), rtol=0, atol=1e-5)
+simple = copy.deepcopy(exact)
+replace_linears(simple.language_model, SimpleInt4)
+print([processor.decode(ids) for ids in ask(simple)[:3]])
+assert torch.equal(ask(simple)[:3], before[:3])
 
 # %% [markdown]
 # ## Two weights in a byte
@@ -627,14 +644,6 @@ for kind in (Int8Linear, Int4Linear):
 # %%
 #| export
 MODES = {"int8": Int8Linear, "int4": Int4Linear}
-GROUP_SIZES = (32, 64, 128, 256)  # what the int4 kernel knows
-
-
-def check_one_type(model: nn.Module) -> None:
-    """Weights and scales of several float types cannot be multiplied with each other."""
-    floats = {str(t.dtype)[6:] for t in model.state_dict().values() if t.is_floating_point()}
-    if len(floats) > 1:
-        raise ValueError(f"the weights are {' and '.join(sorted(floats))}; give one dtype for all")
 
 
 @torch.no_grad()
@@ -653,16 +662,7 @@ def quantize_model(
         ValueError: an unknown mode or group size, a model that is quantised already, adapters
             that are not merged, weights of several types, or NaN. Only NaN is found on the way.
     """
-    if mode not in tuple(MODES):
-        raise ValueError(f"the mode is {shorten(mode)}; expected 'int8' or 'int4'")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size is {shorten(group_size)}; expected 32, 64, 128 or 256")
-    if model.language_model.head is not None:
-        raise ValueError("the model is quantised already; load the original weights again")
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("the model has adapters; call merge_lora first")
-    if dtype is None:
-        check_one_type(model)
+    check_quantization(model, mode, group_size, one_type=dtype is None)
     language, kind = model.language_model, MODES[mode]
     language.head = kind.from_weight(language.embed_tokens.weight, None, group_size)
     replace_linears(language, lambda old: kind.from_weight(old.weight, old.bias, group_size))
@@ -674,7 +674,7 @@ def quantize_model(
 
 
 # %% [markdown]
-# Its end is the work; the lines before refuse what can't be quantised. And the answers?
+# (`check_quantization` of [support/arguments.py](../paligemma/support/arguments.py) refuses what can't be quantised.) And the answers?
 
 # %%
 words = (before > 0) & (before < 1024)  # of the tiny tokenizer; its location tokens follow
@@ -699,7 +699,7 @@ assert same(after, locations) < 0.3, "four bits"
 #
 # ## See it: how few bits?
 #
-# We go down from 8 bits to 2, in groups of 32, embedding included.
+# We go down from 8 bits to 2, in groups of 32, and round the embedding too (so 8 bits here are not mode int8).
 
 
 # %%
@@ -792,7 +792,7 @@ save_figure(fig, "22_rows")
 # %% [markdown]
 # What to notice: at one row the kernel is lowest. The bytes promise 2 and 3.6 times the pace of 16 bits; how much is
 # kept differs between processors. The kernel's time rises with the rows; the chunks pay for unpacking, however many rows
-# there are. The layer changes over at the dotted line. For 256 rows few bits save **no time**: the product is the same,
+# there are. The layer changes over at the dotted line. For many rows few bits save **no time**: the product is the same,
 # and unpacking comes on top.
 
 # %% [markdown]

@@ -1,4 +1,4 @@
-"""What people pass: lists made equally long, tensors that have to fit each other."""
+"""What people pass: lists made equally long, tensors that fit each other, ways to quantise."""
 
 from numbers import Integral
 from typing import Any
@@ -104,3 +104,37 @@ def check_steps(max_new_tokens: Any, eos_token_id: Any) -> None:
         )
     if not whole["eos"]:
         raise ValueError(f"eos_token_id is {eos_token_id!r}; expected one token id, or -1 for none")
+
+
+GROUP_SIZES = (32, 64, 128, 256)  # weights that share a scale; what PyTorch's int4 kernel knows
+
+
+def check_quantization(model: Any, mode: str, group_size: int, one_type: bool) -> None:
+    """Refuse a model or a way that `quantize_model` can't use.
+
+    Args:
+        model: a `PaliGemma`.
+        mode, group_size: as `quantize_model` takes them.
+        one_type: the weights have to be of one type.
+
+    Raises:
+        ValueError: an unknown mode or group size, a model that is quantised already, adapters that
+            are not merged, or weights of several types.
+    """
+    if not isinstance(mode, str) or mode not in ("int8", "int4"):
+        raise ValueError(f"the mode is {shorten(mode)}; expected 'int8' or 'int4'")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {shorten(group_size)}; expected 32, 64, 128 or 256")
+    if model.language_model.head is not None:
+        raise ValueError("the model is quantised already; load the original weights again")
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("the model has adapters; call merge_lora first")
+    if one_type:
+        check_one_type(model)
+
+
+def check_one_type(model: torch.nn.Module) -> None:
+    """Weights and scales of several float types cannot be multiplied with each other."""
+    floats = {str(t.dtype)[6:] for t in model.state_dict().values() if t.is_floating_point()}
+    if len(floats) > 1:
+        raise ValueError(f"the weights are {' and '.join(sorted(floats))}; give one dtype for all")

@@ -15,15 +15,14 @@ from paligemma.checkpoint import (
 )
 from paligemma.model import PaliGemma
 from paligemma.quantization import (
-    GROUP_SIZES,
     MODES,
     Int4Linear,
     QuantizedLinear,
-    check_one_type,
     pack_int4,
     quantize_model,
     unpack_int4,
 )
+from paligemma.support.arguments import GROUP_SIZES, check_one_type
 from paligemma.support.config import config_dict, parse_device, parse_dtype, read_config
 from paligemma.support.files import CheckpointError, open_tensors, replacing, shorten
 from paligemma.support.tensors import (

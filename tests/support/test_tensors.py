@@ -81,7 +81,7 @@ def test_match():
     match_tensors("here", good, expected, finite=True)
     cases = {
         r"here holds C, for which this model has no place": good | {"c": torch.ones(1)},
-        r"here: A is \[3\]; config\.json makes it \[2\]": good | {"a": torch.ones(3)},
+        r"here: A is \[3\]; expected \[2\]": good | {"a": torch.ones(3)},
         r"here: A is torch\.uint8; expected float32": good | {"a": torch.ones(2).byte()},
         r"here lacks 1 of 2 tensors, the first is B": {"a": good["a"]},
     }
