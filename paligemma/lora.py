@@ -67,7 +67,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`float[…, in]` → `float[…, out]`, in the type of the frozen layer's output."""
         out = self.base_layer(x)
-        small = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))  # (…, r)
+        small = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))  # […, r]
         return (out + self.scale * self.lora_B(small)).to(out.dtype)
 
     def delta(self) -> torch.Tensor:

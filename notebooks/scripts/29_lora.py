@@ -138,7 +138,7 @@ show_images(shown, titles, columns=6, height=1.5)
 #
 # A frozen $2 \times 2$ weight $W$, and beside it a column $B$ and a row $A$. Their product $BA$ is a
 # whole matrix made from 4 numbers. It is added: $W' = W + BA$. Every row of $BA$ is a multiple of the
-# same row $A$: its **rank** is 1.
+# same row $A$: its **rank** is 1. (The paper's letters: here $B$ is a matrix, and not the batch.)
 
 # %%
 W = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -239,7 +239,7 @@ assert found["both random"][0] > found["B = 0"][0]
 x, moved = torch.randn(500, 128), {}
 for r in (1, 4, 16, 64):
     A = torch.empty(r, 128).uniform_(-1, 1) / 128**0.5
-    moved[r] = 1e-3 * (x @ A.T).abs().sum(1).mean().item()
+    moved[r] = 1e-3 * (x @ A.T).abs().sum(1).mean().item()  # ±1e-3 in each column of B
     print(f"rank {r:2}: {moved[r]:.4f}; times 16/r: {16 / r * moved[r]:.4f}")
 assert 12 < moved[64] / moved[4] < 20  # 16 times the rank
 
@@ -295,7 +295,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`float[…, in]` → `float[…, out]`, in the type of the frozen layer's output."""
         out = self.base_layer(x)
-        small = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))  # (…, r)
+        small = self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype)))  # […, r]
         return (out + self.scale * self.lora_B(small)).to(out.dtype)
 
     def delta(self) -> torch.Tensor:
@@ -498,8 +498,8 @@ for ax, text, true in zip(digits.axes, said, words[TEST]):
 save_figure(digits, "29_digits.png")
 
 # %% [markdown]
-# With less than a twelfth of the numbers the model reads most digits. Below: what it says of held-out ones
-# (red: wrong).
+# With less than a twelfth of the numbers the model reads most digits. Over the held-out ones above stands what it
+# says (red: wrong).
 #
 # ### What it forgot
 #
@@ -667,7 +667,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, trainable: bool = Fa
 # %%
 load_adapter(reader, folder)
 size = (folder / ADAPTER_WEIGHTS).stat().st_size / (TINY / "model.safetensors").stat().st_size
-print(f"the adapter's file has {size:.0%} of the model's")
+print(f"the adapter's file has {size:.0%} of the model's: 4 bytes a number, there 2")
 assert digits_right(reader) == right["adapters"] > 0.5
 
 # %%
@@ -794,7 +794,7 @@ save_figure(fig, "29_freeze")
 #
 # ## A bug people really make: loaded, and nothing happened
 #
-# A colleague opens the saved adapter with the tool everyone knows. There were complaints about names, so:
+# A colleague opens the saved adapter with `load_state_dict`. It complained about names, so:
 # `strict=False`. No error. The model answers.
 
 # %% tags=["nbval-ignore-output"]
@@ -845,9 +845,9 @@ def test_1(value):
     right = trainable_parameters(text)[0]
     assert value != 18 * 8 * 4 * 2048, "v_proj has one head of width 256 on its output"
     assert value != right // 18, "that is one layer"
-    assert value not in (18 * 8 * (2048 + 2048), 18 * 8 * (2048 + 256)), "there are two projections"
+    assert value not in (18 * 8 * (2048 + 2048), 18 * 8 * (2048 + 256)), "half of them are missing"
     assert value not in (18 * 2048 * (2048 + 256),), "the frozen weights do not learn"
-    assert value == right, "per matrix: r · (inputs + outputs)"
+    assert value == right, "count the numbers of A and B, for both projections, in all layers"
 
 
 check(test_1, answer_1)

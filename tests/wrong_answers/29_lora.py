@@ -179,3 +179,21 @@ def squeeze(delta, rank):
 def squeeze(delta, rank):
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+# %% 1 · the correction as a whole matrix
+answer_1 = 18 * (2048 * 2048 + 2048 * 256)
+
+
+# %% 2 · corrects with the position, not with the id
+class LoRAEmbedding(nn.Module):
+    def __init__(self, embedding, rank, alpha):
+        super().__init__()
+        rows, width = embedding.weight.shape
+        self.embedding, self.scale = embedding.requires_grad_(False), alpha / rank
+        self.lora_A = nn.Parameter(torch.randn(rank, rows))
+        self.lora_B = nn.Parameter(torch.zeros(width, rank))
+
+    def forward(self, ids):
+        correction = (self.lora_B @ self.lora_A).T[: ids.shape[1]]
+        return self.embedding(ids) + self.scale * correction
