@@ -70,6 +70,8 @@ def test_wrong_answers_fail(path):
     checks = sum("check" in cell.metadata.get("tags", []) for cell in nb.cells)
     tried = {n: sum(number == n for number, *_ in answers) for n in range(1, checks + 1)}
     assert len(answers) == sum(tried.values()), "a wrong answer to an exercise that there isn't"
+    titles = [(n, what) for n, what, _ in answers]
+    assert len(set(titles)) == len(titles), "two wrong answers have the same title"
     few = [f"exercise {n}: {count}" for n, count in tried.items() if count < 5]
     assert not few, f"five wrong answers for each exercise, please: {few}"
     assert not problems(run(with_wrong_answers(nb, answers)))

@@ -563,6 +563,7 @@ check(test_3, likelihood)
 # | decode step | [11](11_kv_cache.ipynb) | one token in, one token out, the past in the cache |
 # | decoder | [12](12_gemma.ipynb) | the language model: a stack of blocks that predicts the next token |
 # | embedding | [03](03_patch_embedding.ipynb) | a vector of learned numbers that stands for a patch or token |
+# | epoch | [27](27_training.ipynb) | every example of the data once |
 # | exposure bias | [28](28_evaluation.ipynb) | trained on true words only, a model does not know its own mistakes |
 # | gate | [08](08_geglu.ipynb) | a factor that lets a neuron's value pass or not |
 # | GeGLU | [08](08_geglu.ipynb) | an MLP whose values are multiplied by gates |
@@ -575,6 +576,7 @@ check(test_3, likelihood)
 # | KV cache | [11](11_kv_cache.ipynb) | keys and values of past positions, kept |
 # | label | [14](14_processor.ipynb) | the id to be learned, at its own position; −100 where nothing is asked |
 # | LayerNorm | [05](05_siglip.ipynb) | subtract the mean, divide by the spread, scale and shift |
+# | learning-rate schedule | [27](27_training.ipynb) | how the rate changes from step to step |
 # | left padding | [14](14_processor.ipynb) | shorter rows are filled up at their beginning |
 # | location token | [06](06_tokenizer.ipynb) | one of 1,024 tokens that name a place along a side of the picture |
 # | logits | [12](12_gemma.ipynb) | one score for each entry of the vocabulary |
@@ -602,6 +604,7 @@ check(test_3, likelihood)
 # | RoPE | [09](09_rope.ipynb) | rotary position embedding: queries and keys turned by an angle that grows with the position |
 # | safetensors | [16](16_checkpoint.ipynb) | a file of named tensors, read without running code |
 # | shard | [16](16_checkpoint.ipynb) | one of the files of a checkpoint that is cut into several |
+# | sigmoid loss | [26](26_contrastive.ipynb) | every pair of picture and text asked by itself: yes or no |
 # | sliding window | [13](13_gemma2.ipynb) | a position looks back a fixed number of positions only |
 # | soft token | [15](15_model.ipynb) | a vector from the picture that stands where a token's would |
 # | soft-capping | [13](13_gemma2.ipynb) | scores bent so that they stay below a bound |
