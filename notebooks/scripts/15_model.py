@@ -470,7 +470,7 @@ def without_types(batch):
 
 chance = math.log(16)  # sixteen words, all equally likely
 theirs = losses_on_random_answers(without_types)
-print(f"guessing blindly: {chance:.2f}; the colleague's model: {theirs[-1]:.2f}")
+print(f"guessing blindly: {chance:.1f}; the colleague's model: {theirs[-1]:.1f}")
 assert theirs[-1] < 0.2
 
 # %% [markdown]
