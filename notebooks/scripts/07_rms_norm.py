@@ -279,7 +279,7 @@ exact = rms_norm(x.double(), small.double())
 all_short = rms_norm(x, small).double() / exact - 1
 once = rms_norm(x.float(), small.float()).bfloat16().double() / exact - 1
 
-# %%
+# %% tags=["nbval-ignore-output"]
 for name, error in (("all in bfloat16", all_short), ("rounded once", once)):
     shared = error.mean(-1).abs().mean()  # the error that all numbers of a vector have in common
     print(
