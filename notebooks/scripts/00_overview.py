@@ -520,7 +520,7 @@ check(test_3, likelihood)
 # %% [markdown]
 # ## Symbols
 #
-# The same letter means the same thing in all lessons; shapes are written `[B, L, D]`. Only in a picture's own shape, `[3, H, W]` or `[H, W, 3]`, do H and W mean height and width. log is the natural logarithm, GB are 10⁹ bytes.
+# The same letter means the same thing in all lessons; shapes are written `[B, L, D]`. Only in a picture's own shape, `[3, H, W]` or `[H, W, 3]`, do H and W mean height and width. (In [lesson 29](29_lora.ipynb) A and B are LoRA's two matrices.) log is the natural logarithm, GB are 10⁹ bytes.
 #
 # | symbol | meaning |
 # |---|---|

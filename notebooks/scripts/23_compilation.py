@@ -35,7 +35,7 @@ model_map("compilation")
 # %% [markdown]
 # ## Setup
 #
-# The cache comes from [lesson 11](11_kv_cache.ipynb), the model from [lesson 15](15_model.ipynb), `generate` from [lesson 18](18_generation.ipynb). One thread: a step this small gains nothing from a second.
+# The cache comes from [lesson 11](11_kv_cache.ipynb), the model from [lesson 15](15_model.ipynb), `generate` from [lesson 18](18_generation.ipynb). One thread: a step this small gains nothing from a second. The compiled cells need a C++ compiler (g++ or clang; on a Mac `xcode-select --install`).
 
 # %%
 #| export
