@@ -457,24 +457,16 @@ class QuantizedLinear(nn.Module):
     qweight: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor | None
+    # Three methods differ:
+    set_rows: Callable  # (slice, float32[rows, in]): quantise into this slice of the rows
+    kernel: Callable  # bfloat16[rows, in] → bfloat16[rows, out], straight from the codes
+    multiply: Callable  # (float[rows, in], slice) → the outputs of this slice
 
     def __init__(self, in_features, out_features, bias=False, dtype=None, multiple=1):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.fill = -in_features % multiple
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype) if bias else None)
-
-    def set_rows(self, part: slice, weight: torch.Tensor) -> None:
-        """Quantise `float32[rows, in]` into one slice of the rows."""
-        raise NotImplementedError
-
-    def kernel(self, x: torch.Tensor) -> torch.Tensor:
-        """`bfloat16[rows, in]` → `bfloat16[rows, out]`, straight from the codes."""
-        raise NotImplementedError
-
-    def multiply(self, x: torch.Tensor, part: slice) -> torch.Tensor:
-        """`float[rows, in]` → the outputs of one slice."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

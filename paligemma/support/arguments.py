@@ -94,16 +94,17 @@ def check_pictures(is_image: torch.Tensor, image_features: torch.Tensor | None) 
 
 def check_steps(max_new_tokens: Any, eos_token_id: Any) -> None:
     """Refuse a limit that is no number of tokens, and an end that is no token id, nor -1."""
-    whole = {
-        name: isinstance(value, Integral) and not isinstance(value, bool)
-        for name, value in (("steps", max_new_tokens), ("eos", eos_token_id))
-    }
-    if not whole["steps"] or max_new_tokens < 1:
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(
             f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1"
         )
-    if not whole["eos"]:
+    if not is_whole(eos_token_id):
         raise ValueError(f"eos_token_id is {eos_token_id!r}; expected one token id, or -1 for none")
+
+
+def is_whole(value: Any) -> bool:
+    """A whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 GROUP_SIZES = (32, 64, 128, 256)  # weights that share a scale; what PyTorch's int4 kernel knows
