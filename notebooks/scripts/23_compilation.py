@@ -522,7 +522,10 @@ def make_cache(self, batch_size: int, max_length: int) -> StaticCache:
     if kind not in self.spare:
         self.spare = {kind: []}  # of one kind at a time
     spare = self.spare[kind]
-    store = spare.pop() if spare else self.new_store(batch_size, room)
+    try:
+        store = spare.pop()
+    except IndexError:  # asking first would leave a gap for another thread
+        store = self.new_store(batch_size, room)
     cache = copy.copy(store)  # shares the tensors
     cache._lengths = [0] * len(store.keys)
     weakref.finalize(cache, spare.append, store)
