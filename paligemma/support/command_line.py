@@ -1,7 +1,6 @@
 """The command `paligemma`: what stands between a terminal and `Pipeline`.
 
-Answers go to standard output, all else to standard error. Exit codes: 0; 1 where a picture or the
-machine failed; 2 after one line about input that cannot be right; 130 after Ctrl-C.
+Answers go to standard output, all else to standard error; exit codes as in `command.py`.
 """
 
 import argparse
@@ -9,9 +8,10 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from paligemma.support.console import discard_output, import_slowly, make_channels_safe, say
+from paligemma.support.command import FLAG, Failure, Parser, run_command
+from paligemma.support.console import import_slowly, say
 
 if TYPE_CHECKING:  # what is slow to import comes after the arguments were read, see `run`
     from PIL import Image
@@ -33,43 +33,7 @@ EXAMPLES = """examples:
 """
 
 
-class Failure(Exception):
-    """Something that is neither the user's mistake nor ours: one line, exit 1."""
-
-
 # ---------------------------------------------------------------- arguments
-
-
-class Parser(argparse.ArgumentParser):
-    """Takes dashes for underscores; an error is one line."""
-
-    def parse_args(self, args=None, namespace=None):  # pyright: ignore
-        args = sys.argv[1:] if args is None else args
-        return super().parse_args([underscore(a) for a in args], namespace)
-
-    def _print_message(self, message, file=None):  # argparse's own is silent where it fails
-        if file is not None and file is sys.stdout:
-            file.write(message)
-        else:
-            say(message)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}")
-
-
-def underscore(argument: str) -> str:
-    """`--top-p=0.9` → `--top_p=0.9`; values stay as they are."""
-    if not argument.startswith("--"):
-        return argument
-    name, *value = argument[2:].split("=", 1)
-    return "=".join(["--" + name.replace("-", "_"), *value])
-
-
-def boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is neither True nor False")
-    return values[text.lower()]
 
 
 def make_parser() -> Parser:
@@ -97,16 +61,14 @@ def make_parser() -> Parser:
     )
     add("--model_path", metavar="DIR", help="checkpoint directory or hub name (default: shipped)")
     add("--max_tokens_to_generate", metavar="N", type=int, default=100, help="default: 100")
-    flag: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False}
-    flag["metavar"] = "BOOL"
-    add("--do_sample", **flag, help="draw tokens rather than take the likeliest")
+    add("--do_sample", **FLAG, help="draw tokens rather than take the likeliest")
     add("--temperature", type=float, default=0.8, help="with --do_sample (default: 0.8)")
     add("--top_p", type=float, default=0.9, help="with --do_sample (default: 0.9)")
     add("--seed", type=int, help="makes --do_sample repeatable")
-    add("--only_cpu", **flag, help="leave a GPU alone")
+    add("--only_cpu", **FLAG, help="leave a GPU alone")
     add("--quantize", choices=["int8", "int4"], help="fewer bits a weight")
     add("--adapter", metavar="DIR", help="a LoRA adapter, as peft saves it, for the model")
-    add("--compile", **flag, help="compile the decode step: pays for many pictures")
+    add("--compile", **FLAG, help="compile the decode step: pays for many pictures")
     add("--task", choices=["answer", "detect", "segment"], default="answer", help="default: answer")
     add(
         "--output",
@@ -118,37 +80,9 @@ def make_parser() -> Parser:
     return parser
 
 
-# ---------------------------------------------------------------- the process
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, or exits with 2 on bad input.
-
-    A `ValueError` is the user's mistake and becomes one line. What is neither that nor the
-    machine's trouble is our mistake, and keeps its traceback.
-    """
-    make_channels_safe()
-    parser = make_parser()
-    try:
-        try:
-            return run(parser.parse_args(argv))
-        finally:
-            sys.stdout.flush()  # a full disk or a reader who left shows here, not at the very end
-    except ValueError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:  # a wish, not an error
-        return 130
-    except BrokenPipeError:  # the reader of our output has left, and has enough
-        discard_output()
-        return 0
-    except OSError as error:  # those of files came as ValueError: it is a channel
-        discard_output()
-        where = error.filename or "standard output"
-        say(f"{parser.prog}: error: {where} cannot be written: {error.strerror or error}")
-        return 1
-    except (Failure, MemoryError) as error:
-        say(f"{parser.prog}: error: {str(error) or 'the memory is full'}")
-        return 1
+    """Run the command; returns its exit code, or exits with 2 on bad input."""
+    return run_command(make_parser(), run, argv)
 
 
 # ---------------------------------------------------------------- what it does
