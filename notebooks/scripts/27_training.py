@@ -61,8 +61,10 @@ from paligemma.checkpoint import save_model
 from paligemma.model import PaliGemma
 from paligemma.processor import Processor
 from paligemma.support.files import replacing
+from paligemma.support.processes import mean_over_processes, own_share, process_number
 from paligemma.support.runs import (
-    check_settings,
+    check_dataset,
+    check_training,
     ignore_interrupt,
     noted_interrupt,
     read_checkpoint,
@@ -344,15 +346,7 @@ class TrainingConfig:
     save: bool = True  # the model, at the end (not with adapters: `save_adapter` writes those)
 
     def __post_init__(self):
-        least = {"steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
-        check_settings(self, least, above_zero=("learning_rate", "max_grad_norm"))
-        if self.ema_decay >= 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; expected a number below 1")
-        if self.accumulate > self.batch_size:
-            raise ValueError(
-                f"accumulate is {self.accumulate}, more parts than the {self.batch_size} examples "
-                "of a batch; lower it or raise batch_size"
-            )
+        check_training(self)
 
 
 # %% [markdown]
@@ -528,7 +522,8 @@ def make_batch(items: list[dict], processor: Processor, accumulate: int = 1) -> 
 
 # %% [markdown]
 # Our step does so. It also shortens a gradient that is longer than `max_grad_norm`, so that one odd
-# batch cannot throw the weights far, and refuses a loss that is no number.
+# batch cannot throw the weights far, and refuses a loss that is no number. The mean over processes is
+# the value itself as long as there is one ([lesson 30](30_distributed.ipynb) starts more).
 
 
 # %%
@@ -543,12 +538,13 @@ def train_step(
     """
     device = next(model.parameters()).device
     counts = [int((part["labels"] != -100).sum()) for part in parts]
-    total = 0.0
+    labels, total = mean_over_processes(sum(counts)), 0.0
     for part, count in zip(parts, counts):
         loss = model(**{key: tensor.to(device) for key, tensor in part.items()}).loss
-        loss = loss * (count / sum(counts))
+        loss = loss * (count / labels)
         loss.backward()
         total += loss.item()
+    total = mean_over_processes(total)
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     if not math.isfinite(total) or not math.isfinite(norm):
         optimizer.zero_grad()
@@ -617,7 +613,12 @@ def load_checkpoint(model, optimizer, ema, config: TrainingConfig) -> list[float
 # %%
 #| export
 def train(
-    model: PaliGemma, dataset: Dataset, config: TrainingConfig, processor: Processor | None = None
+    model: PaliGemma,
+    dataset: Dataset,
+    config: TrainingConfig,
+    processor: Processor | None = None,
+    write=save_checkpoint,
+    read=load_checkpoint,
 ) -> list[float]:
     """Train a model on any data, or go on where `config.folder`'s checkpoint stopped.
 
@@ -631,6 +632,7 @@ def train(
             processor takes), "prefix" and "suffix" (str).
         config: see there.
         processor: None: the one that lies beside the model's weights.
+        write, read: how checkpoints are kept.
 
     Returns:
         The loss of every step so far.
@@ -639,25 +641,23 @@ def train(
         ValueError: empty data, an item without those keys, a broken checkpoint, a loss of NaN.
     """
     processor = processor or Processor.from_pretrained(model.config.name_or_path)
-    length = len(dataset)  # type: ignore[arg-type]
-    if not length or (missing := {"image", "prefix", "suffix"} - set(dataset[0])):
-        what = f"lacks {', '.join(sorted(missing))}" if length else "is empty"
-        raise ValueError(f"the dataset {what}; items need image, prefix and suffix")
+    length = check_dataset(dataset)
     optimizer, ema, losses = make_optimizer(model, config), None, []
     if config.ema_decay:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
     if config.folder:
-        losses = load_checkpoint(model, optimizer, ema, config)
+        losses = read(model, optimizer, ema, config)
     steps = range(len(losses), config.steps)
     loader = DataLoader(
         dataset,
-        batch_sampler=(examples_of(step, length, config) for step in steps),
+        batch_sampler=(own_share(examples_of(step, length, config)) for step in steps),
         collate_fn=partial(make_batch, processor=processor, accumulate=config.accumulate),
         num_workers=config.workers,
         worker_init_fn=ignore_interrupt,
     )
     model.train()
-    bar = tqdm(total=config.steps, initial=len(losses), unit="step", disable=None)
+    hidden = process_number() > 0 or None  # None: where nobody looks
+    bar = tqdm(total=config.steps, initial=len(losses), unit="step", disable=hidden)
     with noted_interrupt() as interrupted, bar:
         for step, parts in zip(steps, loader):
             torch.manual_seed(config.seed + step)  # dropout, too, follows from the step
@@ -668,10 +668,11 @@ def train(
                 ema.update_parameters(model)
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
-            last = interrupted or step + 1 == config.steps
+            stop = mean_over_processes(bool(interrupted)) > 0
+            last = stop or step + 1 == config.steps
             if config.folder and (last or (step + 1) % config.save_every == 0):
-                save_checkpoint(model, optimizer, ema, losses, config)
-            if interrupted:
+                write(model, optimizer, ema, losses, config)
+            if stop:
                 break
     model.eval()
     if ema:

@@ -41,6 +41,50 @@ def check_settings(config, least: Mapping[str, int], above_zero: tuple[str, ...]
             raise ValueError(f"{field.name} is {shorten(value)}; expected a finite number {bound}")
 
 
+def check_training(config) -> None:
+    """The settings of a training run (`TrainingConfig`) are numbers that can be.
+
+    Raises:
+        ValueError: naming the field, its value and what is expected.
+    """
+    least = {"steps": 1, "batch_size": 1, "accumulate": 1, "save_every": 1}
+    check_settings(config, least, above_zero=("learning_rate", "max_grad_norm"))
+    if config.ema_decay >= 1:
+        raise ValueError(f"ema_decay is {config.ema_decay}; expected a number below 1")
+    if config.accumulate > config.batch_size:
+        raise ValueError(
+            f"accumulate is {config.accumulate}, more parts than the {config.batch_size} examples "
+            "of a batch; lower it or raise batch_size"
+        )
+
+
+def check_dataset(dataset) -> int:
+    """The length of a dataset whose items are what training needs.
+
+    Raises:
+        ValueError: it is empty, or the first item lacks a key.
+    """
+    length = len(dataset)
+    if not length or (missing := {"image", "prefix", "suffix"} - set(dataset[0])):
+        what = f"lacks {', '.join(sorted(missing))}" if length else "is empty"
+        raise ValueError(f"the dataset {what}; items need image, prefix and suffix")
+    return length
+
+
+def check_same(file: Path, saved: Mapping, settings: Mapping) -> None:
+    """A checkpoint was made with the settings of this run.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    for key, value in settings.items():
+        if saved.get(key) != value:
+            raise ValueError(
+                f"{file} was made with {key} {shorten(saved.get(key))}, now it is {value!r}; "
+                "give the same settings or another folder"
+            )
+
+
 def read_checkpoint(file: Path, settings: dict, shapes: dict[str, torch.Size]) -> dict:
     """What `torch.save` wrote as {"model", "config", …}, if it belongs to this run.
 
@@ -60,12 +104,7 @@ def read_checkpoint(file: Path, settings: dict, shapes: dict[str, torch.Size]) -
         raise ValueError(f"{file} is broken ({reason}); remove it to start anew") from None
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is no training checkpoint; give another folder") from None
-    for key, value in settings.items():
-        if saved.get(key) != value:
-            raise ValueError(
-                f"{file} was made with {key} {shorten(saved.get(key))}, now it is {value!r}; "
-                "give the same settings or another folder"
-            )
+    check_same(file, saved, settings)
     if theirs != shapes:
         raise ValueError(f"{file} trains other parameters than this model's; give another folder")
     return state
