@@ -9,6 +9,7 @@ import torch
 
 from paligemma.kv_cache import KVCache
 from paligemma.model import PaliGemma, PaliGemmaOutput
+from paligemma.support.arguments import check_context
 
 
 class StaticCache(KVCache):
@@ -91,6 +92,7 @@ class CompiledDecoder:
         Its memory is used again once the answer is over and the cache gone: a CUDA graph holds
         addresses, so other memory would mean another recording.
         """
+        check_context(max_length, self.model.config.text_config.max_position_embeddings)
         room = -(-max_length // 128) * 128
         kind = batch_size, room, self.model.device, self.model.dtype
         if kind not in self.spare:

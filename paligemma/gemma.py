@@ -30,6 +30,7 @@ class GemmaConfig:
     head_dim: int = 256
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    max_position_embeddings: int = 8192  # tokens that a row may have, picture and answer included
 
 
 class GemmaDecoderLayer(nn.Module):

@@ -23,6 +23,7 @@ from paligemma.processor import Processor, collate
 from paligemma.quantization import quantize_model
 from paligemma.segmentation import Segment, score_segments
 from paligemma.support.adapters import add_adapter, find_adapter
+from paligemma.support.arguments import check_context
 from paligemma.support.config import parse_device, parse_dtype
 from paligemma.support.files import find_folder, shorten
 from paligemma.support.pictures import open_picture
@@ -77,14 +78,21 @@ class Pipeline:
         return looked
 
     def _lay_out(
-        self, prompts: Sequence[str], looked: "list[EncodedImage]"
+        self, prompts: Sequence[str], images: Sequence, new: int
     ) -> tuple[torch.Tensor, ...]:
         """The ids of B prompts about B pictures, and their attention mask, `int64[B, L]` both."""
-        shape = (self.processor.num_image_tokens, self.model.config.text_config.hidden_size)
-        if any(one.features.shape[1:] != shape for one in looked):
-            raise ValueError("a picture was encoded by another model; encode it with this one")
-        pairs = zip(prompts, looked, strict=True)
-        prefixes = [self.processor.encode_prefix(text, len(one.features)) for text, one in pairs]
+        text = self.model.config.text_config
+        shape, prefixes = (self.processor.num_image_tokens, text.hidden_size), []
+        for prompt, image in zip(prompts, images, strict=True):
+            if isinstance(image, EncodedImage):
+                if image.features.shape[1:] != shape:
+                    raise ValueError(
+                        "a picture was encoded by another model; encode it with this one"
+                    )
+                image = list(image.features)
+            count = len(image) if isinstance(image, list | tuple) else 1
+            prefixes.append(self.processor.encode_prefix(prompt, count))
+        check_context(max(map(len, prefixes)) + new - 1, text.max_position_embeddings)
         batch = collate(prefixes, [], self.processor.tokenizer.pad_id)
         return tuple(batch[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
 
@@ -99,8 +107,8 @@ class Pipeline:
         config = check_options(**{"eos_token_id": self.processor.tokenizer.eos_id} | options)
         generator, seed = torch.Generator(device), options.get("seed")
         generator.seed() if seed is None else generator.manual_seed(int(seed))
+        input_ids, mask = self._lay_out(prompts, images, config.max_new_tokens)
         looked = self._look(images)
-        input_ids, mask = self._lay_out(prompts, looked)
         features = torch.cat([one.features.to(device) for one in looked])
         decoder = self.decoder or self.model
         return generate_steps(

@@ -11,6 +11,7 @@ from paligemma.support.arguments import as_lists
 from paligemma.support.config import read_config
 from paligemma.support.files import find_folder
 from paligemma.support.pictures import Picture
+from paligemma.support.tokens import encode_within
 from paligemma.tokenizer import Tokenizer
 
 
@@ -59,16 +60,20 @@ class Processor:
         tokenizer: turns the text into ids.
         image_processor: turns the pictures into pixel values.
         num_image_tokens: N, image tokens a picture; (image_size / patch_size)².
+        context: the most tokens that a row may have (`max_position_embeddings`).
 
     Source: PaliGemma paper, section 3.2 and figure 2; `PaliGemmaProcessor` in transformers.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, image_processor: ImageProcessor, num_image_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        num_image_tokens: int,
+        context: int = 8192,
     ):
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.num_image_tokens = num_image_tokens
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.num_image_tokens, self.context = num_image_tokens, context
 
     def __call__(
         self,
@@ -90,7 +95,8 @@ class Processor:
             (0 prefix, 1 suffix) and, with suffixes, `labels` (-100 except on the suffix and eos).
 
         Raises:
-            ValueError: unequal numbers, none at all, no strings, or a text that spells `<image>`.
+            ValueError: unequal numbers, none at all, no strings, a text that spells `<image>`, or
+                one that is longer than the context.
         """
         groups, texts, answers = as_lists(images, prompts, suffixes)
         prefixes = [self.encode_prefix(text, len(group)) for text, group in zip(texts, groups)]
@@ -100,14 +106,15 @@ class Processor:
         return batch | collate(prefixes, endings, self.tokenizer.pad_id)
 
     def encode_prefix(self, prompt: str, num_images: int = 1) -> list[int]:
-        """`<image>`×(N · num_images), bos, the prompt's tokens, newline."""
+        """`<image>`×(N · num_images), bos, the prompt's tokens, newline; at most `context`."""
         t = self.tokenizer
         image = [t.image_id] * (self.num_image_tokens * num_images)
-        return [*image, t.bos_id, *t.encode(prompt), t.newline_id]
+        words = encode_within(t, prompt, self.context - len(image) - 2)
+        return [*image, t.bos_id, *words, t.newline_id]
 
     def encode_suffix(self, text: str) -> list[int]:
-        """The answer's tokens, eos."""
-        return [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+        """The answer's tokens, eos; at most `context`."""
+        return [*encode_within(self.tokenizer, text, self.context - 1), self.tokenizer.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Generated ids, `int64[L]` or a list, to text; what follows the first eos is ignored."""
@@ -144,7 +151,8 @@ class Processor:
                 f"{path}: preprocessor_config.json resizes to {image_processor.size} pixels, "
                 f"config.json expects {size}; these files belong to different checkpoints"
             )
-        return cls(tokenizer, image_processor, (size // patch) ** 2)
+        context = config["text_config"]["max_position_embeddings"]
+        return cls(tokenizer, image_processor, (size // patch) ** 2, context)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write what `from_pretrained` reads, but for `config.json`, which the model writes."""

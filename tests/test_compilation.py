@@ -170,3 +170,10 @@ def test_load_compiles_and_the_answers_are_the_same():
     assert fast.detect(scene, "cat")[0].score == pytest.approx(plain.detect(scene, "cat")[0].score)
     fast.to(torch.bfloat16)  # other memory is taken, not that of before
     assert fast(scene, "caption en") == plain.to(torch.bfloat16)(scene, "caption en")
+
+
+def test_the_room_ends_with_the_context():
+    decoder = CompiledDecoder(paligemma.load().model, step=decode_step)
+    assert decoder.make_cache(1, 8192).max_length == 8192
+    with pytest.raises(ValueError, match="8193 tokens; this model reads 8192"):
+        decoder.make_cache(1, 8193)

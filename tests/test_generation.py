@@ -633,3 +633,12 @@ def test_nothing_to_say_is_no_piece(tokenizer, ids):
 def test_tensor_elements_are_ids_too(tokenizer):
     ids = tokenizer.encode("cat dog")
     assert list(stream(torch.tensor([*ids, 1, 5]), tokenizer)) == list(stream(ids, tokenizer))
+
+
+def test_no_more_than_the_context(model, monkeypatch):
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 40)
+    batch = random_batch()
+    room = 40 - batch["input_ids"].shape[1] + 1  # the last token is never read
+    assert generate(model, **batch, max_new_tokens=room, eos_token_id=-1).shape[1] == room
+    with pytest.raises(ValueError, match="41 tokens; this model reads 40 at most, 1 fewer"):
+        generate(model, **batch, max_new_tokens=room + 1)

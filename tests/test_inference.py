@@ -665,6 +665,9 @@ REFUSED = {
         "temprature",
     ),
     "tokens": (lambda pg: pg(SCENE, "caption en", max_new_tokens=0), "max_new_tokens is 0"),
+    "many tokens": (lambda pg: pg(SCENE, "caption en", max_new_tokens=10**7), "this model reads"),
+    "a megabyte": (lambda pg: pg(SCENE, "a" * 1_000_000), "the text has 1000000 characters"),
+    "a long prompt": (lambda pg: pg(SCENE, "a " * 9000), "tokens; the model reads 8126"),
     "temperature": (lambda pg: pg(SCENE, "caption en", temperature=-1), "temperature is -1"),
     "top_p": (lambda pg: pg(SCENE, "caption en", top_p=0), "top_p is 0"),
     "top_k": (lambda pg: pg(SCENE, "caption en", top_k=-2), "top_k is -2"),
@@ -704,3 +707,24 @@ def test_what_the_first_version_refused_is_refused(pg, case):
     with pytest.raises(kind, match=message) as caught:
         call(pg)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_too_long_is_refused_before_any_work(pg, monkeypatch):
+    """At the very edge of the context it answers; one token more, and nothing is even looked at."""
+    prompt = pg.processor.encode_prefix("caption en")
+    room = pg.model.config.text_config.max_position_embeddings - len(prompt) + 1
+    assert pg(SCENE, "caption en", max_new_tokens=room) == CAPTION
+
+    def refuse(*_, **__):
+        raise AssertionError("it began to work")
+
+    monkeypatch.setattr(pg.model.vision_tower, "forward", refuse)
+    monkeypatch.setattr(pg.model, "make_cache", refuse)
+    for ask in (pg, pg.stream, lambda image, text, **how: pg.batch([image], text, **how)):
+        with pytest.raises(ValueError, match="1 fewer: lower max_new_tokens"):
+            ask(SCENE, "caption en", max_new_tokens=room + 1)
+    monkeypatch.setattr(pg.processor.tokenizer, "encode", refuse)
+    with pytest.raises(ValueError, match="characters; the model reads 8126 tokens"):
+        pg(SCENE, "cat " * 250_000)
+    with pytest.raises(ValueError, match="the model reads 0"):
+        pg([SCENE] * 200, "caption en")

@@ -543,3 +543,17 @@ def test_the_newest_token_needs_no_mask(checkpoints):
             model(ids[:, :6], attention_mask=None if mask is None else mask[:, :6], cache=cache)
             results.append(model(ids[:, 6:], attention_mask=mask, cache=cache).logits)
     torch.testing.assert_close(*results)
+
+
+def test_more_than_the_context_is_refused(checkpoints):
+    model = load_model(checkpoints["GQA"])
+    model.config.text_config.max_position_embeddings = 7
+    ids = torch.randint(3, 400, (1, 8), generator=torch.Generator().manual_seed(0))
+    cache = model.make_cache(1, 7)
+    with torch.no_grad():
+        assert model(ids[:, :7], cache=cache).logits.isfinite().all()
+        for tokens, options in ((ids, {}), (ids[:, 7:], {"cache": cache})):
+            with pytest.raises(ValueError, match="8 tokens; this model reads 7 at most"):
+                model(tokens, **options)
+    with pytest.raises(ValueError, match="this model reads 7 at most"):
+        model.make_cache(1, 8)

@@ -54,6 +54,7 @@ from paligemma.support.arguments import as_lists
 from paligemma.support.config import read_config
 from paligemma.support.files import find_folder
 from paligemma.support.pictures import Picture
+from paligemma.support.tokens import encode_within
 from paligemma.tokenizer import Tokenizer
 
 # %% tags=["setup"]
@@ -347,16 +348,20 @@ class Processor:
         tokenizer: turns the text into ids.
         image_processor: turns the pictures into pixel values.
         num_image_tokens: N, image tokens a picture; (image_size / patch_size)².
+        context: the most tokens that a row may have (`max_position_embeddings`).
 
     Source: PaliGemma paper, section 3.2 and figure 2; `PaliGemmaProcessor` in transformers.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, image_processor: ImageProcessor, num_image_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        num_image_tokens: int,
+        context: int = 8192,
     ):
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.num_image_tokens = num_image_tokens
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.num_image_tokens, self.context = num_image_tokens, context
 
     def __call__(self, images: list, prompts: list[str], suffixes: list[str] | None = None):
         prefixes = [self.encode_prefix(prompt) for prompt in prompts]
@@ -407,17 +412,24 @@ assert processor.decode([*answer_ids, 0, 0]) == suffixes[0]
 #
 # And people pass one picture without a list, or three pictures and two prompts. `as_lists`
 # ([support/arguments.py](../paligemma/support/arguments.py)) makes lists of equal length, or says
-# what is wrong.
+# what is wrong. `encode_within` refuses a text that is longer than the model can read.
 
 
 # %%
 #| export
 @add_to_class(Processor)
 def encode_prefix(self, prompt: str, num_images: int = 1) -> list[int]:
-    """`<image>`×(N · num_images), bos, the prompt's tokens, newline."""
+    """`<image>`×(N · num_images), bos, the prompt's tokens, newline; at most `context`."""
     t = self.tokenizer
     image = [t.image_id] * (self.num_image_tokens * num_images)
-    return [*image, t.bos_id, *t.encode(prompt), t.newline_id]
+    words = encode_within(t, prompt, self.context - len(image) - 2)
+    return [*image, t.bos_id, *words, t.newline_id]
+
+
+@add_to_class(Processor)
+def encode_suffix(self, text: str) -> list[int]:
+    """The answer's tokens, eos; at most `context`."""
+    return [*encode_within(self.tokenizer, text, self.context - 1), self.tokenizer.eos_id]
 
 
 @add_to_class(Processor)
@@ -441,7 +453,8 @@ def __call__(
         (0 prefix, 1 suffix) and, with suffixes, `labels` (-100 except on the suffix and eos).
 
     Raises:
-        ValueError: unequal numbers, none at all, no strings, or a text that spells `<image>`.
+        ValueError: unequal numbers, none at all, no strings, a text that spells `<image>`, or
+            one that is longer than the context.
     """
     groups, texts, answers = as_lists(images, prompts, suffixes)
     prefixes = [self.encode_prefix(text, len(group)) for text, group in zip(texts, groups)]
@@ -499,7 +512,8 @@ def from_pretrained(cls, path: str | os.PathLike) -> "Processor":
             f"{path}: preprocessor_config.json resizes to {image_processor.size} pixels, "
             f"config.json expects {size}; these files belong to different checkpoints"
         )
-    return cls(tokenizer, image_processor, (size // patch) ** 2)
+    context = config["text_config"]["max_position_embeddings"]
+    return cls(tokenizer, image_processor, (size // patch) ** 2, context)
 
 
 # %%

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 15 · PaliGemma: how do a picture and a sentence become one sequence?
 #
-# *45 minutes* · part III, Together
+# *50 minutes* · part III, Together
 #
 # **What you will be able to do**
 #
@@ -54,7 +54,7 @@ from paligemma.gemma import GemmaConfig, GemmaModel
 from paligemma.gemma2 import Gemma2Config, Gemma2Model
 from paligemma.kv_cache import KVCache
 from paligemma.siglip import SiglipVisionConfig, SiglipVisionModel
-from paligemma.support.arguments import check_inputs, check_pictures
+from paligemma.support.arguments import check_context, check_inputs, check_pictures
 
 # %% tags=["setup"]
 import math
@@ -643,8 +643,9 @@ def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
 
 @add_to_class(PaliGemma)
 def make_cache(self, batch_size: int, max_length: int) -> KVCache:
-    """An empty cache for `batch_size` rows of up to `max_length` tokens."""
+    """An empty cache for `batch_size` rows of up to `max_length` tokens, within the context."""
     c = self.config.text_config
+    check_context(max_length, c.max_position_embeddings)
     shape = (batch_size, c.num_key_value_heads, max_length, c.head_dim)
     return KVCache(c.num_hidden_layers, *shape, self.device, self.dtype)
 
@@ -680,11 +681,13 @@ def forward(
         `PaliGemmaOutput`: logits `float32[B, L or logits_to_keep, V]`, loss a scalar or None.
 
     Raises:
-        ValueError: tensors that do not fit, labels without types, a picture given twice.
+        ValueError: tensors that do not fit, labels without types, a picture given twice, more
+            tokens than `max_position_embeddings`.
     """
     past, length = 0 if cache is None else len(cache), input_ids.shape[1]
     all_see_all = attention_mask is None and token_type_ids is None and (length == 1 or not past)
     attention_mask = check_inputs(input_ids, past, attention_mask, token_type_ids, labels)
+    check_context(past + length, self.config.text_config.max_position_embeddings)
     if pixel_values is not None:
         if image_features is not None:
             raise ValueError("got pixel_values and image_features; give one of them")

@@ -81,6 +81,15 @@ def check_inputs(
     return attention_mask
 
 
+def check_context(tokens: int, context: int) -> None:
+    """Refuse a row of more tokens than a model reads, before memory is taken for it."""
+    if tokens > context:
+        raise ValueError(
+            f"picture, prompt and answer would have {tokens} tokens; this model reads {context} at "
+            f"most, {tokens - context} fewer: lower max_new_tokens, or shorten the prompt"
+        )
+
+
 def check_pictures(is_image: torch.Tensor, image_features: torch.Tensor | None) -> None:
     """As many `<image>` tokens, `bool[B, L]`, as vectors in `float[P, N, D]`, or a ValueError."""
     found = int(is_image.sum())

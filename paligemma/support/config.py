@@ -32,6 +32,7 @@ TEXT_DEFAULTS = {
         "head_dim": 256,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
+        "max_position_embeddings": 8192,
     },
     "gemma2": {  # Gemma2Config
         "hidden_size": 2304,
@@ -42,6 +43,7 @@ TEXT_DEFAULTS = {
         "head_dim": 256,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
+        "max_position_embeddings": 8192,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "attn_logit_softcapping": 50.0,
@@ -51,7 +53,8 @@ TEXT_DEFAULTS = {
 CAPS = {"attn_logit_softcapping", "final_logit_softcapping"}  # 0 and null: no cap
 MAY_BE_NULL = {"head_dim", "image_size", "num_channels", "layer_norm_eps", "rms_norm_eps"}
 MAY_BE_NULL |= {"rope_theta", "query_pre_attn_scalar", "num_attention_heads", "num_key_value_heads"}
-LARGEST = {"num_hidden_layers": 512}  # the largest published model has 46
+# The largest published model has 46 layers, and a context of 8,192 tokens.
+LARGEST = {"num_hidden_layers": 512, "max_position_embeddings": 2**20}
 LARGEST_WHOLE, LARGEST_REAL = 10**7, 1e12  # vocab_size; rope_theta
 TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 

@@ -60,6 +60,29 @@ def check_text(text: Any, forbidden: Sequence[str]) -> None:
         ) from None
 
 
+def encode_within(tokenizer: Any, text: str, room: int) -> list[int]:
+    """What a `Tokenizer` makes of a text, at most `room` ids; of a megabyte it makes none.
+
+    Raises:
+        ValueError: no text, one that spells a control token, or one that is too long.
+    """
+    if isinstance(text, str) and len(text) > room:
+        pieces = tokenizer.sp.id_to_piece(list(range(tokenizer.sp.get_piece_size())))
+        longest = max(map(len, [*pieces, *tokenizer.added]))
+        if len(text) > room * longest:
+            raise ValueError(
+                f"the text has {len(text)} characters; the model reads {max(room, 0)} tokens "
+                "beside its pictures: shorten it"
+            )
+    ids = tokenizer.encode(text)
+    if len(ids) > room:
+        raise ValueError(
+            f"the text has {len(ids)} tokens; the model reads {max(room, 0)} beside its pictures: "
+            "shorten it"
+        )
+    return ids
+
+
 # ---------------------------------------------------------------- added tokens
 
 KEEP = "keep the files that belong to the weights"

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from paligemma.support.arguments import as_lists, check_inputs, check_pictures, check_steps
+from paligemma.support.arguments import (
+    as_lists,
+    check_context,
+    check_inputs,
+    check_pictures,
+    check_steps,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +94,9 @@ def test_an_end_that_is_none(eos):
 def test_limits_and_ends_that_are_right():
     for steps, eos in ((1, 1), (torch.tensor([7]).numpy()[0], -1)):
         check_steps(steps, eos)
+
+
+def test_a_row_fits_the_context():
+    check_context(8192, 8192)
+    with pytest.raises(ValueError, match="8193 tokens; this model reads 8192 at most, 1 fewer"):
+        check_context(8193, 8192)

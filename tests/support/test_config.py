@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from random_models import random_batch, reference_config
 
 from paligemma.checkpoint import build_config
 from paligemma.gemma import GemmaConfig
@@ -304,3 +306,28 @@ def test_dtypes():
         with pytest.raises(ValueError, match=r"dtype is .*expected torch\.float32") as caught:
             parse_dtype(dtype)
         assert len(str(caught.value)) < 200
+
+
+def test_the_context_is_read_and_written(checkpoints, tmp_path):
+    config = json.loads((checkpoints["GQA"] / "config.json").read_text())
+    for given, expected in ((None, 8192), (300, 300)):
+        config["text_config"].pop("max_position_embeddings", None)
+        if given:
+            config["text_config"]["max_position_embeddings"] = given
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = read_config(tmp_path)
+        assert found["text_config"]["max_position_embeddings"] == expected
+        assert (
+            config_dict(build_config(found))["text_config"]["max_position_embeddings"] == expected
+        )
+
+
+def test_no_window_is_refused_as_transformers_cannot_run_it(gemma2_checkpoint, tmp_path):
+    config = reference_config(2, gemma2=True)
+    config.text_config.sliding_window = None
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    with pytest.raises((TypeError, ValueError)):
+        model(**random_batch())
+    config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="sliding_window is null"):
+        read_config(tmp_path)
