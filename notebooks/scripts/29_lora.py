@@ -61,10 +61,10 @@ from paligemma.support.files import (
     ADAPTER_WEIGHTS,
     CheckpointError,
     find_folder,
-    replacing,
     shorten,
 )
 from paligemma.support.lora_files import read_lora_config, read_lora_tensors
+from paligemma.support.replacing import replacing
 
 
 # %% tags=["setup"]
@@ -568,7 +568,7 @@ def stored_name(model: nn.Module, name: str) -> str:
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write the adapters alone, in the layout that peft reads, each file whole or not at all.
+    """Write the adapters alone, in the layout that peft reads, both files or none.
 
     Args:
         model: with adapters.
@@ -601,8 +601,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
         tensors[f"{start}.lora_A.weight"] = layer.lora_A.weight.detach().cpu().contiguous()
         tensors[f"{start}.lora_B.weight"] = layer.lora_B.weight.detach().cpu().contiguous()
     with replacing(path) as draft:
-        save_file(tensors, draft(ADAPTER_WEIGHTS), metadata={"format": "pt"})
-        draft(ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        save_file(tensors, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 # %%
