@@ -324,7 +324,7 @@ def test_the_context_is_read_and_written(checkpoints, tmp_path):
 
 def test_no_window_is_refused_as_transformers_cannot_run_it(gemma2_checkpoint, tmp_path):
     config = reference_config(2, gemma2=True)
-    config.text_config.sliding_window = None
+    vars(config.text_config)["sliding_window"] = None
     model = transformers.PaliGemmaForConditionalGeneration(config)
     with pytest.raises((TypeError, ValueError)):
         model(**random_batch())
