@@ -48,27 +48,27 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from paligemma.checkpoint import save_model
 from paligemma.model import PaliGemma
 from paligemma.processor import Processor
-from paligemma.support.files import replacing
+from paligemma.support.examples import read_examples
 from paligemma.support.processes import mean_over_processes, own_share, process_number
+from paligemma.support.replacing import replacing, settled
 from paligemma.support.runs import (
     check_dataset,
     check_training,
-    ignore_interrupt,
+    load_batches,
     noted_interrupt,
     read_checkpoint,
-    read_examples,
+    taking_up,
 )
 
 # %% tags=["setup"]
@@ -577,7 +577,7 @@ def save_checkpoint(model, optimizer, ema, losses: list[float], config: Training
         "config": {k: v for k, v in asdict(config).items() if k not in FREE},
     }
     with replacing(config.folder or ".") as draft:
-        torch.save(state, draft("checkpoint.pt"))
+        torch.save(state, draft / "checkpoint.pt")
 
 
 def load_checkpoint(model, optimizer, ema, config: TrainingConfig) -> list[float]:
@@ -586,18 +586,18 @@ def load_checkpoint(model, optimizer, ema, config: TrainingConfig) -> list[float
     Raises:
         ValueError: the file is broken, or of another model or config.
     """
-    file = Path(config.folder or ".") / "checkpoint.pt"
+    file = settled(config.folder or ".") / "checkpoint.pt"
     if not file.is_file():
         return []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = {k: v for k, v in asdict(config).items() if k not in FREE}
     state = read_checkpoint(file, settings, {name: p.shape for name, p in trained.items()})
-    with torch.no_grad():
+    with taking_up(file), torch.no_grad():
+        optimizer.load_state_dict(state["optimizer"])
+        if ema:
+            ema.load_state_dict(state["ema"])
         for name, parameter in trained.items():
             parameter.copy_(state["model"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    if ema:
-        ema.load_state_dict(state["ema"])
     return state["losses"]
 
 
@@ -648,26 +648,22 @@ def train(
     if config.folder:
         losses = read(model, optimizer, ema, config)
     steps = range(len(losses), config.steps)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=(own_share(examples_of(step, length, config)) for step in steps),
-        collate_fn=partial(make_batch, processor=processor, accumulate=config.accumulate),
-        num_workers=config.workers,
-        worker_init_fn=ignore_interrupt,
-    )
+    numbers = (own_share(examples_of(step, length, config)) for step in steps)
+    make = partial(make_batch, processor=processor, accumulate=config.accumulate)
     model.train()
     hidden = process_number() > 0 or None  # None: where nobody looks
     bar = tqdm(total=config.steps, initial=len(losses), unit="step", disable=hidden)
     with noted_interrupt() as interrupted, bar:
-        for step, parts in zip(steps, loader):
+        for step, parts in zip(steps, load_batches(dataset, numbers, make, config.workers)):
             torch.manual_seed(config.seed + step)  # dropout, too, follows from the step
+            rate = learning_rate_at(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, config)
+                group["lr"] = rate
             losses.append(train_step(model, optimizer, parts, config.max_grad_norm))
             if ema:
                 ema.update_parameters(model)
             bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", rate=f"{rate:.1e}")
             stop = mean_over_processes(bool(interrupted)) > 0
             last = stop or step + 1 == config.steps
             if config.folder and (last or (step + 1) % config.save_every == 0):
@@ -678,8 +674,9 @@ def train(
     if ema:
         model.load_state_dict(ema.module.state_dict())
     if config.folder and config.save and len(losses) >= config.steps:
-        save_model(model, config.folder)
-        processor.save_pretrained(config.folder)
+        with replacing(config.folder) as draft:
+            save_model(model, draft)
+            processor.save_pretrained(draft)
     return losses
 
 
@@ -703,7 +700,8 @@ print("6 steps = 3 + 3 steps: losses and weights are equal bit for bit")
 # %% [markdown]
 # ### Your own pictures
 #
-# Mostly they come as a file of JSON lines beside a folder of pictures.
+# Mostly they come as a file of JSON lines beside a folder of pictures. The command `paligemma-train`
+# trains on such a folder ([train_command.py](../paligemma/support/train_command.py)).
 
 
 # %%
@@ -712,14 +710,15 @@ class JsonlDataset(Dataset):
     """Examples from a file with one JSON object a line: {"image", "prefix", "suffix"}.
 
     Args:
-        path: the file, or a folder with exactly one `*.jsonl`; pictures are named relative to it.
+        path: the file, or the folder that it lies in; pictures are named relative to the file.
+        prefix: the prompt of lines that have none; None: every line has its own.
 
     Raises:
         ValueError: no such file, or a line that is not like this; the message has its number.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.items = read_examples(path)
+    def __init__(self, path: str | os.PathLike, prefix: str | None = None):
+        self.items = read_examples(path, prefix)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -1,18 +1,21 @@
-"""Care for training runs: settings, resuming, interruptions and data that may be wrong."""
+"""Care for training runs: settings, batches, resuming, interruptions."""
 
-import json
 import math
+import multiprocessing
 import os
-import pickle
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from paligemma.support.files import shorten
 
@@ -94,20 +97,92 @@ def read_checkpoint(file: Path, settings: dict, shapes: dict[str, torch.Size]) -
         shapes: of the parameters that are trained, by name.
 
     Raises:
-        ValueError: broken, or of another run.
+        ValueError: cut, changed or of another run.
     """
     try:
+        with zipfile.ZipFile(file) as archive:
+            if changed := archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"{changed} has changed")
         state = torch.load(file, map_location="cpu", weights_only=True)
-        saved, theirs = dict(state["config"]), {k: v.shape for k, v in state["model"].items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a reader of broken files raises nearly everything
         reason = shorten(" ".join(str(error).split()), 100)
         raise ValueError(f"{file} is broken ({reason}); remove it to start anew") from None
-    except (KeyError, TypeError, AttributeError):
+    try:
+        saved, theirs = dict(state["config"]), {k: v.shape for k, v in state["model"].items()}
+        if not all(math.isfinite(loss) for loss in state["losses"]):
+            raise ValueError("a loss is no number")
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{file} is no training checkpoint; give another folder") from None
     check_same(file, saved, settings)
     if theirs != shapes:
         raise ValueError(f"{file} trains other parameters than this model's; give another folder")
     return state
+
+
+@contextmanager
+def taking_up(file: Path) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint's state is taken over is one line about its file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        reason = shorten(" ".join(str(error).split()), 100)
+        raise ValueError(
+            f"{file} holds the state of another run ({reason}); give another folder"
+        ) from None
+
+
+# ---------------------------------------------------------------- batches
+
+
+def load_batches(
+    dataset: Any, batches: Iterable[list[int]], make: Callable[[list], Any], workers: int = 0
+) -> Iterator[Any]:
+    """Yield `make([dataset[i] for i in batch])` for each batch, in order.
+
+    Args:
+        dataset: has items.
+        batches: the numbers of each batch's items.
+        make: items to what the training step takes.
+        workers: processes that work ahead, and end with this one, however it ends; 0: none.
+
+    Raises:
+        ValueError: as `make` raised it, wherever it ran.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,  # pyright: ignore: nobody asks for its length
+        collate_fn=partial(_made, make),
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+    )
+    for made in loader:
+        if isinstance(made, ValueError):
+            raise made
+        yield made
+
+
+def _made(make: Callable[[list], Any], items: list) -> Any:
+    """The batch, or what is wrong with it: DataLoader would raise that with a traceback inside."""
+    try:
+        return make(items)
+    except ValueError as error:
+        return ValueError(str(error))
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C is left to the main process; its end, even by `kill -9`, ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+# ---------------------------------------------------------------- interruptions
 
 
 @contextmanager
@@ -124,53 +199,3 @@ def noted_interrupt(*signals: signal.Signals) -> Iterator[list[bool]]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def ignore_interrupt(_: int = 0) -> None:
-    """Leave Ctrl-C to the main process: for worker processes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def read_examples(path: str | os.PathLike) -> list[dict[str, str]]:
-    """Examples from JSON lines: {"image": path, "prefix", "suffix"}.
-
-    Args:
-        path: the file, or a folder with exactly one `*.jsonl`; pictures are named relative to it.
-
-    Raises:
-        ValueError: no such file, no line, or a broken one, named by its number.
-    """
-    file = Path(path).expanduser()
-    if file.is_dir():
-        found = sorted(file.glob("*.jsonl"))
-        if len(found) != 1:
-            raise ValueError(f"{file} holds {len(found)} files *.jsonl; give one of them")
-        file = found[0]
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {shorten(str(error), 200)}") from None
-    items = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                items.append(_read_example(line, file.parent))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {number}: {error}") from None
-    if not items:
-        raise ValueError(f"{file} holds no line; expected an object with image, prefix and suffix")
-    return items
-
-
-def _read_example(line: str, folder: Path) -> dict[str, str]:
-    """One line; the picture's name becomes a path that exists."""
-    item = json.loads(line)
-    if not isinstance(item, dict):
-        raise ValueError(f"it is {shorten(item)}; expected an object")
-    for key in ("image", "prefix", "suffix"):
-        if not isinstance(item.get(key), str):
-            raise ValueError(f"{key} is {shorten(item.get(key))}; expected a string")
-    picture = folder / item["image"]
-    if not os.path.isfile(picture):
-        raise ValueError(f"there is no picture {shorten(str(picture), 200)}")
-    return {"image": str(picture), "prefix": item["prefix"], "suffix": item["suffix"]}
