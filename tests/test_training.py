@@ -438,19 +438,22 @@ def test_a_broken_picture_is_one_line_wherever_it_is_read(folder, processor, wor
 
 
 ORPHANS = """
-import sys, time
-from paligemma import scenes
+import multiprocessing, time
 from paligemma.support.runs import load_batches
-batches = load_batches(list(range(9)), ([i] for i in range(9)), list, workers=2)
+
+def work(items):
+    time.sleep(60 * (items[0] > 1))  # the first two are ready at once
+    return items
+
+batches = load_batches(list(range(9)), ([i] for i in range(9)), work, workers=2)
 next(batches)
-import multiprocessing
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 time.sleep(60)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes as POSIX has them")
-def test_workers_end_with_a_killed_parent():
+def test_workers_end_with_a_killed_parent_even_in_mid_work():
     with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE) as parent:
         workers = [int(word) for word in parent.stdout.readline().split()]
         assert len(workers) == 2 and all(map(runs, workers))
@@ -461,7 +464,7 @@ def test_workers_end_with_a_killed_parent():
     left = list(filter(runs, workers))
     for worker in left:
         os.kill(worker, signal.SIGKILL)
-    assert not left, "they would go on for ever"
+    assert not left, "they work on for nobody"
 
 
 def runs(process: int) -> bool:
