@@ -16,7 +16,7 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round each row to whole numbers from -127 to 127 times a scale of its own.
 
     Args:
-        weight: `float[out, in]`, one row for each output.
+        weight: `float[out, in]`, one row for each output; or what a layer is given, `[rows, in]`.
 
     Returns:
         codes `int8[out, in]` and scales `float32[out]`; weight ≈ codes · scales[:, None].
@@ -88,27 +88,28 @@ def kernel_block() -> int | None:
     return next((b for b in (64, 32) if torch.equal(pack_int4(codes.byte(), b), packed)), None)
 
 
-CHUNK = 2**21  # weights that are taken out of their packing at a time: a few megabytes
+CHUNK = 2**21  # weights that are taken out of their codes at a time: a few megabytes
 
 
 class QuantizedLinear(nn.Module):
     """x·Wᵀ + bias with W in few bits.
 
-    Few rows in bfloat16 on a CPU (decoding) go to a kernel that reads the packed weights. In all
-    other cases a chunk of W after another is unpacked and multiplied as usual: for many rows
-    (prefill), in other types and on other devices that is faster. `in_features` is filled up with
-    zeros to a multiple of `multiple`; `dtype` is the type of scales, bias and inputs.
+    On a CPU a kernel multiplies with the codes as they lie. Where there is none for these rows
+    (other devices, gradients, four bits and many rows) a chunk of W after another is turned back
+    into numbers and multiplied as usual. `in_features` is filled up with zeros to a multiple of
+    `multiple`; `dtype` is the type of scales, bias and inputs.
     """
 
-    few: int = 0  # most rows for which the kernel is faster
     group_size: int = 64  # int8 has no groups
     block: int = 64  # nor blocks
+    has_kernel: bool  # on this processor
     qweight: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor | None
-    # Three methods differ:
+    # Four methods differ:
     set_rows: Callable  # (slice, float32[rows, in]): quantise into this slice of the rows
-    kernel: Callable  # bfloat16[rows, in] → bfloat16[rows, out], straight from the codes
+    fits: Callable  # (float[rows, in]) → does the kernel take these rows?
+    kernel: Callable  # (float[rows, in]) → float[rows, out], straight from the codes
     multiply: Callable  # (float[rows, in], slice) → the outputs of this slice
 
     def __init__(self, in_features, out_features, bias=False, dtype=None, multiple=1):
@@ -130,8 +131,7 @@ class QuantizedLinear(nn.Module):
         """`float[…, in]` → `float[…, out]`."""
         rows = F.pad(x.reshape(-1, self.in_features), (0, self.fill))
         learning = torch.is_grad_enabled() and x.requires_grad  # the kernels have no gradient
-        fits = rows.device.type == "cpu" and rows.dtype == self.scales.dtype == torch.bfloat16
-        if fits and 0 < rows.shape[0] <= self.few and not learning:
+        if rows.device.type == "cpu" and len(rows) and not learning and self.fits(rows):
             y = self.kernel(rows.contiguous())
         else:
             y = torch.cat([self.multiply(rows, part) for part in self.chunks()], 1)
@@ -153,26 +153,44 @@ class QuantizedLinear(nn.Module):
         return new
 
 
-class Int8Linear(QuantizedLinear):
-    """Eight bits a weight and one scale for each output."""
+@cache
+def multiplies_bytes() -> bool:
+    """Are products of int8 matrices fast here, and exact? (Older processors overflow 16 bits.)"""
+    worst = torch.full((64, 64), 127, dtype=torch.int8, device="cpu")
+    try:
+        exact = bool((torch.ops.aten._int_mm(worst, worst) == 64 * 127**2).all())
+    except (RuntimeError, AttributeError):  # a private name: another PyTorch may have another
+        return False
+    return exact and torch.backends.mkldnn.is_available()
 
-    few = 8
+
+class Int8Linear(QuantizedLinear):
+    """Eight bits a weight and one scale for each output; the kernel rounds its input, too."""
 
     def __init__(self, in_features, out_features, bias=False, dtype=None, group_size=None):
-        # PyTorch's kernel reads 16 columns at a time, also where fewer are left.
-        super().__init__(in_features, out_features, bias, dtype, multiple=16)
-        codes = torch.empty(out_features, in_features + self.fill, dtype=torch.int8)
+        super().__init__(in_features, out_features, bias, dtype)
+        codes = torch.empty(out_features, in_features, dtype=torch.int8)
         self.register_buffer("qweight", codes)
         self.register_buffer("scales", torch.empty(out_features, dtype=dtype))
+        self.has_kernel = multiplies_bytes()
 
     def set_rows(self, part: slice, weight: torch.Tensor) -> None:
         self.qweight[part], self.scales[part] = quantize_int8(weight)
 
+    def fits(self, x: torch.Tensor) -> bool:
+        return self.has_kernel
+
     def kernel(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, self.qweight, self.scales)
+        codes, scales = quantize_int8(x)
+        return (torch.ops.aten._int_mm(codes, self.qweight.T) * (scales[:, None] * self.scales)).to(
+            x.dtype
+        )
 
     def multiply(self, x: torch.Tensor, part: slice) -> torch.Tensor:
         return x @ self.qweight[part].to(x.dtype).T * self.scales[part].to(x.dtype)
+
+
+FEW = 64
 
 
 class Int4Linear(QuantizedLinear):
@@ -182,7 +200,7 @@ class Int4Linear(QuantizedLinear):
         super().__init__(in_features, out_features, bias, dtype, multiple=group_size)
         rows, columns = out_features + -out_features % 64, in_features + self.fill  # whole blocks
         self.group_size, self.block = group_size, kernel_block() or 64
-        self.few = 64 if kernel_block() else 0
+        self.has_kernel = kernel_block() is not None
         self.register_buffer("qweight", torch.empty(rows, columns // 2, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(columns // group_size, rows, 2, dtype=dtype))
 
@@ -190,6 +208,10 @@ class Int4Linear(QuantizedLinear):
         codes, scales = quantize_int4(weight, self.group_size)
         self.qweight[part] = pack_int4(codes, self.block)
         self.scales[:, part] = scales.transpose(0, 1)
+
+    def fits(self, x: torch.Tensor) -> bool:
+        few = len(x) <= FEW  # for more rows chunks are faster
+        return self.has_kernel and few and x.dtype == self.scales.dtype == torch.bfloat16
 
     def kernel(self, x: torch.Tensor) -> torch.Tensor:
         multiply = torch.ops.aten._weight_int4pack_mm_for_cpu

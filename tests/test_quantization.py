@@ -21,9 +21,11 @@ from paligemma.gemma2 import soft_cap
 from paligemma.generation import generate
 from paligemma.processor import Processor
 from paligemma.quantization import (
+    FEW,
     Int4Linear,
     Int8Linear,
     QuantizedLinear,
+    multiplies_bytes,
     pack_int4,
     quantize_int4,
     quantize_int8,
@@ -56,6 +58,17 @@ def acting(layer):
         codes = unpack_int4(layer.qweight, layer.block).float() - 8
         weight = codes * scales[..., 0] + scales[..., 1]
     return weight[:n, :k]
+
+
+def acting_input(layer, x):
+    """What a layer multiplies with: eight bits round their input, too, where bytes are multiplied.
+
+    Written out, without the layer's code: each row to whole multiples of a 127th of its largest.
+    """
+    if not (isinstance(layer, Int8Linear) and multiplies_bytes()):
+        return x.float()
+    step = x.float().abs().amax(-1, keepdim=True) / 127
+    return torch.where(step > 0, (x.float() / step.clamp(min=1e-30)).round() * step, 0)
 
 
 # ---------------------------------------------------------------- the numbers
@@ -148,39 +161,76 @@ def test_other_processors_are_recognised(capability):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 128), (70, 40), (1, 37), (3, 33), (257, 96), (16, 8)])
 def test_layer_is_its_dequantised_weight(kind, dtype, shape):
-    """Odd sizes included: the int8 kernel alone reads past the row, or crashes, at 37 columns."""
+    """Odd sizes included: kernels like to read past the end of a row."""
     layer, weight = filled(kind, *shape, dtype, bias=True)
     tolerance = 0.02 if kind == "int8" else 0.2
     relative = (acting(layer) - weight).norm() / weight.norm()
     assert relative < tolerance, relative
     for m in (1, 2, 8, 9, 65):
         x = torch.randn(m, shape[1]).to(dtype)
-        expected = F.linear(x.float(), acting(layer), layer.bias.float())
+        expected = F.linear(acting_input(layer, x), acting(layer), layer.bias.float())
         scale = expected.abs().max()
         eps = 1e-5 if dtype == torch.float32 else 0.02
         assert layer(x).dtype == dtype and layer(x).shape == expected.shape
         assert (layer(x).float() - expected).abs().max() <= eps * scale, m
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernel_and_plain_way_agree_and_are_both_used(kind, monkeypatch):
-    layer, _ = filled(kind, 96, 64)
+def test_int4_kernel_and_plain_way_agree_and_are_both_used(monkeypatch):
+    layer, _ = filled("int4", 96, 64)
     called = []
-    kernel = type(layer).kernel
+    kernel = Int4Linear.kernel
     monkeypatch.setattr(
-        type(layer), "kernel", lambda self, rows: (called.append(len(rows)), kernel(self, rows))[1]
+        Int4Linear, "kernel", lambda self, rows: (called.append(len(rows)), kernel(self, rows))[1]
     )
-    assert layer.few > 0, "this machine has both kernels"
-    x = torch.randn(layer.few + 1, 64).bfloat16()
+    assert layer.has_kernel, "this machine has it"
+    x = torch.randn(FEW + 1, 64).bfloat16()
     few = torch.cat([layer(row[None]) for row in x])
     assert len(called) == len(x)
     many = layer(x)
     assert len(called) == len(x)
     assert (few.float() - many.float()).abs().max() <= 0.02 * many.float().abs().max()
-    layer.few = 0
+    layer.has_kernel = False
     plain = torch.cat([layer(row[None]) for row in x])
     torch.testing.assert_close(plain, many, rtol=0.02, atol=0.05)
     assert len(called) == len(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_rows_do_not_disturb_each_other(dtype):
+    """A row's scale is its own: alone, in a batch, beside a loud one or NaN, it gives the same."""
+    layer, _ = filled("int8", 70, 40, dtype)
+    x = torch.randn(5, 40).to(dtype)
+    x[1] *= 1e4
+    x[2, 3] = float("nan")
+    together = layer(x)
+    for i in (0, 1, 3, 4):
+        assert torch.equal(layer(x[i : i + 1])[0], together[i]), i
+    assert together[2].isnan().all()
+    if multiplies_bytes():
+        expected = F.linear(acting_input(layer, x[:1]), acting(layer))
+        assert not torch.allclose(F.linear(x[:1].float(), acting(layer)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("isa", "exact"), [("AVX2", False), ("AVX512_CORE", False), ("AVX512_CORE_VNNI", True)]
+)
+def test_where_products_of_bytes_overflow_they_are_not_used(isa, exact):
+    """Processors of before VNNI sum pairs in 16 bits: oneDNN can be told to do as they do."""
+    code = (
+        "import torch; from paligemma import quantization as q\n"
+        "torch.manual_seed(0); w = torch.randn(70, 96); l = q.Int8Linear.from_weight(w)\n"
+        "x = torch.randn(3, 96); z = x @ (l.qweight * l.scales[:, None]).T\n"
+        "print(q.multiplies_bytes(), float((l(x) - z).abs().max() / z.abs().max()))"
+    )
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    answer, gap = run.stdout.split()
+    if not exact:
+        assert answer == "False"
+    assert float(gap) < (0.02 if answer == "True" else 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -216,7 +266,8 @@ def test_layer_can_be_copied_and_moved_to_another_type(kind):
     layer, _ = filled(kind, 70, 64)
     x = torch.randn(2, 64)
     wide = copy.deepcopy(layer).float()
-    torch.testing.assert_close(wide(x), x @ acting(layer).T, rtol=1e-4, atol=1e-4)
+    expected = acting_input(layer, x) @ acting(layer).T
+    torch.testing.assert_close(wide(x), expected, rtol=1e-4, atol=1e-4)
     assert "64, 70" in repr(layer)
 
 
@@ -230,9 +281,10 @@ def spread(path, dtype=torch.float32):
 @pytest.mark.parametrize("mode", KINDS)
 @pytest.mark.parametrize("kind", ["MHA", "GQA", "MQA", "gemma2"])
 def test_model_is_the_model_of_its_dequantised_weights(
-    checkpoints, gemma2_checkpoint, mode, kind, tmp_path
+    checkpoints, gemma2_checkpoint, mode, kind, monkeypatch
 ):
     """Exactly: the same model with the dequantised weights in ordinary layers gives the logits."""
+    monkeypatch.setattr(quantization, "multiplies_bytes", lambda: False)  # inputs stay as they are
     path = gemma2_checkpoint if kind == "gemma2" else checkpoints[kind]
     model = quantize_model(spread(path), mode)
     plain = spread(path)
