@@ -620,9 +620,8 @@ class Int8Linear(QuantizedLinear):
 
     def kernel(self, x: torch.Tensor) -> torch.Tensor:
         codes, scales = quantize_int8(x)
-        return (torch.ops.aten._int_mm(codes, self.qweight.T) * (scales[:, None] * self.scales)).to(
-            x.dtype
-        )
+        sums = torch.ops.aten._int_mm(codes, self.qweight.T)  # int32[rows, out], exact
+        return (sums * (scales[:, None] * self.scales)).to(x.dtype)
 
     def multiply(self, x: torch.Tensor, part: slice) -> torch.Tensor:
         return x @ self.qweight[part].to(x.dtype).T * self.scales[part].to(x.dtype)
