@@ -15,14 +15,9 @@ from paligemma.gemma2 import Gemma2Config
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.siglip import SiglipVisionConfig
 from paligemma.support.config import config_dict, parse_device, parse_dtype, read_config
-from paligemma.support.files import CheckpointError, find_folder, open_tensors, replacing
-from paligemma.support.tensors import (
-    check_family,
-    draft_weights,
-    match_tensors,
-    remove_older_weights,
-    weight_files,
-)
+from paligemma.support.files import CheckpointError, find_folder, open_tensors
+from paligemma.support.replacing import replacing
+from paligemma.support.tensors import check_family, match_tensors, weight_files, write_weights
 
 RENAME = [
     (re.compile(r"^model\."), ""),
@@ -154,8 +149,8 @@ def save_model(
 ) -> None:
     """Write `config.json` and safetensors in the published layout, which transformers reads.
 
-    Everything is written under other names first and renamed when it is whole; then weights of an
-    earlier save that are no longer part of it are removed.
+    Everything is written whole into a draft, then all of it takes its place at once, and that of
+    the weights of an earlier save.
 
     Args:
         model: any device; written in the type of its weights.
@@ -174,6 +169,5 @@ def save_model(
     config = config_dict(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     tensors = {published_name(name): tensor for name, tensor in state.items()}
     with replacing(path) as draft:
-        files = draft_weights(draft, tensors, max_shard_bytes)
-        draft("config.json").write_text(json.dumps(config, indent=2) + "\n")
-    remove_older_weights(path, files)
+        write_weights(draft, tensors, max_shard_bytes)
+        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from paligemma.support.files import replacing
 from paligemma.support.pictures import (
     Picture,
     check_settings,
@@ -17,6 +16,7 @@ from paligemma.support.pictures import (
     read_settings,
     settings_dict,
 )
+from paligemma.support.replacing import replacing
 
 
 @dataclass
@@ -74,4 +74,5 @@ class ImageProcessor:
         """
         settings = settings_dict(self.size, self.mean, self.std, self.resample, image_seq_length)
         with replacing(path) as draft:
-            draft("preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            text = json.dumps(settings, indent=2)
+            (draft / "preprocessor_config.json").write_text(text + "\n")

@@ -28,6 +28,7 @@ from paligemma.support.config import parse_device, parse_dtype
 from paligemma.support.files import find_folder, shorten
 from paligemma.support.pictures import open_picture
 from paligemma.support.quantized import load_quantized, read_quantization, save_quantized
+from paligemma.support.replacing import replacing
 from paligemma.support.tensors import weight_files
 from paligemma.tokenizer import Tokenizer
 
@@ -190,10 +191,11 @@ class Pipeline:
     def save(self, path: str | os.PathLike) -> None:
         """Write model, processor and mask codec into a directory, which `load` opens again."""
         quantized = self.model.language_model.head is not None
-        (save_quantized if quantized else save_model)(self.model, path)
-        self.processor.save_pretrained(path)
-        if self.codec is not None:
-            self.codec.save_pretrained(path, torch.float32)
+        with replacing(path) as draft:  # all files at once
+            (save_quantized if quantized else save_model)(self.model, draft)
+            self.processor.save_pretrained(draft)
+            if self.codec is not None:
+                self.codec.save_pretrained(draft, torch.float32)
 
     def __repr__(self) -> str:
         config, dtype = self.model.config, str(self.model.dtype).removeprefix("torch.")

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from paligemma.support.files import open_tensors, replacing
+from paligemma.support.files import open_tensors
+from paligemma.support.replacing import replacing, settled
 from paligemma.support.tensors import match_tensors
 
 GRID = 4  # codes along a side
@@ -185,6 +186,7 @@ class MaskCodec(nn.Module):
             ValueError: no such file, truncated, and what `from_state` refuses.
         """
         path = codec_file(path)
+        settled(path.parent)
         state = open_tensors([path])
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -196,7 +198,7 @@ class MaskCodec(nn.Module):
         state = {n: t.to("cpu", dtype).contiguous() for n, t in self.state_dict().items()}
         about = {"format": "pt", "fixed_length": str(self.fixed_length).lower()}
         with replacing(path.parent) as draft:
-            save_file(state, draft(path.name), metadata=about)
+            save_file(state, draft / path.name, metadata=about)
 
 
 def mask_iou(a, b) -> np.ndarray:

@@ -11,6 +11,7 @@ from paligemma.support.arguments import as_lists
 from paligemma.support.config import read_config
 from paligemma.support.files import find_folder
 from paligemma.support.pictures import Picture
+from paligemma.support.replacing import replacing
 from paligemma.support.tokens import encode_within
 from paligemma.tokenizer import Tokenizer
 
@@ -156,5 +157,6 @@ class Processor:
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write what `from_pretrained` reads, but for `config.json`, which the model writes."""
-        self.tokenizer.save_pretrained(path)
-        self.image_processor.save_pretrained(path, self.num_image_tokens)
+        with replacing(path) as draft:
+            self.tokenizer.save_pretrained(draft)
+            self.image_processor.save_pretrained(draft, self.num_image_tokens)

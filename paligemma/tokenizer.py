@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from paligemma.support.files import replacing
+from paligemma.support.replacing import replacing, settled
 from paligemma.support.tokens import check_text, open_sentencepiece, place_tokens, token_files
 
 NUM_LOC, NUM_SEG = 1024, 128
@@ -73,14 +73,14 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> "Tokenizer":
         """Read `tokenizer.model`, and what lists more tokens, from a checkpoint directory."""
-        return cls(Path(path) / "tokenizer.model")
+        return cls(settled(path) / "tokenizer.model")
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write `tokenizer.model` and the two files that list what it lacks; transformers reads
         them too. The directory is made when absent."""
         files = token_files(self.sp, self.added | {"<image>": self.image_id}, "<image>")
         with replacing(path) as draft:
-            draft("tokenizer.model").write_bytes(self.sp.serialized_model_proto())
+            (draft / "tokenizer.model").write_bytes(self.sp.serialized_model_proto())
             for name, content in files.items():
                 text = json.dumps(content, indent=2, ensure_ascii=False)
-                draft(name).write_text(text + "\n", encoding="utf-8")
+                (draft / name).write_text(text + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from paligemma.checkpoint import save_model
 from paligemma.model import PaliGemma
 from paligemma.processor import Processor
 from paligemma.support.examples import read_examples
-from paligemma.support.files import replacing
 from paligemma.support.processes import mean_over_processes, own_share, process_number
+from paligemma.support.replacing import replacing, settled
 from paligemma.support.runs import (
     check_dataset,
     check_training,
@@ -133,7 +132,7 @@ def save_checkpoint(model, optimizer, ema, losses: list[float], config: Training
         "config": {k: v for k, v in asdict(config).items() if k not in FREE},
     }
     with replacing(config.folder or ".") as draft:
-        torch.save(state, draft("checkpoint.pt"))
+        torch.save(state, draft / "checkpoint.pt")
 
 
 def load_checkpoint(model, optimizer, ema, config: TrainingConfig) -> list[float]:
@@ -142,7 +141,7 @@ def load_checkpoint(model, optimizer, ema, config: TrainingConfig) -> list[float
     Raises:
         ValueError: the file is broken, or of another model or config.
     """
-    file = Path(config.folder or ".") / "checkpoint.pt"
+    file = settled(config.folder or ".") / "checkpoint.pt"
     if not file.is_file():
         return []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -219,8 +218,9 @@ def train(
     if ema:
         model.load_state_dict(ema.module.state_dict())
     if config.folder and config.save and len(losses) >= config.steps:
-        save_model(model, config.folder)
-        processor.save_pretrained(config.folder)
+        with replacing(config.folder) as draft:
+            save_model(model, draft)
+            processor.save_pretrained(draft)
     return losses
 
 

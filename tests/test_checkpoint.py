@@ -839,7 +839,7 @@ def test_shards_of_two_saves(tmp_path, small):
     save_model(small, tmp_path, 20_000)
     load_model(tmp_path)
     (tmp_path / "model-00001-of-00003.safetensors").write_bytes(first)
-    with pytest.raises(CheckpointError, match=r"shards of 2 saves.*interrupted"):
+    with pytest.raises(CheckpointError, match="shards of 2 saves; save, copy or download it again"):
         load_model(tmp_path)
 
 

@@ -1,7 +1,8 @@
 """The same pixels as transformers, any size, settings; opening: tests/support/test_pictures.py."""
 
+import errno
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,8 +241,13 @@ def test_bad_files_of_settings(tmp_path, text, words):
 
 def test_a_full_disk_leaves_the_old_settings(tmp_path, monkeypatch):
     ImageProcessor(56).save_pretrained(tmp_path / "new")
-    monkeypatch.setattr(os, "replace", lambda *names: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def full_disk(file, text):
+        file.write_bytes(text[:9].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
         ImageProcessor(28).save_pretrained(tmp_path / "new")
     assert ImageProcessor.from_pretrained(tmp_path / "new").size == 56
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["preprocessor_config.json"]

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from paligemma.mask_codec import MaskCodec, mask_iou, restart_dead_codes
 from paligemma.scenes import ASSETS, KINDS, NAMES, SIZE, make_scene
 from paligemma.segmentation import crop_masks, encode_segments, parse_segments
-from paligemma.support.files import replacing
+from paligemma.support.replacing import replacing
 
 SHIPPED = ASSETS / "tiny"
 HELD_OUT = ASSETS / "mask_codec" / "held_out.png"
@@ -161,7 +161,7 @@ def measure(codec, held):
 
 def save(path, state):
     with replacing(path.parent) as draft:
-        torch.save(state, draft(path.name))
+        torch.save(state, draft / path.name)
 
 
 def some_masks(pools, batch):

@@ -43,7 +43,7 @@ from paligemma.image_processor import ImageProcessor
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.processor import Processor
 from paligemma.siglip import SiglipVisionConfig
-from paligemma.support.files import replacing
+from paligemma.support.replacing import replacing, settled
 from paligemma.support.runs import noted_interrupt, read_checkpoint
 
 # ---------------------------------------------------------------- the model
@@ -187,7 +187,7 @@ class Run:
         self.optimizers = self.make_optimizers()
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
         self.step, self.seconds, self.curves = 0, 0.0, []
-        if (folder / "checkpoint.pt").exists():
+        if (settled(folder) / "checkpoint.pt").exists():
             self.load()
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -233,8 +233,8 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint and the curves."""
         with replacing(self.folder) as draft:
-            torch.save(self.state(), draft("checkpoint.pt"))
-            draft("curves.json").write_text(json.dumps(self.curves))
+            torch.save(self.state(), draft / "checkpoint.pt")
+            (draft / "curves.json").write_text(json.dumps(self.curves))
 
     def load(self) -> None:
         """Take up the saved run. Rates, lengths and shares may have changed; sizes may not."""
@@ -373,16 +373,16 @@ def train(run: Run, save_every: float = 60.0, validate_every: int = 250) -> None
 def export(run: Run, target: Path, tokenizer: Path = TINY) -> None:
     """Write the running mean to `target`: bfloat16, the published layout, recipe and curves."""
     recipe = run.recipe
-    target.mkdir(parents=True, exist_ok=True)
-    save_model(run.mean_model().to(torch.bfloat16), target)
-    shutil.copyfile(tokenizer / "tokenizer.model", target / "tokenizer.model")
-    ImageProcessor(scenes.SIZE).save_pretrained(target)
     stages = {"looks": 0, "speaks": recipe.look_steps}
     stages["cools"] = recipe.total_steps - recipe.cool_steps
     record = {"recipe": asdict(recipe), "seconds": round(run.seconds), "stages": stages}
     with replacing(target) as draft:
-        draft("curves.json").write_text(json.dumps(record | {"points": run.curves}) + "\n")
-        draft("recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+        save_model(run.mean_model().to(torch.bfloat16), draft)
+        shutil.copyfile(tokenizer / "tokenizer.model", draft / "tokenizer.model")
+        ImageProcessor(scenes.SIZE).save_pretrained(draft)
+        curves = json.dumps(record | {"points": run.curves})
+        (draft / "curves.json").write_text(curves + "\n")
+        (draft / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -410,7 +410,8 @@ def main(arguments: list[str] | None = None) -> int:
             run.start_from(options.init)
         if run.rank == 0:
             with replacing(options.work) as draft:
-                draft("config.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+                text = json.dumps(asdict(recipe), indent=1)
+                (draft / "config.json").write_text(text + "\n")
         train(run)
         if parallel:
             dist.barrier()  # nobody leaves while another still talks to it

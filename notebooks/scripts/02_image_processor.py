@@ -49,7 +49,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from paligemma.support.files import replacing
+from paligemma.support.replacing import replacing
 from paligemma.support.pictures import (
     Picture,
     check_settings,
@@ -482,7 +482,8 @@ def save_pretrained(self, path: str | os.PathLike, image_seq_length: int | None 
     """
     settings = settings_dict(self.size, self.mean, self.std, self.resample, image_seq_length)
     with replacing(path) as draft:
-        draft("preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        text = json.dumps(settings, indent=2)
+        (draft / "preprocessor_config.json").write_text(text + "\n")
 
 
 # %%

@@ -56,9 +56,9 @@ from paligemma.gemma2 import Gemma2Config
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.siglip import SiglipVisionConfig
 from paligemma.support.config import config_dict, parse_device, parse_dtype, read_config
-from paligemma.support.files import CheckpointError, find_folder, open_tensors, replacing
-from paligemma.support.tensors import check_family, draft_weights, match_tensors
-from paligemma.support.tensors import remove_older_weights, weight_files
+from paligemma.support.files import CheckpointError, find_folder, open_tensors
+from paligemma.support.replacing import replacing
+from paligemma.support.tensors import check_family, match_tensors, weight_files, write_weights
 
 # %% tags=["setup"]
 import mmap
@@ -621,9 +621,9 @@ print("out and back, bit by bit")
 # %% [markdown]
 # ### Damage 4: half a checkpoint
 #
-# What if the disk fills up in the middle? Half of `model.safetensors` is written, and the old one is gone. So every file is written under another name and renamed when all are whole (`replacing`). Renaming is a single step: others see the old file or the new one.
+# What if the disk fills up in the middle? Half of `model.safetensors` is written, and the old one is gone. So all files are written whole into a hidden folder, and one renaming, a single step, switches from the old ones to the new (`replacing`).
 #
-# And a big model is split into **shards** of a few GB, with an index that says which tensor lies in which file (`draft_weights`).
+# And a big model is split into **shards** of a few GB, with an index that says which tensor lies in which file (`write_weights`).
 
 
 # %%
@@ -633,8 +633,8 @@ def save_model(
 ) -> None:
     """Write `config.json` and safetensors in the published layout, which transformers reads.
 
-    Everything is written under other names first and renamed when it is whole; then weights of an
-    earlier save that are no longer part of it are removed.
+    Everything is written whole into a draft, then all of it takes its place at once, and that of
+    the weights of an earlier save.
 
     Args:
         model: any device; written in the type of its weights.
@@ -653,9 +653,8 @@ def save_model(
     config = config_dict(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     tensors = {published_name(name): tensor for name, tensor in state.items()}
     with replacing(path) as draft:
-        files = draft_weights(draft, tensors, max_shard_bytes)
-        draft("config.json").write_text(json.dumps(config, indent=2) + "\n")
-    remove_older_weights(path, files)
+        write_weights(draft, tensors, max_shard_bytes)
+        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 # %%

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 20 · Mask codec: how do sixteen tokens draw any shape?
 #
-# *45 minutes* · part IV, Answering
+# *50 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
@@ -56,7 +56,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from paligemma.support.files import open_tensors, replacing
+from paligemma.support.files import open_tensors
+from paligemma.support.replacing import replacing, settled
 from paligemma.support.tensors import match_tensors
 
 # %% tags=["setup"]
@@ -567,6 +568,7 @@ def from_pretrained(cls, path: str | os.PathLike) -> "MaskCodec":
         ValueError: no such file, truncated, and what `from_state` refuses.
     """
     path = codec_file(path)
+    settled(path.parent)
     state = open_tensors([path])
     with safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
@@ -582,7 +584,7 @@ def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype = torch.fl
     state = {n: t.to("cpu", dtype).contiguous() for n, t in self.state_dict().items()}
     about = {"format": "pt", "fixed_length": str(self.fixed_length).lower()}
     with replacing(path.parent) as draft:
-        save_file(state, draft(path.name), metadata=about)
+        save_file(state, draft / path.name, metadata=about)
 
 
 def codec_file(path: str | os.PathLike) -> Path:

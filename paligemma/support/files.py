@@ -1,15 +1,16 @@
-"""Find, read and replace the files of a checkpoint; whatever is wrong is one clear line."""
+"""Find and read the files of a checkpoint; whatever is wrong is one clear line."""
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from paligemma.support.replacing import settled
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "google/paligemma-3b-mix-224"  # an example of what can be loaded
@@ -86,13 +87,13 @@ def find_folder(path: str | os.PathLike, revision: str | None = None) -> Path:
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
         if folder.name.startswith("models--") and os.path.isdir(folder / "snapshots"):
-            return _snapshot(folder, revision)
+            return settled(_snapshot(folder, revision))
         if revision is not None:
             raise CheckpointError(
                 f"revision is {shorten(revision)}, and {folder} is a directory, which has none; "
                 "give the hub's name, or leave revision out"
             )
-        return folder
+        return settled(folder)
     if os.path.exists(folder):
         raise CheckpointError(
             f"{folder} is a file; expected a directory: give {str(folder.parent)!r}"
@@ -161,7 +162,7 @@ def check_folder(folder: str | os.PathLike) -> None:
     Raises:
         CheckpointError: an adapter alone, another program's format, or nothing that we know.
     """
-    folder = Path(folder)
+    folder = settled(folder)
     base = adapter_base(folder)
     if base is not None:
         raise CheckpointError(
@@ -233,55 +234,6 @@ def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, torch.Tensor]:
             ) from None
     if len(saves) > 1:
         raise CheckpointError(
-            f"{files[0].parent} holds shards of {len(saves)} saves, the last of them interrupted; "
-            "save the model again"
+            f"{files[0].parent} holds shards of {len(saves)} saves; save, copy or download it again"
         )
     return found
-
-
-# ---------------------------------------------------------------- writing
-
-
-@contextmanager
-def replacing(folder: str | os.PathLike) -> Iterator[Callable[[str], Path]]:
-    """Give out temporary names in a directory; all get their real names at the end, or none.
-
-    with replacing(folder) as draft:
-        draft("config.json").write_text(text)
-
-    The directory is made when absent. What a killed process left behind is removed by the next
-    one that writes the same name.
-    """
-    folder, drafts = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def draft(name: str) -> Path:
-        for left in folder.glob(f".{name}.*.tmp"):
-            if not _is_running(left.name.split(".")[-2]):
-                left.unlink(missing_ok=True)
-        file = folder / f".{name}.{os.getpid()}.tmp"
-        file.touch()
-        drafts[file] = folder / name, file.stat().st_mode
-        return file
-
-    try:
-        yield draft
-        for file, (target, mode) in drafts.items():
-            file.chmod(mode)  # safetensors makes its files private to their owner
-            os.replace(file, target)
-    finally:
-        for file in drafts:
-            file.unlink(missing_ok=True)
-
-
-def _is_running(pid: str) -> bool:
-    """Is there a process of this number? (Where we cannot know: yes.)"""
-    if os.name != "posix" or not pid.isdecimal():
-        return True
-    try:
-        os.kill(int(pid), 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True

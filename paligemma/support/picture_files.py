@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from paligemma.support.pictures import open_picture
+from paligemma.support.replacing import replacing
 
 # Endings by which the pictures in a folder are known.
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
@@ -114,11 +115,9 @@ def check_output(file: Path) -> None:
 
 def save_picture(image: Image.Image, file: Path) -> None:
     """Write a picture whole or not at all; the format follows the file's ending."""
-    temporary = file.with_name(f".paligemma-{os.getpid()}{file.suffix}")  # short: names have limits
     try:
-        image.save(temporary)
-        os.replace(temporary, file)
+        with replacing(file.parent) as draft:
+            image.save(draft / file.name)
     except (ValueError, OSError) as error:
-        raise ValueError(f"cannot write {file} ({error}); use a name such as answer.png") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write {file} ({reason}); use a name such as answer.png") from None

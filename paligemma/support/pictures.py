@@ -5,13 +5,13 @@ import os
 import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from paligemma.support.files import read_json, shorten
+from paligemma.support.replacing import settled
 
 Picture = str | os.PathLike | Image.Image | np.ndarray  # what `open_picture` takes
 OVERSHOOT = 0.25  # resizing with a sharp filter leaves 0…1 by less than this
@@ -216,8 +216,8 @@ def read_settings(path: str | os.PathLike, size: int) -> dict[str, Any]:
     Raises:
         ValueError: a broken file, or one that asks for other steps than PaliGemma's.
     """
-    file = Path(path) / "preprocessor_config.json"
-    newer = Path(path) / "processor_config.json"
+    folder = settled(path)
+    file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     config: Any = {}
     if file.is_file():
         config = read_json(file, dict)

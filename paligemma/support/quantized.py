@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import torch
 
@@ -24,13 +23,9 @@ from paligemma.quantization import (
 )
 from paligemma.support.arguments import GROUP_SIZES, check_one_type
 from paligemma.support.config import config_dict, parse_device, parse_dtype, read_config
-from paligemma.support.files import CheckpointError, open_tensors, replacing, shorten
-from paligemma.support.tensors import (
-    draft_weights,
-    match_tensors,
-    remove_older_weights,
-    weight_files,
-)
+from paligemma.support.files import CheckpointError, find_folder, open_tensors, shorten
+from paligemma.support.replacing import replacing
+from paligemma.support.tensors import match_tensors, weight_files, write_weights
 
 
 def save_quantized(model: PaliGemma, path: str | os.PathLike) -> None:
@@ -44,15 +39,13 @@ def save_quantized(model: PaliGemma, path: str | os.PathLike) -> None:
     head = model.language_model.head
     if not isinstance(head, QuantizedLinear):
         raise ValueError("the model is not quantised; use save_model, or quantize_model first")
-    path = Path(path).expanduser()
     how = {"quant_method": "paligemma", "mode": "int4" if isinstance(head, Int4Linear) else "int8"}
     how |= {"group_size": head.group_size, "block": head.block}
     dtype = str(model.dtype).removeprefix("torch.")
     config = config_dict(model.config) | {"dtype": dtype, "quantization_config": how}
     with replacing(path) as draft:
-        files = draft_weights(draft, {published_name(n): t for n, t in model.state_dict().items()})
-        draft("config.json").write_text(json.dumps(config, indent=2) + "\n")
-    remove_older_weights(path, files)
+        write_weights(draft, {published_name(n): t for n, t in model.state_dict().items()})
+        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_quantization(path: str | os.PathLike) -> dict | None:
@@ -95,7 +88,7 @@ def load_quantized(
         CheckpointError: a directory that cannot be used, or was quantised in another mode.
         ValueError: as in `quantize_model`.
     """
-    path, device, dtype = Path(path).expanduser(), parse_device(device), parse_dtype(dtype)
+    path, device, dtype = find_folder(path), parse_device(device), parse_dtype(dtype)
     how = read_quantization(path)
     if how is None:
         model = quantize_model(load_model(path, dtype=None), mode or "int8", dtype=dtype)

@@ -169,20 +169,15 @@ def check_family(
             )
 
 
-def draft_weights(
-    draft: Callable[[str], Path],
-    tensors: Mapping[str, torch.Tensor],
-    max_shard_bytes: int = 5_000_000_000,
-) -> list[str]:
+def write_weights(
+    folder: Path, tensors: Mapping[str, torch.Tensor], max_shard_bytes: int = 5_000_000_000
+) -> None:
     """Write tensors as one safetensors file, or as shards with an index.
 
     Args:
-        draft: from `replacing`.
+        folder: a draft of `replacing`.
         tensors: by their names in the file; on any device.
         max_shard_bytes: more than that is split; a shard holds at least one tensor.
-
-    Returns:
-        The names of the files that hold tensors.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -195,24 +190,13 @@ def draft_weights(
     many, metadata = len(shards) > 1, {"format": "pt"}
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = files if many else [SINGLE]
-    if many:  # by it open_tensors sees that all shards are of one save
+    if many:  # by it open_tensors sees shards that somebody has brought together from two saves
         metadata["save"] = secrets.token_hex(8)
     for file, names in zip(files, shards, strict=True):
         whole = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(whole, draft(file), metadata=metadata)
+        save_file(whole, folder / file, metadata=metadata)
     if many:
         place = {name: file for file, names in zip(files, shards) for name in names}
         total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
         index = json.dumps({"metadata": total, "weight_map": place}, indent=2)
-        draft(INDEX).write_text(index + "\n")
-    return files
-
-
-def remove_older_weights(folder: Path, files: list[str]) -> None:
-    """Remove what an earlier save left beside the files of this one."""
-    if files == [SINGLE]:
-        (folder / INDEX).unlink(missing_ok=True)
-    for file in folder.glob("model*.safetensors"):
-        shard = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", file.name)
-        if shard and file.name not in files:
-            file.unlink()
+        (folder / INDEX).write_text(index + "\n")

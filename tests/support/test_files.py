@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import types
 
@@ -17,7 +16,6 @@ from paligemma.support.files import (
     find_folder,
     open_tensors,
     read_json,
-    replacing,
     shorten,
 )
 
@@ -313,48 +311,3 @@ def test_no_tensors(tmp_path, data):
         open_tensors([tmp_path / "a.safetensors"])
     with pytest.raises(CheckpointError, match="no file"):
         open_tensors([tmp_path / "absent.safetensors"])
-
-
-# ---------------------------------------------------------------- replacing
-
-
-def names_in(folder):
-    return sorted(file.name for file in folder.iterdir())
-
-
-def test_all_or_none(tmp_path):
-    folder = tmp_path / "new" / "folder"  # made when absent
-    with replacing(folder) as draft:
-        draft("a").write_text("1")
-        draft("b").write_text("2")
-        assert not (folder / "a").exists()
-    assert names_in(folder) == ["a", "b"]
-    with pytest.raises(OSError, match="full"), replacing(folder) as draft:
-        draft("a").write_text("3")
-        draft("c").write_text("4")
-        raise OSError("disk full")
-    assert names_in(folder) == ["a", "b"] and (folder / "a").read_text() == "1"
-
-
-@POSIX
-def test_usual_permissions(tmp_path):
-    (tmp_path / "usual").touch()
-    with replacing(tmp_path) as draft:
-        save_file({"a": torch.ones(1)}, draft("a"))  # makes its files private
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-@POSIX
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    code = (
-        "import os, sys; from paligemma.support.files import replacing\n"
-        "with replacing(sys.argv[1]) as draft:\n"
-        "    draft('a').write_text('half'); os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
-    assert len(names_in(tmp_path)) == 1
-    running = tmp_path / f".a.{os.getppid()}.tmp"  # of a process that is still at work
-    running.touch()
-    with replacing(tmp_path) as draft:
-        draft("a").write_text("whole")
-    assert names_in(tmp_path) == sorted([running.name, "a"])
