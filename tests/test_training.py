@@ -369,8 +369,8 @@ def other_settings(state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_losses, "is no training checkpoint"),
-        (no_losses, "is no training checkpoint"),
+        (other_losses, "holds the state of another run"),
+        (no_losses, "holds the state of another run"),
         (other_optimizer, "holds the state of another run"),
         (no_optimizer, "holds the state of another run"),
         (other_parameters, "trains other parameters"),

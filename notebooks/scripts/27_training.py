@@ -593,12 +593,13 @@ def load_checkpoint(model, optimizer, ema, config: TrainingConfig) -> list[float
     settings = {k: v for k, v in asdict(config).items() if k not in FREE}
     state = read_checkpoint(file, settings, {name: p.shape for name, p in trained.items()})
     with taking_up(file), torch.no_grad():
+        losses = [float(loss) for loss in state["losses"]]
         optimizer.load_state_dict(state["optimizer"])
         if ema:
             ema.load_state_dict(state["ema"])
         for name, parameter in trained.items():
             parameter.copy_(state["model"][name])
-    return state["losses"]
+    return losses
 
 
 # %% [markdown]

@@ -154,7 +154,7 @@ def draw_mask(segmentation: Any, width: int, height: int) -> np.ndarray:
         raise ValueError(f"segmentation is {shorten(segmentation)}; expected polygons or a mask")
     canvas = Image.new("1", (width, height))
     for polygon in segmentation:
-        corners = np.clip(_numbers("a polygon", polygon), -FAR, FAR) - 0.5  # Pillow's are centres
+        corners = np.clip(_numbers("a polygon", polygon), -FAR, FAR)
         if len(corners) < 6 or len(corners) % 2:
             raise ValueError(f"polygon {shorten(polygon)}; expected x, y of three corners or more")
         ImageDraw.Draw(canvas).polygon(corners.tolist(), fill=1)

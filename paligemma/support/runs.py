@@ -109,8 +109,6 @@ def read_checkpoint(file: Path, settings: dict, shapes: dict[str, torch.Size]) -
         raise ValueError(f"{file} is broken ({reason}); remove it to start anew") from None
     try:
         saved, theirs = dict(state["config"]), {k: v.shape for k, v in state["model"].items()}
-        if not all(math.isfinite(loss) for loss in state["losses"]):
-            raise ValueError("a loss is no number")
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{file} is no training checkpoint; give another folder") from None
     check_same(file, saved, settings)
