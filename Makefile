@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 BASE := $(VENV)/base.stamp
 DEV := $(VENV)/dev.stamp
+RAY := $(VENV)/ray.stamp
 # Tests run in two processes; one thread each, unless told otherwise.
 WORKERS ?= 2
 NBVAL := --nbval --nbval-sanitize-with tools/nbval.cfg --nbval-cell-timeout 60 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check sync lab bench train student clean
+.PHONY: help demo test check fuzz sync lab bench train student clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,7 +22,7 @@ demo: $(BASE) ## the shipped model captions a picture and writes demo.png
 	@$(BIN)/python -m paligemma.inference --prompt "caption en" \
 		--image_file_path paligemma/assets/pictures/scene.png --output demo.png
 
-test: $(DEV) ## everything that CI checks: style, freshness, tests, every notebook run
+test: $(DEV) $(RAY) ## everything that CI checks: style, freshness, tests, every notebook run
 	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; start=$$(date +%s); failed=""; \
 	step() { echo "== $$1"; shift; "$$@" || failed="$$failed '$$*'"; }; \
 	step "style" $(BIN)/ruff check --quiet .; \
@@ -39,6 +40,9 @@ check: $(DEV) ## fast: style, types, and notebooks = pairs = modules
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/python tools/sync.py --check
+
+fuzz: $(DEV) ## minutes: 10,400 hostile files, texts and arguments; a table of what became of them
+	@$(BIN)/python tests/fuzz/run.py --output tests/fuzz/table.json
 
 sync: $(DEV) ## bring notebooks, pairs, modules and the README's table into step
 	@$(BIN)/python tools/sync.py
@@ -79,3 +83,8 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) --editable ".[dev,reference]"
 	@touch $(BASE) $@
+
+# Half a gigabyte more, for one test: the other commands do without.
+$(RAY): pyproject.toml constraints.txt | $(DEV)
+	@$(PIP) --editable ".[dev,reference,distributed]"
+	@touch $@
