@@ -269,3 +269,20 @@ def test_the_gpu_script_says_that_there_is_no_gpu(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         bench.main(["--device", "cuda"])
     assert exit.value.code == 2 and "there is no GPU here" in capsys.readouterr().err
+
+
+def test_peers_that_are_not_installed_are_left_out(tmp_path, monkeypatch, capsys):
+    """Ours alone is measured then; with llama.cpp and ONNX Runtime there are five rows more."""
+    monkeypatch.syspath_prepend(TOOLS)
+    import bench_peers
+
+    monkeypatch.setattr(bench_peers, "find_spec", lambda name: None)
+    path, file = write(tmp_path / "model"), tmp_path / "rounds.json"
+    options = "--peers --rounds 1 --tokens 3 --threads 1".split()
+    bench.main([*options, "--model_path", str(path), "--json", str(file)])
+    printed = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in printed.splitlines()[2:5]]
+    assert rows == ["ours bfloat16", "ours int8", "ours int4"]
+    rounds = json.loads(file.read_text())
+    assert {name: len(runs[0]["ids"]) for name, runs in rounds.items()} == dict.fromkeys(rows, 4)
+    assert bench.machine() in printed

@@ -465,6 +465,9 @@ def main(arguments: list[str] | None = None) -> None:
     modes = {"nargs": "*", "choices": ("int8", "int4"), "default": ["int8", "int4"]}
     parser.add_argument("--quantize", **modes, help="besides; default: both")
     parser.add_argument("--compile", action="store_true", help="ours with a compiled step, besides")
+    parser.add_argument(
+        "--peers", action="store_true", help="the language model beside llama.cpp …: bench_peers.py"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement here")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw here, .svg or .png")
     parser.add_argument("--worker", choices=(*CONTENDERS, "products"), help=argparse.SUPPRESS)
@@ -495,6 +498,10 @@ def main(arguments: list[str] | None = None) -> None:
                 write_checkpoint(args.model_path, SIZES["tiny"])
         elif not (args.model_path / "config.json").is_file():
             parser.error(f"no config.json in {args.model_path}; give a checkpoint's directory")
+        if args.peers:
+            from bench_peers import main as beside_peers
+
+            return beside_peers(args, machine())
         args.quantized = {mode: Path(folder) / mode for mode in args.quantize}
         result = bench(args)
     print(markdown(result))
