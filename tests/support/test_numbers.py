@@ -92,6 +92,18 @@ def test_a_picture_with_nan_is_not_the_modules_fault(pg):
         pg.model(**batch)
 
 
+def test_what_the_model_itself_gives_is_looked_at(pg):
+    """Its output is a dataclass with tensors in it."""
+
+    def put(module, inputs, output):
+        output.logits[0, 1, 2] = NAN
+
+    pg.model.register_forward_hook(put)
+    words = re.escape("the model (PaliGemma) gives nan at [0, 1, 2]")
+    with pytest.raises(ValueError, match=words), check_finite(pg.model):
+        pg.model(**pg.processor(SCENE, PROMPT))
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -135,7 +147,9 @@ def test_a_gradient_is_named_where_it_begins(pg):
     layer = pg.model.get_submodule("language_model.layers.2")
     layer.register_forward_pre_hook(lambda module, inputs: (Breaks.apply(inputs[0]), *inputs[1:]))
     batch = pg.processor([SCENE], [PROMPT], ["a cat"])
-    words = "the gradient at the output of language_model.layers.1 (GemmaDecoderLayer) is inf at [0, 0, 3]"
+    words = (
+        "output of language_model.layers.1 (GemmaDecoderLayer) is inf at [0, 0, 3] of float32[1,"
+    )
     with check_finite(pg.model):
         loss = pg.model(**batch).loss
         assert loss.isfinite()
