@@ -468,7 +468,7 @@ def _check_logits(logits: torch.Tensor, largest: torch.Tensor) -> None:
     if not all(map(math.isfinite, largest.flatten().tolist())):
         raise ValueError(
             "logits hold NaN or infinity, or -infinity only; a weight or an input is broken, or "
-            "float16 overflowed: compute in bfloat16 or float32"
+            "float16 overflowed: compute in bfloat16 or float32; check_finite names the module"
         )
 
 
