@@ -18,7 +18,7 @@ PARTS = {  # colour: the lessons of a part, with their numbers
     "together": "14_processor 15_model 16_checkpoint",
     "accent": "17_sampling 18_generation 19_detection 20_mask_codec 21_segmentation "
     "22_quantization 23_compilation 24_inference",
-    "learning": "25_scenes 26_contrastive 27_training 28_evaluation 29_lora",
+    "learning": "25_scenes 26_contrastive 27_training 28_evaluation 29_lora 30_distributed",
 }
 STEMS = {name[3:]: colour for colour, names in PARTS.items() for name in names.split()}
 NUMBERS = {name[3:]: name[:2] for names in PARTS.values() for name in names.split()}
@@ -70,11 +70,12 @@ BOXES = (  # stem, left, bottom, width, height, text; a low box has its number b
     ("quantization", 29.8, 4.4, 16.8, 3.2, "quantization"),
     ("compilation", 47.6, 4.4, 16.8, 3.2, "compilation"),
     ("inference", 65.4, 4.4, 16.8, 3.2, "pipeline"),
-    ("scenes", 12, 0.4, 16.8, 3.2, "scenes"),
-    ("contrastive", 29.8, 0.4, 16.8, 3.2, "contrastive loss"),
-    ("training", 47.6, 0.4, 16.8, 3.2, "training"),
-    ("evaluation", 65.4, 0.4, 16.8, 3.2, "evaluation"),
-    ("lora", 83.2, 0.4, 16.8, 3.2, "LoRA"),
+    ("scenes", 12, 0.4, 11.5, 3.2, "scenes"),
+    ("contrastive", 24.2, 0.4, 17.8, 3.2, "contrastive loss"),
+    ("training", 42.7, 0.4, 12.5, 3.2, "training"),
+    ("evaluation", 55.9, 0.4, 14, 3.2, "evaluation"),
+    ("lora", 70.6, 0.4, 10.2, 3.2, "LoRA"),
+    ("distributed", 81.5, 0.4, 18.5, 3.2, "many machines"),
 )
 
 

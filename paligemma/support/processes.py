@@ -51,3 +51,9 @@ def mean_over_processes(value: float) -> float:
         shared = shared.cuda()
     dist.all_reduce(shared)
     return shared.item() / process_count()
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    if together():
+        dist.barrier()
