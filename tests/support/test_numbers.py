@@ -1,6 +1,10 @@
 """NaN and infinity are named where they begin, whatever the model does; nothing stays behind."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -223,3 +227,41 @@ def test_a_model_without_memory_passes():
         layer = torch.nn.Linear(2, 2)
         with check_finite(layer):
             layer(torch.empty(3, 2))
+
+
+# ---------------------------------------------------------------- the same tokens, however computed
+
+
+ANSWERS = """
+import json, sys, torch, paligemma
+from paligemma.inference import TINY
+
+torch.set_num_threads(int(sys.argv[1]))
+pg = paligemma.load()
+prompts = ["caption en", "answer en how many dogs are there?", "detect cat ; dog"]
+names = ["scene.png", "scene2.png", "scene3.png", "cat.jpg"]
+asked = [(TINY.parent / "pictures" / name, prompt) for name in names for prompt in prompts]
+answers = {}
+for size in (1, 5, len(asked)):
+    batches = [zip(*asked[i : i + size]) for i in range(0, len(asked), size)]
+    answers[size] = [text for images, texts in batches for text in pg.batch(images, texts)]
+assert torch.get_num_threads() == int(sys.argv[1])
+print(json.dumps([torch.backends.cpu.get_cpu_capability(), answers]))
+"""
+
+
+def test_tokens_are_equal_over_threads_batch_sizes_and_instruction_sets():
+    found, sets = [], set()
+    for threads, capability in ((1, None), (2, None), (4, None), (1, "default")):
+        chosen = {"OMP_WAIT_POLICY": "passive"}  # threads that wait leave the cores to others
+        if capability:
+            chosen["ATEN_CPU_CAPABILITY"] = capability
+        command = [sys.executable, "-c", ANSWERS, str(threads)]
+        run = subprocess.run(command, capture_output=True, text=True, env=os.environ | chosen)
+        assert run.returncode == 0, run.stderr
+        instructions, answers = json.loads(run.stdout)
+        found += answers.values()
+        sets.add(instructions)
+    assert "DEFAULT" in sets
+    assert len(found) == 12 and all(answers == found[0] for answers in found)
+    assert found[0][0] == "a cat and two dogs"
