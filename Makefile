@@ -13,7 +13,7 @@ NBVAL := --nbval --nbval-sanitize-with tools/nbval.cfg --nbval-cell-timeout 60 -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check fuzz sync lab bench train student clean
+.PHONY: help demo test check fuzz sync plain lab bench train student clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +46,11 @@ fuzz: $(DEV) ## minutes: 10,400 hostile files, texts and arguments; a table of w
 
 sync: $(DEV) ## bring notebooks, pairs, modules and the README's table into step
 	@$(BIN)/python tools/sync.py
+
+plain: $(DEV) ## every notebook run without this processor's vector instructions
+	@cache=$$(mktemp -d); trap 'rm -rf $$cache' EXIT; \
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default TORCHINDUCTOR_CACHE_DIR=$$cache \
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(NBVAL) notebooks
 
 lab: $(DEV) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir=.
