@@ -341,7 +341,7 @@ for prompt in (ours, theirs):
 #
 # **IV Answering**: [17 Sampling](17_sampling.ipynb), [18 Generation](18_generation.ipynb), [19 Detection](19_detection.ipynb), [20 Mask codec](20_mask_codec.ipynb), [21 Segmentation](21_segmentation.ipynb), [22 Quantization](22_quantization.ipynb), [23 Compilation](23_compilation.ipynb), [24 Inference](24_inference.ipynb).
 #
-# **V Learning**: [25 Scenes](25_scenes.ipynb), [26 Contrastive learning](26_contrastive.ipynb), [27 Training](27_training.ipynb), [28 Evaluation](28_evaluation.ipynb), [29 LoRA](29_lora.ipynb).
+# **V Learning**: [25 Scenes](25_scenes.ipynb), [26 Contrastive learning](26_contrastive.ipynb), [27 Training](27_training.ipynb), [28 Evaluation](28_evaluation.ipynb), [29 LoRA](29_lora.ipynb), [30 Distributed training](30_distributed.ipynb).
 
 # %% [markdown]
 # ## How to read the course
@@ -546,6 +546,7 @@ check(test_3, likelihood)
 # |---|---|---|
 # | adapter | [29](29_lora.ipynb) | a small trained addition to frozen weights, kept in its own file |
 # | aliasing | [02](02_image_processor.ipynb) | a pattern finer than the new grid comes back as a coarse one |
+# | all-reduce | [30](30_distributed.ipynb) | every process gives a tensor, every process gets the sum |
 # | attention weight | [04](04_siglip_attention.ipynb) | how much of a value a query takes; each query's weights sum to 1 |
 # | average precision | [19](19_detection.ipynb) | area under the precision–recall curve of a detector |
 # | bicubic | [02](02_image_processor.ipynb) | resizing by a smooth kernel four pixels wide |
@@ -560,11 +561,14 @@ check(test_3, likelihood)
 # | contrastive loss | [26](26_contrastive.ipynb) | pull matching pictures and texts together, push others apart |
 # | convolution | [03](03_patch_embedding.ipynb) | one small matrix product, slid over the picture |
 # | cross-entropy | [12](12_gemma.ipynb) | minus the log probability of the right token |
+# | data parallelism | [30](30_distributed.ipynb) | copies of a model share the examples of a batch, and average their gradients |
+# | DDP | [30](30_distributed.ipynb) | distributed data parallel: PyTorch's data parallelism |
 # | decode step | [11](11_kv_cache.ipynb) | one token in, one token out, the past in the cache |
 # | decoder | [12](12_gemma.ipynb) | the language model: a stack of blocks that predicts the next token |
 # | embedding | [03](03_patch_embedding.ipynb) | a vector of learned numbers that stands for a patch or token |
 # | epoch | [27](27_training.ipynb) | every example of the data once |
 # | exposure bias | [28](28_evaluation.ipynb) | trained on true words only, a model does not know its own mistakes |
+# | FSDP | [30](30_distributed.ipynb) | fully sharded data parallel: each process holds a part of every weight, gradient and average |
 # | gate | [08](08_geglu.ipynb) | a factor that lets a neuron's value pass or not |
 # | GeGLU | [08](08_geglu.ipynb) | an MLP whose values are multiplied by gates |
 # | GELU | [05](05_siglip.ipynb) | a smooth step: large inputs pass, negative ones hardly |
@@ -599,6 +603,7 @@ check(test_3, likelihood)
 # | query, key, value | [04](04_siglip_attention.ipynb) | what a position asks, what it offers, what it hands over |
 # | rank | [29](29_lora.ipynb) | the inner width of LoRA's two matrices |
 # | recall | [19](19_detection.ipynb) | share of what is there that was found |
+# | resharding | [30](30_distributed.ipynb) | a checkpoint written by some processes is read by another number of them |
 # | residual stream | [05](05_siglip.ipynb) | the vector of a position, to which every block adds |
 # | RMSNorm | [07](07_rms_norm.ipynb) | divide by the root of the mean square, then scale |
 # | RoPE | [09](09_rope.ipynb) | rotary position embedding: queries and keys turned by an angle that grows with the position |

@@ -14,7 +14,7 @@
 # ---
 
 # %% [markdown] tags=["navigation"]
-# [← Evaluation](28_evaluation.ipynb) | [contents](00_overview.ipynb)
+# [← Evaluation](28_evaluation.ipynb) | [contents](00_overview.ipynb) | [Distributed training →](30_distributed.ipynb)
 
 # %% [markdown]
 # # 29 · LoRA: how little must change to learn something new?
@@ -1040,4 +1040,4 @@ check(test_3, squeeze)
 # - peft, `tuners/lora/layer.py`; scikit-learn's digits: Alpaydin and Kaynak 1998, UCI repository.
 
 # %% [markdown] tags=["navigation"]
-# [← Evaluation](28_evaluation.ipynb) | [contents](00_overview.ipynb)
+# [← Evaluation](28_evaluation.ipynb) | [contents](00_overview.ipynb) | [Distributed training →](30_distributed.ipynb)
