@@ -105,15 +105,16 @@ def train_step(
     counts = [int((part["labels"] != -100).sum()) for part in parts]
     labels, total = mean_over_processes(sum(counts)), 0.0
     for part, count in zip(parts, counts):
-        loss = model(**{key: tensor.to(device) for key, tensor in part.items()}).loss
-        loss = loss * (count / labels)
+        inputs = {key: tensor.to(device) for key, tensor in part.items()}
+        keep = 1 + int(part["token_type_ids"].sum(1).max())  # an answer's guesses: these get logits
+        loss = model(**inputs, logits_to_keep=keep).loss * (count / labels)
         loss.backward()
         total += loss.item()
     total = mean_over_processes(total)
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     if not math.isfinite(total) or not math.isfinite(norm):
         optimizer.zero_grad()
-        raise ValueError(f"the loss is {total} (gradient {norm}); lower learning_rate")
+        raise ValueError(f"loss {total}, gradient {norm}: lower learning_rate, or use check_finite")
     optimizer.step()
     optimizer.zero_grad()
     return total
@@ -147,7 +148,7 @@ def load_checkpoint(model, optimizer, ema, config: TrainingConfig) -> list[float
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = {k: v for k, v in asdict(config).items() if k not in FREE}
     state = read_checkpoint(file, settings, {name: p.shape for name, p in trained.items()})
-    with taking_up(file), torch.no_grad():
+    with taking_up(file, optimizer), torch.no_grad():
         losses = [float(loss) for loss in state["losses"]]
         optimizer.load_state_dict(state["optimizer"])
         if ema:
@@ -159,7 +160,7 @@ def load_checkpoint(model, optimizer, ema, config: TrainingConfig) -> list[float
 
 def train(
     model: PaliGemma,
-    dataset: Dataset,
+    dataset: Dataset | list[dict],
     config: TrainingConfig,
     processor: Processor | None = None,
     write=save_checkpoint,
@@ -201,9 +202,8 @@ def train(
     with noted_interrupt() as interrupted, bar:
         for step, parts in zip(steps, load_batches(dataset, numbers, make, config.workers)):
             torch.manual_seed(config.seed + step)  # dropout, too, follows from the step
-            rate = learning_rate_at(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate = learning_rate_at(step, config)
             losses.append(train_step(model, optimizer, parts, config.max_grad_norm))
             if ema:
                 ema.update_parameters(model)

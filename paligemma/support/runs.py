@@ -81,9 +81,10 @@ def check_same(file: Path, saved: Mapping, settings: Mapping) -> None:
         ValueError: naming the first that differs.
     """
     for key, value in settings.items():
-        if saved.get(key) != value:
+        theirs = saved.get(key)
+        if isinstance(theirs, torch.Tensor) or theirs != value:
             raise ValueError(
-                f"{file} was made with {key} {shorten(saved.get(key))}, now it is {value!r}; "
+                f"{file} was made with {key} {shorten(theirs)}, now it is {value!r}; "
                 "give the same settings or another folder"
             )
 
@@ -112,21 +113,53 @@ def read_checkpoint(file: Path, settings: dict, shapes: dict[str, torch.Size]) -
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{file} is no training checkpoint; give another folder") from None
     check_same(file, saved, settings)
+    with taking_up(file):
+        if not all(math.isfinite(float(loss)) for loss in state.get("losses", ())):
+            raise ValueError("a loss that is no number")
     if theirs != shapes:
         raise ValueError(f"{file} trains other parameters than this model's; give another folder")
     return state
 
 
+WRONG_STATE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 @contextmanager
-def taking_up(file: Path) -> Iterator[None]:
-    """Whatever goes wrong while a checkpoint's state is taken over is one line about its file."""
+def taking_up(file: Path, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint's state is taken over is one line about its file.
+
+    Args:
+        file: the checkpoint.
+        optimizer: an AdamW; what it was given is checked at the end.
+    """
+    before = _choices(optimizer)
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        if _choices(optimizer) != before:
+            raise ValueError("an optimizer with other settings")
+        for parameter, moments in optimizer.state.items() if optimizer else ():
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                moment, shape = moments[name], () if name == "step" else parameter.shape
+                if moment.shape != shape or not moment.isfinite().all():
+                    raise ValueError(f"{name} of the optimizer does not fit")
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = shorten(" ".join(str(error).split()), 100)
         raise ValueError(
             f"{file} holds the state of another run ({reason}); give another folder"
         ) from None
+
+
+def _choices(optimizer: torch.optim.Optimizer | None) -> list[dict]:
+    """What an optimizer was made with, but for the rate, which follows from the step."""
+    groups = optimizer.param_groups if optimizer else []
+    return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
 
 
 # ---------------------------------------------------------------- batches
