@@ -135,7 +135,7 @@ def read_shards(model, optimizer, ema, config: TrainingConfig) -> list[float]:
 
 def train(
     model: PaliGemma,
-    dataset: Dataset,
+    dataset: Dataset | list[dict],
     config: TrainingConfig,
     processor: Processor | None = None,
     sharded: bool = True,

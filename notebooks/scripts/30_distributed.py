@@ -139,7 +139,7 @@ assert (
 fig, ax = plt.subplots(figsize=(8, 2.2), layout="constrained")
 for row, gigabytes in enumerate(need.values()):
     ax.barh(row, gigabytes, color=COLOURS["good" if gigabytes < 80 else "bad"], height=0.6)
-    ax.text(gigabytes + 5, row, f"{gigabytes:.0f} GB", va="center")
+    ax.text(max(gigabytes + 5, 84), row, f"{gigabytes:.0f} GB", va="center")
 ax.axvline(80, color=COLOURS["ink"], linestyle="--", linewidth=0.9)
 ax.text(84, -0.62, "one GPU", va="center")
 ax.set_yticks(range(len(need)), list(need))
@@ -261,7 +261,7 @@ def processes() -> Iterator[torch.device]:
 
 
 # %% [markdown]
-# ## Copies: the training of lesson 27, unchanged
+# ## Copies: the same training, unchanged
 #
 # `DistributedDataParallel` (**DDP**) wraps a model. The forward pass is the same; during `backward` each
 # gradient is averaged over the processes as soon as it is there. The loop need not know. What every
@@ -368,9 +368,9 @@ save_figure(fig, "30_curves")
 # %% [markdown]
 # Copies and halves follow one process within $10^{-5}$: only the order of sums has changed.
 #
-# **A bug people really make** is the dotted curve. It runs, it falls, it looks fine; and half the data of
-# an epoch is never seen, while every machine does the same work. Nothing raises an error. The check is
-# this picture: a few steps against one process.
+# **A bug people really make** is the dotted curve. It runs, it raises no error, and by itself it looks like
+# any other. But half the examples are never seen, and both machines do the same work. The check is this
+# picture: a few steps against one process.
 
 # %% [markdown]
 # ### Ours
@@ -505,7 +505,7 @@ def read_shards(model, optimizer, ema, config: TrainingConfig) -> list[float]:
 #| export
 def train(
     model: PaliGemma,
-    dataset: Dataset,
+    dataset: Dataset | list[dict],
     config: TrainingConfig,
     processor: Processor | None = None,
     sharded: bool = True,
@@ -874,6 +874,8 @@ check(test_2, ring_all_reduce)
 #
 # In round $t$ process $p$ sends its piece number $(p - t) \bmod n$. Which number has the piece that
 # arrives? In the first $n - 1$ rounds it is added to the own one, in the others it takes its place.
+#
+# </details>
 
 
 # %% tags=["solution"]
@@ -931,6 +933,8 @@ check(test_3, factor)
 #
 # Write down what is wanted, a sum over all parts. DDP divides it by the number of processes: what undoes
 # that?
+#
+# </details>
 
 
 # %% tags=["solution"]
@@ -954,6 +958,13 @@ check(test_3, factor)
 #
 # **1.** Two processes train twice as fast as one, and the curve falls as before, a little worse. What do
 # you check first?
+#
+# <details><summary>Answer</summary>
+#
+# Whether both see the same examples. Run a few steps in one process with the same batch size: the losses
+# must agree to five digits.
+#
+# </details>
 
 # %% [markdown]
 # **2.** Why does FSDP not make a forward pass wrong, though no process has a whole weight?
@@ -962,6 +973,8 @@ check(test_3, factor)
 #
 # Each block's weights are gathered just before it runs, and the others' parts dropped after it. At each
 # moment one block is whole.
+#
+# </details>
 
 # %% [markdown]
 # **3.** You double the GPUs and keep the batch. Computing takes half as long, and sending?
@@ -970,6 +983,8 @@ check(test_3, factor)
 #
 # As long as before: $2(n-1)/n$ times the gradient is nearly the same for every $n$. At some number of GPUs
 # sending is all that is left.
+#
+# </details>
 
 # %% [markdown]
 # ## References
