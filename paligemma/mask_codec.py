@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from paligemma.support.arguments import as_tensor
 from paligemma.support.files import open_tensors
 from paligemma.support.replacing import replacing, settled
-from paligemma.support.tensors import match_tensors
+from paligemma.support.tensors import match_tensors, open_arrays
 
 GRID = 4  # codes along a side
 SIDE = 64  # pixels along a side of the square that the codes draw
@@ -115,7 +116,7 @@ class MaskCodec(nn.Module):
         Raises:
             ValueError: another shape, values outside 0 to 1, or a codec without an encoder.
         """
-        masks = torch.as_tensor(masks)
+        masks = as_tensor(masks, "masks")
         if masks.ndim != 3 or masks.shape[1:] != (SIDE, SIDE):
             raise ValueError(f"masks are {list(masks.shape)}; expected [B, 64, 64]: crop_masks")
         masks = masks.to(self._vq_vae._embedding)
@@ -130,7 +131,7 @@ class MaskCodec(nn.Module):
         Raises:
             ValueError: another shape or type, or a code that is not in the codebook.
         """
-        codes = torch.as_tensor(codes)
+        codes = as_tensor(codes, "codes")
         if codes.ndim != 2 or codes.shape[1] != GRID**2 or codes.is_floating_point():
             kind = f"{codes.dtype} {list(codes.shape)}"
             raise ValueError(f"codes are {kind}; expected whole numbers [B, 16]")
@@ -171,12 +172,7 @@ class MaskCodec(nn.Module):
             ValueError: no such file, not an npz, pickled objects, and what `from_state` refuses.
         """
         parts = ("encoder.", "decoder.", "_vq_vae._embedding")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                state = {n: torch.from_numpy(file[n]) for n in file.files if n.startswith(parts)}
-        except Exception as error:  # NumPy has many for a damaged file
-            raise ValueError(f"{path} is not an npz file of arrays ({error})") from None
-        return cls.from_state(state, path, fixed_length=False)
+        return cls.from_state(open_arrays(path, parts), path, fixed_length=False)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> "MaskCodec":

@@ -7,6 +7,8 @@ from typing import TypeGuard
 
 import torch
 
+from paligemma.support.files import shorten
+
 
 def keep_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """Set all but the `top_k` largest logits of each row to -inf.
@@ -88,13 +90,13 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
     """
     if not (is_number(temperature) and 0 <= temperature < math.inf):
         raise ValueError(
-            f"temperature is {temperature!r}; expected 0 (greedy) or a positive number"
+            f"temperature is {shorten(temperature)}; expected 0 (greedy) or a positive number"
         )
     whole = is_number(top_k) and 1 <= top_k < math.inf and top_k == int(top_k)
     if not (top_k is None or whole):
-        raise ValueError(f"top_k is {top_k!r}; expected a whole number of at least 1, or None")
+        raise ValueError(f"top_k is {shorten(top_k)}; expected a whole number from 1 up, or None")
     if not (is_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p is {top_p!r}; expected more than 0 and at most 1")
+        raise ValueError(f"top_p is {shorten(top_p)}; expected more than 0 and at most 1")
 
 
 def _check_logits(logits: torch.Tensor, largest: torch.Tensor) -> None:

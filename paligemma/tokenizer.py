@@ -5,7 +5,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from paligemma.support.replacing import replacing, settled
 from paligemma.support.tokens import check_text, open_sentencepiece, place_tokens, token_files

@@ -46,8 +46,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
-
 
 from paligemma.support.replacing import replacing, settled
 from paligemma.support.tokens import check_text, open_sentencepiece, place_tokens, token_files
@@ -58,6 +56,7 @@ import tempfile
 from collections import Counter
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import sentencepiece as spm

@@ -51,6 +51,7 @@ from dataclasses import dataclass
 
 import torch
 
+from paligemma.support.arguments import as_text, check_boxes, check_size
 from paligemma.tokenizer import Tokenizer
 
 # %% tags=["setup"]
@@ -166,23 +167,12 @@ def encode_boxes(boxes: Iterable[Sequence[float]], width: float, height: float) 
 
     Source: big_vision, `pp/proj/paligemma`: round(v · 1023), clipped to 0 … 1023.
     """
-    _check_size(width, height)
+    check_size(width, height)
     texts = []
-    for box in boxes:
-        box = [float(value) for value in box]
-        if len(box) != 4 or not all(map(math.isfinite, box)):
-            raise ValueError(f"a box is {box}; expected four finite numbers x0, y0, x1, y1")
-        x0, y0, x1, y1 = box
-        if x1 < x0 or y1 < y0:
-            raise ValueError(f"box {box} is inside out; expected two corners: x0 ≤ x1, y0 ≤ y1")
+    for x0, y0, x1, y1 in check_boxes(boxes):
         shares = (y0 / height, x0 / width, y1 / height, x1 / width)
         texts.append("".join(f"<loc{round(1023 * min(max(v, 0), 1)):04d}>" for v in shares))
     return texts
-
-
-def _check_size(width: float, height: float) -> None:
-    if not (0 < width < math.inf and 0 < height < math.inf):
-        raise ValueError(f"the picture is {width} × {height}; expected its size in pixels")
 
 
 # %%
@@ -279,7 +269,7 @@ def find_objects(text: str) -> Iterator[Found]:
 
     Of a run of more than four, what is before the last four is yielded by itself, as a problem.
     """
-    for match in OBJECT.finditer(text):
+    for match in OBJECT.finditer(as_text(text)):
         words = list(re.finditer(r"<loc(\d{4})>", match[1], re.ASCII))
         numbers = [int(word[1]) for word in words]
         start, surplus, locs = match.start(), numbers[:-4], tuple(numbers[-4:])
@@ -350,7 +340,7 @@ def parse_detections(
         width, height: of the given picture, pixels.
         dropped: a list that gets (part of the text, what is wrong with it) for each broken object.
     """
-    _check_size(width, height)
+    check_size(width, height)
     detections = []
     for found in find_objects(text):
         if found.problem is None:

@@ -19,7 +19,7 @@
 # %% [markdown]
 # # 20 · Mask codec: how do sixteen tokens draw any shape?
 #
-# *50 minutes* · part IV, Answering
+# *45 minutes* · part IV, Answering
 #
 # **What you will be able to do**
 #
@@ -56,9 +56,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from paligemma.support.arguments import as_tensor
 from paligemma.support.files import open_tensors
 from paligemma.support.replacing import replacing, settled
-from paligemma.support.tensors import match_tensors
+from paligemma.support.tensors import match_tensors, open_arrays
 
 # %% tags=["setup"]
 import tempfile
@@ -467,7 +468,7 @@ def encode(self, masks: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: another shape, values outside 0 to 1, or a codec without an encoder.
     """
-    masks = torch.as_tensor(masks)
+    masks = as_tensor(masks, "masks")
     if masks.ndim != 3 or masks.shape[1:] != (SIDE, SIDE):
         raise ValueError(f"masks are {list(masks.shape)}; expected [B, 64, 64]: crop_masks")
     masks = masks.to(self._vq_vae._embedding)
@@ -486,7 +487,7 @@ def decode(self, codes: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: another shape or type, or a code that is not in the codebook.
     """
-    codes = torch.as_tensor(codes)
+    codes = as_tensor(codes, "codes")
     if codes.ndim != 2 or codes.shape[1] != GRID**2 or codes.is_floating_point():
         kind = f"{codes.dtype} {list(codes.shape)}"
         raise ValueError(f"codes are {kind}; expected whole numbers [B, 16]")
@@ -549,12 +550,7 @@ def from_npz(cls, path: str | os.PathLike) -> "MaskCodec":
         ValueError: no such file, not an npz, pickled objects, and what `from_state` refuses.
     """
     parts = ("encoder.", "decoder.", "_vq_vae._embedding")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            state = {n: torch.from_numpy(file[n]) for n in file.files if n.startswith(parts)}
-    except Exception as error:  # NumPy has many for a damaged file
-        raise ValueError(f"{path} is not an npz file of arrays ({error})") from None
-    return cls.from_state(state, path, fixed_length=False)
+    return cls.from_state(open_arrays(path, parts), path, fixed_length=False)
 
 
 # %%

@@ -55,6 +55,7 @@ from torch.nn import functional as F
 from paligemma.detection import Found, decode_box, encode_boxes, find_objects, score_objects
 from paligemma.mask_codec import SIDE, MaskCodec
 from paligemma.mask_codec import mask_iou as mask_iou  # for all who compare segments
+from paligemma.support.arguments import check_size
 from paligemma.tokenizer import Tokenizer
 
 # %% tags=["setup"]
@@ -355,8 +356,7 @@ def draw_segments(
     objects: Sequence[Found], scores: Iterable[float], width: int, height: int, codec: MaskCodec
 ) -> list[Segment]:
     """Draw all masks in one batch and put each into its box."""
-    if not all(size > 0 and int(size) == size for size in (width, height)):
-        raise ValueError(f"the picture is {width} × {height}; expected whole numbers of pixels")
+    check_size(width, height, whole=True)
     if not objects:
         return []
     drawings = codec.decode(torch.tensor([found.segs for found in objects]))

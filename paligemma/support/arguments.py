@@ -1,6 +1,8 @@
 """What people pass: lists made equally long, tensors that fit each other, ways to quantise."""
 
-from numbers import Integral
+import math
+from collections.abc import Iterator
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -105,15 +107,67 @@ def check_steps(max_new_tokens: Any, eos_token_id: Any) -> None:
     """Refuse a limit that is no number of tokens, and an end that is no token id, nor -1."""
     if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(
-            f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1"
+            f"max_new_tokens is {shorten(max_new_tokens)}; expected a whole number of at least 1"
         )
     if not is_whole(eos_token_id):
-        raise ValueError(f"eos_token_id is {eos_token_id!r}; expected one token id, or -1 for none")
+        raise ValueError(
+            f"eos_token_id is {shorten(eos_token_id)}; expected one token id, or -1 for none"
+        )
 
 
 def is_whole(value: Any) -> bool:
     """A whole number; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def as_text(text: Any) -> str:
+    """The text of an answer, of whatever characters; a ValueError if it is none."""
+    if not isinstance(text, str):
+        raise ValueError(f"the text is {shorten(text)}; expected a string")
+    return text
+
+
+def as_number(value: Any) -> float:
+    """A real number as Python has it; NaN for everything else."""
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def check_size(width: Any, height: Any, whole: bool = False) -> None:
+    """Refuse a size of a picture that is not two numbers above 0, or not whole ones."""
+    sizes = [as_number(width), as_number(height)]
+    fit = all(0 < size < math.inf for size in sizes)
+    if not fit or (whole and any(size != int(size) for size in sizes)):
+        wanted = "whole numbers of pixels" if whole else "its size in pixels"
+        raise ValueError(f"the picture is {shorten(width)} × {shorten(height)}; expected {wanted}")
+
+
+def check_boxes(boxes: Any) -> Iterator[list[float]]:
+    """Each box as four finite numbers x0, y0, x1, y1 with x0 ≤ x1 and y0 ≤ y1, or a ValueError."""
+    try:
+        boxes = list(boxes)
+    except TypeError:
+        raise ValueError(f"boxes are {shorten(boxes)}; expected a list of boxes") from None
+    for box in boxes:
+        try:
+            numbers = [float(value) for value in box]
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            numbers = []
+        if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"a box is {shorten(box)}; expected four finite numbers, x0 y0 x1 y1")
+        if numbers[2] < numbers[0] or numbers[3] < numbers[1]:
+            raise ValueError(f"box {numbers} is inside out; expected two corners: x0 ≤ x1, y0 ≤ y1")
+        yield numbers
+
+
+def as_tensor(values: Any, what: str) -> torch.Tensor:
+    """A tensor, or what can be one: an array, numbers in lists; else a ValueError."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{what} are {shorten(values)}; expected a tensor of numbers") from None
 
 
 GROUP_SIZES = (32, 64, 128, 256)  # weights that share a scale; what PyTorch's int4 kernel knows

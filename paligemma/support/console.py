@@ -11,7 +11,7 @@ from importlib import import_module
 def one_line(message: str) -> str:
     """A message without its line breaks, and cut where something huge was quoted."""
     message = " ".join(message.split())
-    return message if len(message) <= 1000 else message[:800] + " … " + message[-190:]
+    return message if len(message) <= 400 else message[:300] + " … " + message[-90:]
 
 
 def make_channels_safe() -> None:

@@ -26,7 +26,22 @@ def shorten(value: object, width: int = 60) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of 5,000 digits, a very deep list
         text = f"a {type(value).__name__}"
+    if not isinstance(value, str):  # an array takes several lines
+        text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def spell_path(path: object) -> str:
+    """A path for a message: one line, the middle of a very long one left out."""
+    text = str(path)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= 200 else f"{text[:80]}…{text[-100:]}"
+
+
+def check_path(path: object) -> None:
+    """A path is a string, or knows its own; else a `CheckpointError` that says so."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise CheckpointError(f"path is {shorten(path)}; expected a string or a Path")
 
 
 # ---------------------------------------------------------------- JSON
@@ -229,8 +244,9 @@ def open_tensors(files: Iterable[str | os.PathLike]) -> dict[str, torch.Tensor]:
                         raise CheckpointError(f"{file.parent} holds {name} twice, in two files")
                     found[name] = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
+            reason = shorten(str(error), 100)[1:-1]
             raise CheckpointError(
-                f"{file} is truncated or not a safetensors file ({error}); download it again"
+                f"{file} is truncated or not a safetensors file ({reason}); download it again"
             ) from None
     if len(saves) > 1:
         raise CheckpointError(

@@ -1,19 +1,22 @@
 """Pictures of every kind as plain RGB, and the settings with which a checkpoint wants them."""
 
-import math
 import os
 import warnings
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paligemma.support.files import read_json, shorten
+from paligemma.support.arguments import as_number
+from paligemma.support.files import read_json, shorten, spell_path
 from paligemma.support.replacing import settled
 
 Picture = str | os.PathLike | Image.Image | np.ndarray  # what `open_picture` takes
+STRIP = 1 << 22  # pixels that are converted at a time, where numbers take eight bytes each
+LARGEST = 4096  # side of what a vision tower reads, pixels; published: 896
+EXTREME = 1e6  # no mean or deviation of brightness is larger, or as small as its inverse
 OVERSHOOT = 0.25  # resizing with a sharp filter leaves 0…1 by less than this
 
 
@@ -67,7 +70,7 @@ def open_picture(image: Picture) -> Image.Image:
 
 def _open_file(path: str | os.PathLike) -> Image.Image:
     """Decode one file; every way in which that fails becomes an `ImageError`."""
-    name = os.fspath(path)
+    name, path = os.fspath(path), spell_path(path)
     if isinstance(name, str) and name.startswith(("http://", "https://")):
         raise ImageError(f"picture {shorten(name)} is an address; download it first")
     if not os.path.exists(name):
@@ -100,6 +103,8 @@ def _open_file(path: str | os.PathLike) -> Image.Image:
 
 def _decode(image: Image.Image) -> Image.Image:
     """All pixels of an opened picture, upright, in RGB; raises whatever Pillow raises."""
+    if image.format == "EPS":
+        raise ImageError("it is PostScript, a program; convert it to PNG where you trust it")
     image.load()
     if 0 in image.size:
         raise ImageError(f"it is {image.width} × {image.height} pixels: it is empty")
@@ -126,22 +131,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     """Deep greys (modes I, I;16…, F) to mode L, by the range of their mode."""
-    values = np.array(image, dtype=np.float64)
-    finite = values[np.isfinite(values)]
     top, slack = (1, OVERSHOOT) if image.mode == "F" else (65535, 0)
-    least, most = (finite.min(), finite.max()) if finite.size else (0, 0)
+    hidden = image.info.get("transparency")  # one grey that means "see through"
+    grey = np.empty((image.height, image.width), np.uint8)
+    rows, least, most = max(1, STRIP // image.width), np.inf, -np.inf
+    for start in range(0, image.height, rows):
+        strip = image.crop((0, start, image.width, min(start + rows, image.height)))
+        values = np.array(strip, dtype=np.float64)
+        seen = np.isfinite(values)
+        least = min(least, values.min(where=seen, initial=np.inf))
+        most = max(most, values.max(where=seen, initial=-np.inf))
+        values[~seen] = 0
+        part = np.clip(np.round(values * (255 / top)), 0, 255)
+        if hidden is not None:
+            part[seen & (values == hidden)] = 255
+        grey[start : start + rows] = part
     if least < -slack or most > top + slack:
         raise ImageError(
             f"its mode is {image.mode}, which holds 0…{top}, but its values run from {least:.6g} "
             f'to {most:.6g}; if they are brightnesses in 0…255 give image.convert("L"), else '
             f"scale them to 0…{top} first"
         )
-    with np.errstate(invalid="ignore"):
-        grey = np.where(np.isfinite(values), np.clip(np.round(values * (255 / top)), 0, 255), 0)
-    hidden = image.info.get("transparency")
-    if hidden is not None:  # one grey that means "see through"
-        grey[values == hidden] = 255
-    return Image.fromarray(grey.astype(np.uint8))
+    return Image.fromarray(grey)
 
 
 def _advice(array: np.ndarray) -> str:
@@ -181,15 +192,17 @@ def check_settings(size: Any, mean: Any, std: Any, resample: Any) -> tuple:
     Raises:
         ValueError: a setting with which no picture could be processed.
     """
-    if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"size is {shorten(size)}; expected a side in pixels such as 224")
+    if not isinstance(size, Integral) or isinstance(size, bool) or not 1 <= int(size) <= LARGEST:
+        raise ValueError(
+            f"size is {shorten(size)}; expected a side in pixels such as 224, at most {LARGEST}"
+        )
     if isinstance(resample, bool) or resample not in list(Image.Resampling):
         known = ", ".join(f"{kind.value} {kind.name.lower()}" for kind in Image.Resampling)
         raise ValueError(
             f"resample is {shorten(resample)}; expected one of Pillow's filters: {known}"
         )
     mean, std = _three_numbers("image_mean", mean), _three_numbers("image_std", std)
-    if 0 in std:
+    if min(map(abs, std)) < 1 / EXTREME:
         raise ValueError(f"image_std is {std}; it divides, so none may be 0")
     return int(size), mean, std, Image.Resampling(resample)
 
@@ -198,8 +211,7 @@ def _three_numbers(name: str, values: Any) -> tuple[float, ...]:
     """Check `mean` or `std`: one finite number for each of red, green and blue."""
     items = list(values) if isinstance(values, Iterable) else []
     if len(items) != 3 or not all(
-        isinstance(item, Real) and not isinstance(item, bool) and math.isfinite(item)
-        for item in items
+        not isinstance(item, bool) and abs(as_number(item)) < EXTREME for item in items
     ):
         raise ValueError(
             f"{name} is {shorten(values)}; expected three numbers such as (0.5, 0.5, 0.5)"
@@ -234,12 +246,16 @@ def read_settings(path: str | os.PathLike, size: int) -> dict[str, Any]:
     if config.get("do_center_crop") or config.get("do_pad"):
         raise ValueError(f"{file}: asks to crop or pad; PaliGemma squashes the whole picture")
     factor = config.get("rescale_factor", 1 / 255)
-    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{file}: rescale_factor is {factor!r}; expected 1/255, bytes to 0…1")
+    if not isinstance(factor, int | float) or not abs(factor * 255 - 1) < 1e-6:
+        raise ValueError(
+            f"{file}: rescale_factor is {shorten(factor)}; expected 1/255, bytes to 0…1"
+        )
     side = config.get("size", size)
     if isinstance(side, dict):
         if side.get("height") is None or side.get("height") != side.get("width"):
-            raise ValueError(f"{file}: size is {side}; expected a square, height equal to width")
+            raise ValueError(
+                f"{file}: size is {shorten(side)}; expected a square, height equal to width"
+            )
         side = side["height"]
     half = (0.5, 0.5, 0.5)
     mean, std = config.get("image_mean", half), config.get("image_std", half)

@@ -75,6 +75,8 @@ def settled(folder: str | os.PathLike) -> Path:
     Raises:
         SaveError: a save was interrupted after its switch, and cannot be completed here.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"path is of type {type(folder).__name__}; expected a directory")
     folder = Path(folder).expanduser()
     if _is_switched(folder):
         try:
@@ -104,7 +106,6 @@ def _switch(draft: Path, folder: Path) -> None:
             _write_through(draft / OLDER)
         _write_through(draft)
         draft.rename(folder / SWITCHED)
-        _write_through(folder)
 
 
 def _is_switched(folder: Path) -> bool:
@@ -115,6 +116,7 @@ def _move(folder: Path) -> None:
     """Bring switched files to their places; any of the steps may have been done before."""
     if not _is_switched(folder):
         return
+    _write_through(folder)  # the switch itself, before anything older goes
     switched = folder / SWITCHED
     if (switched / OLDER).is_file():
         for name in (switched / OLDER).read_text(errors="replace").split("\n"):

@@ -4,18 +4,22 @@ import json
 import os
 import re
 import secrets
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from paligemma.support.files import (
     ADAPTER_WEIGHTS,
     CheckpointError,
+    check_path,
     other_format,
     read_json,
     shorten,
+    spell_path,
 )
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -114,6 +118,32 @@ def match_tensors(
             f"{path} lacks {len(missing)} of {len(expected)} tensors, the first is {missing[0]}; "
             "download the checkpoint again"
         )
+
+
+ARRAYS = 1 << 28  # bytes that the arrays of a file may take; a mask codec has some megabytes
+
+
+def open_arrays(path: str | os.PathLike, parts: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The arrays of a file `*.npz` whose names begin with one of `parts`; never a pickled object.
+
+    Raises:
+        CheckpointError: no such file, not an npz, more than arrays, or far too much of them.
+    """
+    check_path(path)
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise CheckpointError(f"no file {spell_path(path)}; give an npz file of arrays")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > ARRAYS:
+                raise ValueError(f"{size >> 20} MiB unpacked")
+        with np.load(path, allow_pickle=False) as file:
+            return {n: torch.from_numpy(file[n]) for n in file.files if n.startswith(parts)}
+    except Exception as error:  # NumPy has many for a damaged file
+        reason = shorten(" ".join(str(error).split()), 100)[1:-1]
+        raise CheckpointError(
+            f"{spell_path(path)} is not an npz file of arrays ({reason}); download it again"
+        ) from None
 
 
 QUANTIZED = re.compile(r"\.(absmax|quant_map|quant_state\..*|SCB|qweight|qzeros|scales)$")

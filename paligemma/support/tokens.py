@@ -9,7 +9,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from paligemma.support.files import read_json, shorten
+from paligemma.support.files import check_path, read_json, shorten, spell_path
 
 
 def open_sentencepiece(file: str | os.PathLike) -> SentencePieceProcessor:
@@ -18,6 +18,7 @@ def open_sentencepiece(file: str | os.PathLike) -> SentencePieceProcessor:
     Raises:
         ValueError: no such file, another kind of file, or no <pad>, <eos> or <bos> in it.
     """
+    check_path(file)
     if not os.path.isfile(file):
         hint = "a checkpoint directory needs its tokenizer.model"
         if (Path(file).parent / "tokenizer.json").is_file():
@@ -25,7 +26,7 @@ def open_sentencepiece(file: str | os.PathLike) -> SentencePieceProcessor:
                 "there is a tokenizer.json, but this reads the tokenizer.model of the base model: "
                 "copy it there"
             )
-        raise ValueError(f"no tokenizer at {file}; {hint}")
+        raise ValueError(f"no tokenizer at {spell_path(file)}; {hint}")
     try:
         sp = SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError):

@@ -1,13 +1,18 @@
 """What people pass; more refusals stand in tests/test_processor.py and tests/test_model.py."""
 
+import numpy as np
 import pytest
 import torch
 
 from paligemma.support.arguments import (
     as_lists,
+    as_tensor,
+    as_text,
+    check_boxes,
     check_context,
     check_inputs,
     check_pictures,
+    check_size,
     check_steps,
 )
 
@@ -100,3 +105,50 @@ def test_a_row_fits_the_context():
     check_context(8192, 8192)
     with pytest.raises(ValueError, match="8193 tokens; this model reads 8192 at most, 1 fewer"):
         check_context(8193, 8192)
+
+
+def repr_short(value: object) -> str:
+    return repr(value)[:20]
+
+
+@pytest.mark.parametrize(
+    "size", [None, "9", 0, -1, float("nan"), 10**400, [3], 2.5], ids=repr_short
+)
+def test_sizes(size):
+    check_size(3, 4.5)
+    check_size(3, np.float32(4), whole=True)
+    for pair in ((size, 4), (4, size)):
+        with pytest.raises(ValueError, match=r"the picture is .*; expected whole numbers"):
+            check_size(*pair, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "words"),
+    [
+        (3, "boxes are 3"),
+        ([3], "a box is 3; expected four"),
+        (["abcd"], "a box is 'abcd'"),
+        ([[1, 2, 3]], "a box is"),
+        ([[1, 2, 3, 10**400]], "a box is"),
+        ([[1, 2, 3, float("nan")]], "a box is"),
+        ([[5, 2, 3, 4]], "inside out"),
+    ],
+    ids=repr_short,
+)
+def test_boxes(boxes, words):
+    assert list(check_boxes(torch.tensor([[1, 2, 3, 4]]))) == [[1, 2, 3, 4]]
+    with pytest.raises(ValueError, match=words):
+        list(check_boxes(boxes))
+
+
+@pytest.mark.parametrize("values", ["abc", None, [[1], [1, 2]], print, 10**400], ids=repr_short)
+def test_tensors(values):
+    assert as_tensor([[1, 2]], "codes").tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match=r"codes are .*; expected a tensor of numbers"):
+        as_tensor(values, "codes")
+
+
+def test_texts():
+    assert as_text("\ud800\x00") == "\ud800\x00"
+    with pytest.raises(ValueError, match="the text is None; expected a string"):
+        as_text(None)

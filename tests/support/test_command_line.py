@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,10 @@ def test_help_and_version(capsys):
 MISTAKES = {
     "no picture": ([], "required: --image_file_path"),
     "missing picture": (["--image_file_path", "nowhere.png"], "nowhere.png does not exist"),
-    "line break in a name": (["--image_file_path", "no\nwhere.png"], "no where.png does not exist"),
+    "line break in a name": (
+        ["--image_file_path", "no\nwhere.png"],
+        r"no\nwhere.png does not exist",
+    ),
     "directory": (["--image_file_path", "empty"], "is a directory without pictures"),
     "long name": (["--image_file_path", "n" * 300 + ".png"], "does not exist"),
     "no picture inside": (["--image_file_path", "notes.txt"], "not a picture"),
@@ -171,6 +175,16 @@ MISTAKES = {
     "abbreviated": (["--temp", "1"], "unrecognized arguments: --temp"),
     "left over": (["--seed", "1", "photo.jpg"], "unrecognized arguments: photo.jpg"),
     "line break": (["--verbose", "a\nb"], "unrecognized arguments: --verbose a b"),
+    "a loop": (["--image_file_path", "loop"], "loop does not exist"),
+    "a pipe": (["--image_file_path", "pipe"], "pipe is not a regular file"),
+    "zeros without end": (["--image_file_path", "/dev/zero"], "is not a regular file"),
+    "a path of 4,000 letters": (["--image_file_path", "n/" * 2000], "does not exist"),
+    "a model that is a loop": (["--model_path", "loop"], "no directory 'loop'"),
+    "config.json is a pipe": (["--model_path", "odd"], "no config.json in odd"),
+    "a long model": (["--model_path", "n/" * 2000], "no directory 'n/n/"),
+    "a long word": (["--task", "n" * 5000], "invalid choice: 'nnn"),
+    "more than the context": (["--max_tokens_to_generate", "100000"], "this model reads 8192"),
+    "a megabyte": (["--prompt", "a " * 65_000], "the text has"),
     "no adapter": (["--adapter", "nowhere"], "no directory 'nowhere'"),
     "adapter without files": (["--adapter", "empty"], "no adapter_config.json in empty"),
     "nothing to detect": (["--task", "detect"], "names nothing to detect"),
@@ -186,12 +200,17 @@ MISTAKES = {
 }
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX files")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, mistake):
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("hello")
     Path("half.png").write_bytes(SCENE.read_bytes()[:5000])
     Path("empty").mkdir()
+    Path("odd").mkdir()
+    Path("loop").symlink_to("loop")
+    for pipe in ("pipe", "odd/config.json"):
+        os.mkfifo(pipe)
     flags, message = MISTAKES[mistake]
     if flags and "--image_file_path" not in flags:
         flags = ["--image_file_path", SCENE, *flags]
@@ -199,7 +218,9 @@ def test_a_mistake_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, mistake
     assert (code, out) == (2, "")
     assert err.startswith("paligemma: error: ") and err.count("\n") == 1 and err.endswith("\n")
     assert message in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "half.png", "notes.txt"]
+    assert len(err) < 450, "what was typed is not said in full"
+    left = ["empty", "half.png", "loop", "notes.txt", "odd", "pipe"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 @pytest.mark.parametrize(
@@ -470,6 +491,38 @@ def test_no_picture_comes_through_a_pipe(capsys, monkeypatch, sent):
     code, out, err = run(capsys, "--image_file_path", "-")
     assert (code, out) == (2, "")
     assert err.startswith("paligemma: error: ") and err.count("\n") == 1
+
+
+def test_a_bomb_comes_through_a_pipe(capsys, monkeypatch):
+    """Both of Pillow's bounds: the one of its warning, and the one of its error."""
+    plain = SCENE.read_bytes()
+    for side in (10_000, 1_000_000):
+        size = side.to_bytes(4, "big") * 2
+        header = plain[12:16] + size + plain[24:29]
+        bomb = plain[:12] + header + zlib.crc32(header).to_bytes(4, "big") + plain[33:]
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bomb)))
+        code, out, err = run(capsys, "--image_file_path", "-")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "the picture on standard input has more than 89,478,485 pixels" in err
+
+
+def test_standard_input_is_not_read_without_end(capsys, monkeypatch):
+    class Endless(io.RawIOBase):
+        given = 0
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            self.given += len(buffer)
+            return len(buffer)
+
+    monkeypatch.setattr("paligemma.support.picture_files.STANDARD_INPUT", 1 << 20)
+    source = Endless()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(source)))
+    code, out, err = run(capsys, "--image_file_path", "-")
+    assert (code, out) == (2, "") and "standard input has more than 1 MiB" in err
+    assert source.given < 1 << 22
 
 
 def test_it_reads_a_pipe(tmp_path):

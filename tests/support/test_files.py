@@ -13,10 +13,12 @@ from paligemma.support.files import (
     CheckpointError,
     adapter_base,
     check_folder,
+    check_path,
     find_folder,
     open_tensors,
     read_json,
     shorten,
+    spell_path,
 )
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
@@ -311,3 +313,15 @@ def test_no_tensors(tmp_path, data):
         open_tensors([tmp_path / "a.safetensors"])
     with pytest.raises(CheckpointError, match="no file"):
         open_tensors([tmp_path / "absent.safetensors"])
+
+
+def test_paths_in_messages():
+    assert spell_path("a/b.png") == "a/b.png"
+    assert spell_path("a\nb") == r"a\nb"
+    assert len(spell_path("n/" * 2000)) < 200
+    with pytest.raises(CheckpointError, match="path is 3; expected a string or a Path"):
+        check_path(3)
+
+
+def test_what_takes_several_lines_is_shortened_to_one():
+    assert shorten(torch.zeros(2, 2)) == "tensor([[0., 0.], [0., 0.]])"

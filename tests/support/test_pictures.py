@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from paligemma.support import pictures
 from paligemma.support.pictures import (
     ImageError,
     check_settings,
@@ -401,3 +403,68 @@ def test_settings_come_back(tmp_path):
     given = {"size": 56, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "resample": 2}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings_dict(**given)))
     assert read_settings(tmp_path, 8) == given
+
+
+# ---------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_greys_are_converted_strip_by_strip(mode, monkeypatch):
+    values = np.random.default_rng(0).random((50, 7))
+    values = (values if mode == "F" else values * 65535).astype(
+        {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    )
+    if mode == "F":
+        values[3, 2], values[30, 5] = np.nan, 1.2
+    image = Image.fromarray(values)
+    image.info["transparency"] = values[40, 1].item()
+    assert image.mode == mode
+    expected = open_picture(image).tobytes()
+    for strip in (1, 20, 70):
+        monkeypatch.setattr(pictures, "STRIP", strip)
+        assert open_picture(image).tobytes() == expected
+    values[45, 0] = 2 if mode == "F" else values[45, 0]
+    if mode == "F":
+        refused(Image.fromarray(values), "to 2;")
+
+
+def test_a_deep_grey_takes_little_more_than_itself(monkeypatch):
+    monkeypatch.setattr(pictures, "STRIP", 1 << 14)
+    image = Image.new("I;16", (1000, 1000), 40000)
+    tracemalloc.start()
+    open_picture(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 1000 * 1000, "a number of eight bytes for each pixel would be 8 MB"
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")  # its name says nothing
+
+    def run(*_, **__):
+        raise AssertionError("a program was run")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
+    refused(tmp_path / "a.png", "it is PostScript, a program")
+    with Image.open(tmp_path / "a.png") as image:
+        refused(image, "it is PostScript, a program")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"size": 10**6}, "size is 1000000; expected .* at most 4096"),
+        ({"size": {"height": 5000, "width": 5000}}, "size is 5000; expected .* at most 4096"),
+        ({"image_mean": [10**400] * 3}, "image_mean is .* expected three numbers"),
+        ({"image_mean": "123"}, "image_mean is '123'; expected three numbers"),
+        ({"image_std": [1e-300] * 3}, "it divides, so none may be 0"),
+        ({"rescale_factor": 10**400}, "rescale_factor is 1000.*…; expected 1/255"),
+        ({"rescale_factor": float("nan")}, "rescale_factor is nan; expected 1/255"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_picture_can_have(tmp_path, setting, words):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(setting))
+    with pytest.raises(ValueError, match=words):
+        read_settings(tmp_path, 224)

@@ -1,7 +1,10 @@
 """The weights of a checkpoint: which files, whose model, each tensor accounted for; shards."""
 
 import json
+import os
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +16,7 @@ from paligemma.support.tensors import (
     SINGLE,
     check_family,
     match_tensors,
+    open_arrays,
     weight_files,
     write_weights,
 )
@@ -123,3 +127,33 @@ def test_family():
     ):
         with pytest.raises(CheckpointError, match=message):
             check_family("here", ONE, ONE, method)
+
+
+# ---------------------------------------------------------------- npz
+
+
+def test_arrays_and_only_those_that_are_asked_for(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"x.a": np.arange(3), "y": np.array([{}], dtype=object)})
+    (found,) = open_arrays(tmp_path / "a.npz", ("x.",)).items()
+    assert found[0] == "x.a" and found[1].tolist() == [0, 1, 2]
+    with pytest.raises(CheckpointError, match="not an npz file of arrays"):
+        open_arrays(tmp_path / "a.npz", ("y",))
+
+
+def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros(1 << 26, np.float64))
+    assert (tmp_path / "a.npz").stat().st_size < 1_000_000
+
+    def unpack(*_, **__):
+        raise AssertionError("it was unpacked")
+
+    monkeypatch.setattr(np, "load", unpack)
+    with pytest.raises(CheckpointError, match="512 MiB unpacked"):
+        open_arrays(tmp_path / "a.npz", ("x",))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(CheckpointError, match="no file"):
+        open_arrays(tmp_path / "a.npz", ("x",))
