@@ -1,5 +1,6 @@
 """What people receive: the wheel without the repository, licences, and environments in step."""
 
+import ast
 import importlib.metadata
 import json
 import re
@@ -9,6 +10,7 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import paligemma
+from paligemma.support import picture_files, tensors
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -98,6 +101,7 @@ def test_installed_it_answers_without_the_repository(installed, tmp_path):
     code = """
 import importlib, importlib.metadata, json, pkgutil, sys
 import paligemma
+from paligemma.support import picture_files, tensors
 from paligemma.inference import TINY
 pg = paligemma.load()
 answer = pg(TINY.parent / "pictures" / "scene.png", "caption en")
@@ -220,3 +224,38 @@ def test_one_lowest_python_and_one_version_everywhere():
     versions = {PROJECT["version"], importlib.metadata.version("paligemma")}
     versions.add(re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1])
     assert versions == {paligemma.__version__}
+
+
+# ---------------------------------------------------------------- no code from data
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, object]]]:
+    """Each call's name, and those of its keywords that are constants."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            words = {
+                k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)
+            }
+            yield ast.unparse(node.func), words
+
+
+def test_nothing_that_is_read_can_run_code():
+    """As SECURITY.md says: no pickles, nothing evaluated."""
+    seen = set()
+    for file in (ROOT / "paligemma").rglob("*.py"):
+        for name, words in calls(ast.parse(file.read_text())):
+            seen.add(name)
+            last = name.split(".")[-1]
+            assert name not in ("eval", "exec", "compile", "os.system"), file
+            assert not name.startswith(("pickle.", "marshal.", "shelve.", "joblib.")), file
+            assert name != "torch.load" or words.get("weights_only") is True, file
+            assert last != "load" or not name.startswith("np.") or words == {"allow_pickle": False}
+            assert words.get("shell") is not True and "trust_remote_code" not in words, file
+    assert {"torch.load", "np.load"} <= seen
+
+
+def test_security_names_what_exists():
+    text = (ROOT / "SECURITY.md").read_text()
+    for name in ("vae-oid.npz", "weights_only=True", "256 MiB", "MAX_IMAGE_PIXELS", "privat"):
+        assert name in text
+    assert tensors.ARRAYS == picture_files.STANDARD_INPUT == 256 * MEGABYTE
