@@ -1,9 +1,13 @@
 """Many processes make the curve of one, divided or not, stopped, resumed or killed."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from paligemma import scenes, training
 from paligemma.checkpoint import load_model
@@ -282,3 +286,36 @@ def fails():
 def test_a_worker_that_fails_is_said():
     with pytest.raises(RuntimeError, match=r"fails failed under torchrun[\s\S]*what happened\n"):
         torchrun(fails, 1)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_under_torchrun(tmp_path):
+    """Two processes make two steps; one goes on; alone from the start the losses are the same."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    lines = []
+    for i in range(12):
+        Image.fromarray(DATA[i]["image"]).save(mine / f"{i}.png")
+        texts = {key: DATA[i][key] for key in ("prefix", "suffix")}
+        lines.append(json.dumps({"image": f"{i}.png", **texts}))
+    (mine / "mine.jsonl").write_text("\n".join(lines))
+    options = ["--data", str(mine), "--lora", "4", "--batch_size", "4", "--warmup_steps", "4"]
+    options += ["--learning_rate", "1e-3", "--answers", "2", "--device", "cpu", "--workers", "0"]
+
+    def command(output, steps, *before):
+        words = [sys.executable, *before, "-m", "paligemma.support.train_command", *options]
+        words += ["--output", str(tmp_path / output), "--steps", str(steps)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    team = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said = command("team", 2, *team)
+    assert said.count("held out: loss") == 2 and said.count("holds the adapter") == 1
+    command("team", 4), command("alone", 4)
+    losses = [json.loads((tmp_path / name / "training.json").read_text())["losses"]
+              for name in ("team", "alone")]  # fmt: skip
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], abs=1e-5)
