@@ -13,7 +13,7 @@ NBVAL := --nbval --nbval-sanitize-with tools/nbval.cfg --nbval-cell-timeout 60 -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check fuzz sync plain lab bench train student clean
+.PHONY: help demo test check fuzz faults sync plain lab bench train student clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,6 +43,9 @@ check: $(DEV) ## fast: style, types, and notebooks = pairs = modules
 
 fuzz: $(DEV) ## minutes: 10,400 hostile files, texts and arguments; a table of what became of them
 	@$(BIN)/python tests/fuzz/run.py --output tests/fuzz/table.json
+
+faults: $(DEV) ## minutes: saves and trainings killed, starved and locked out; a table of what survived
+	@$(BIN)/python tests/faults/run.py
 
 sync: $(DEV) ## bring notebooks, pairs, modules and the README's table into step
 	@$(BIN)/python tools/sync.py

@@ -186,7 +186,7 @@ class Run:
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
         self.optimizers = self.make_optimizers()
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
-        self.step, self.seconds, self.curves = 0, 0.0, []
+        self.step, self.seconds, self.curves, self.recent = 0, 0.0, [], []
         if (settled(folder) / "checkpoint.pt").exists():
             self.load()
 
@@ -227,6 +227,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "curves": self.curves,
+            "recent": self.recent,
             "config": asdict(self.recipe),
         }
 
@@ -244,7 +245,8 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        self.step, self.seconds, self.curves = state["step"], state["seconds"], state["curves"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.curves, self.recent = state["curves"], state["recent"]
 
     def learning_rate(self) -> float:
         """Warm up at the start of each stage, hold, fall to 0 along half a cosine at the end."""
@@ -342,13 +344,13 @@ def mean_of(metrics: list[dict[str, float]]) -> dict[str, float]:
 
 def train(run: Run, save_every: float = 60.0, validate_every: int = 250) -> None:
     """Go on to the last step; Ctrl-C stops where the processes meet, with a checkpoint."""
-    recipe, recent, started, spent = run.recipe, [], time.perf_counter(), run.seconds
+    recipe, started, spent = run.recipe, time.perf_counter(), run.seconds
     saved = started
     hidden = None if run.rank == 0 else True
     bar = tqdm(total=recipe.total_steps, initial=run.step, disable=hidden, unit="step")
     with noted_interrupt(signal.SIGINT, signal.SIGTERM) as interrupted, bar:
         while run.step < recipe.total_steps:
-            recent.append(run.take_step())
+            run.recent.append(run.take_step())
             bar.update()
             done = run.step == recipe.total_steps
             if run.step % recipe.meet_every and not done:
@@ -357,12 +359,12 @@ def train(run: Run, save_every: float = 60.0, validate_every: int = 250) -> None
             run.ema.update_parameters(run.model)
             run.seconds = spent + time.perf_counter() - started
             if run.rank == 0 and (run.step % 50 == 0 or done):
-                point = mean_of(recent) | {"step": run.step, "seconds": run.seconds}
+                point = mean_of(run.recent) | {"step": run.step, "seconds": run.seconds}
                 if run.step > recipe.look_steps and run.step % validate_every == 0:
                     point |= run.validate()
                 run.curves.append(point)
                 bar.set_postfix({k: f"{v:.3f}" for k, v in point.items() if v < 20})
-                recent = []
+                run.recent = []
             if run.rank == 0 and (stop or done or time.perf_counter() - saved > save_every):
                 run.save()
                 saved = time.perf_counter()
