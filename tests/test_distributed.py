@@ -68,7 +68,7 @@ def many_ways(folder):
     import signal
 
     from paligemma import training
-    from paligemma.distributed import process_number, processes, ring_sigmoid_loss, train
+    from paligemma.distributed import process_number, processes, train
 
     found, rate_at = {}, training.learning_rate_at
 
@@ -93,24 +93,25 @@ def many_ways(folder):
             train(*run(ema_decay=0.5))
         except ValueError as error:
             found["ema"] = str(error)
-        import torch
-
-        torch.manual_seed(0)
-        images, texts = torch.randn(2, 4, 5)
-        mine = slice(2 * process_number(), 2 * process_number() + 2)
-        images, texts = (x[mine].clone().requires_grad_() for x in (images, texts))
-        loss = ring_sigmoid_loss(images, texts, 3.0, -1.0)
-        loss.backward()
-        found["ring"] = loss.item(), images.grad.tolist(), texts.grad.tolist()
         return found
 
 
 def go_on(folder):
-    from paligemma.distributed import processes, train
+    """What two have begun; and the ring, in which forth and back differ only from three on."""
+    import torch
+
+    from paligemma.distributed import process_number, processes, ring_sigmoid_loss, train
 
     with processes():
         mean = train(*run(ema_decay=0.5, folder=f"{folder}/mean"), sharded=False)
-        return mean, train(*run(adapters=True, folder=f"{folder}/adapters"))
+        adapters = train(*run(adapters=True, folder=f"{folder}/adapters"))
+        torch.manual_seed(0)
+        mine = slice(2 * process_number(), 2 * process_number() + 2)
+        images, texts = (x[mine].clone().requires_grad_() for x in torch.randn(2, 8, 5))
+        loss = ring_sigmoid_loss(images, texts, 3.0, -1.0)
+        loss.backward()
+        ring = loss.item(), images.grad.tolist(), texts.grad.tolist()
+        return {"mean": mean, "adapters": adapters, "ring": ring}
 
 
 @pytest.fixture(scope="module")
@@ -146,18 +147,24 @@ def test_process_0_saves_the_whole_model(two, place, processor):
     assert Processor.from_pretrained(place / "parts").num_image_tokens == 64
 
 
-def test_four_go_on_where_two_stopped(two, place, processor):
+@pytest.fixture(scope="module")
+def four(two, place):
+    return torchrun(go_on, 4, str(place), uses=[run])
+
+
+def test_four_go_on_where_two_stopped(four, place, processor):
     """Copies with a running mean, and adapters in parts."""
-    found = torchrun(go_on, 4, str(place), uses=[run])
     config = small(ema_decay=0.5)
     model = load_model(TINY)
-    assert found[3][0] == pytest.approx(training.train(model, DATA, config, processor), abs=1e-5)
+    alone = training.train(model, DATA, config, processor)
+    assert four[3]["mean"] == pytest.approx(alone, abs=1e-5)
     adapted = load_model(TINY)
     torch.manual_seed(0)
     add_lora(adapted, rank=4, targets=["q_proj"])
-    assert found[0][1] == pytest.approx(training.train(adapted, DATA, small(), processor), abs=1e-5)
+    alone = training.train(adapted, DATA, small(), processor)
+    assert four[0]["adapters"] == pytest.approx(alone, abs=1e-5)
     again, config.folder = load_model(TINY), str(place / "mean")  # finished: nothing left to do
-    assert train(again, DATA, config, processor) == found[0][0]
+    assert train(again, DATA, config, processor) == four[0]["mean"]
     assert loss_of(again, processor) == pytest.approx(loss_of(model, processor), abs=1e-4)
 
 
@@ -166,15 +173,15 @@ def test_what_cannot_be_is_said(two):
     assert two[1]["ema"] == "ema_decay is 0.5; with a sharded model it must be 0"
 
 
-def test_the_ring_is_the_whole_loss(two):
+def test_the_ring_is_the_whole_loss(four):
     torch.manual_seed(0)
-    images, texts = torch.randn(2, 4, 5)
-    images, texts = images.requires_grad_(), texts.requires_grad_()
+    images, texts = (x.requires_grad_() for x in torch.randn(2, 8, 5))
     loss = sigmoid_loss(images, texts, 3.0, -1.0)
     loss.backward()
-    assert sum(found["ring"][0] for found in two) / 2 == pytest.approx(loss.item(), abs=1e-5)
+    found = [process["ring"] for process in four]
+    assert sum(ring[0] for ring in found) / 4 == pytest.approx(loss.item(), abs=1e-5)
     for i, whole in ((1, images.grad), (2, texts.grad)):
-        parts = torch.tensor([row for found in two for row in found["ring"][i]]) / 2
+        parts = torch.tensor([row for ring in found for row in ring[i]]) / 4
         assert torch.allclose(parts, whole, atol=1e-6)
 
 
