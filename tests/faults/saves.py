@@ -94,7 +94,7 @@ def no_room_at_each_step(saves: Saves, count: int, rng: random.Random) -> Outcom
     reached, step = True, 0
     while reached:
         step += 1
-        reading, writing = os.pipe()
+        before, (reading, writing) = set(os.listdir(saves.folder)), os.pipe()
 
         def save(step: int = step, writing: int = writing) -> None:
             at_step(step, saves.folder, lambda: (os.write(writing, b"x"), no_room()))
@@ -104,8 +104,10 @@ def no_room_at_each_step(saves: Saves, count: int, rng: random.Random) -> Outcom
         os.close(writing)
         with os.fdopen(reading, "rb") as said:
             reached = bool(said.read())
-        clear = None if code != BROKEN else "no clear message"
-        yield clear or saves.judge(saves.version + (code != KEPT))
+        if code == BROKEN or (code == KEPT and set(os.listdir(saves.folder)) != before):
+            yield f"exit {code}, files {sorted(os.listdir(saves.folder))}"
+        else:
+            yield saves.judge(saves.version + (code != KEPT))
 
 
 def refused(
@@ -128,7 +130,7 @@ def refused(
 
 def files_too_large(saves: Saves, count: int, rng: random.Random) -> Outcomes:
     """Writing fails in the midst of a file, at a limit that the system sets to all files."""
-    largest = max(file.stat().st_size for file in saves.folder.iterdir()) // 2
+    largest = max(file.stat().st_size for file in saves.folder.iterdir()) // 3
     for size in rng.sample(range(1, largest), count):
         yield refused(saves, lambda size=size: no_larger_files(size))
 
@@ -137,11 +139,11 @@ def full_disk(saves: Saves, count: int, rng: random.Random) -> Outcomes:
     """The disk, a small one, is full when a part is written. (None where none can be mounted.)"""
     with small_disk(2**25) as disk:
         for _ in range(count if disk else 0):
-            folder = Path(tempfile.mkdtemp(dir=disk))
-            here = Saves(saves.kind, folder / "model")
-            used = sum(file.stat().st_size for file in here.folder.iterdir())
-            rest, free = folder / "rest", int(rng.uniform(0, 0.6) * used)
-            yield refused(here, lambda rest=rest, free=free: fill(rest, free), rest.unlink)
+            with tempfile.TemporaryDirectory(dir=disk) as folder:
+                here, rest = Saves(saves.kind, Path(folder, "model")), Path(folder, "rest")
+                used = sum(file.stat().st_size for file in here.folder.iterdir())
+                free = int(rng.uniform(0, 0.6) * used)
+                yield refused(here, lambda rest=rest, free=free: fill(rest, free), rest.unlink)
 
 
 def read_only(saves: Saves, count: int, rng: random.Random) -> Outcomes:
