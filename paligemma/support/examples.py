@@ -3,11 +3,16 @@
 import codecs
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from paligemma.support.files import shorten
+
+if TYPE_CHECKING:
+    from paligemma.processor import Processor
 
 EXPECTED = "expected an object with image, prefix and suffix on each line"
 
@@ -95,6 +100,20 @@ def _read_example(line: bytes, folder: Path, prefix: str | None) -> dict[str, st
     if not os.path.isfile(picture):
         raise ValueError(f"there is no picture {shorten(str(picture), 200)}")
     return {"image": str(picture), "prefix": item["prefix"], "suffix": item["suffix"]}
+
+
+def check_texts(items: Iterable[dict], processor: "Processor") -> None:
+    """All prompts and answers can be written in a model's tokens, and fit into its context.
+
+    Raises:
+        ValueError: naming the picture of the first that doesn't.
+    """
+    for item in items:
+        try:
+            processor.encode_prefix(item["prefix"])
+            processor.encode_suffix(item["suffix"])
+        except ValueError as error:
+            raise ValueError(f"the example of {item['image']}: {error}") from None
 
 
 def hold_out(items: list[dict], share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
