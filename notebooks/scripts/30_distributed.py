@@ -131,11 +131,7 @@ sizes = {
     ),
 }  # fmt: skip
 need = {name: 16 * size / 1e9 for name, size in sizes.items()}
-assert (
-    need["PaliGemma 3B"] < 48
-    and need["PaliGemma 2 10B"] > 150
-    and 440 < need["PaliGemma 2 28B"] < 450
-)
+assert max(need["PaliGemma 3B"], need["PaliGemma 2 3B"]) < 80 < need["PaliGemma 2 10B"]
 fig, ax = plt.subplots(figsize=(8, 2.2), layout="constrained")
 for row, gigabytes in enumerate(need.values()):
     ax.barh(row, gigabytes, color=COLOURS["good" if gigabytes < 80 else "bad"], height=0.6)
@@ -363,6 +359,8 @@ ax.plot(steps, found[0]["parts"], "--", color=COLOURS["language"], lw=2, label="
 ax.plot(steps, found[0]["forgetful"], ":", color=COLOURS["bad"], lw=2.4, label="forgotten share")
 ax.set(xlabel="step", ylabel="loss", xticks=list(steps))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+epoch = [training.examples_of(step, 40, TrainingConfig(batch_size=4))[:2] for step in range(10)]
+assert len({number for first_half in epoch for number in first_half}) == 20  # of 40
 save_figure(fig, "30_curves")
 
 # %% [markdown]
@@ -551,9 +549,9 @@ def train(
 # %% [markdown]
 # ## A machine dies
 #
-# With a thousand GPUs some machine dies every few hours. `torchrun --max-restarts 1` watches its
-# processes: when one dies, it stops the others and starts all anew. The program goes on from the last
-# checkpoint, as always. (Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, or a new try may find
+# Llama 3 was trained on 16,000 GPUs for 54 days, and interrupted 419 times against its will: every three
+# hours. `torchrun --max-restarts 1` watches its processes: when one dies, it stops the others and starts all
+# anew. The program goes on from the last checkpoint, as always. (Set `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, or a new try may find
 # [addresses of the dead](https://github.com/pytorch/pytorch/issues/135712).)
 #
 # Here two processes shall make three steps; one of them is killed in the third.
@@ -995,6 +993,8 @@ check(test_3, factor)
 #   ([arXiv 2303.15343](https://arxiv.org/abs/2303.15343)), section 3.3.
 # - Rajbhandari et al. 2020, *ZeRO* ([arXiv 1910.02054](https://arxiv.org/abs/1910.02054)); Zhao et al.
 #   2023, *PyTorch FSDP* ([arXiv 2304.11277](https://arxiv.org/abs/2304.11277)).
+# - Llama Team 2024, *The Llama 3 Herd of Models*
+#   ([arXiv 2407.21783](https://arxiv.org/abs/2407.21783)), section 3.3.4 (interruptions).
 # - PyTorch: `torch.distributed.fsdp.fully_shard`, `torch.distributed.checkpoint`, `torchrun`.
 
 # %% [markdown] tags=["navigation"]
