@@ -352,6 +352,32 @@ def test_we_read_what_peft_writes(published, tmp_path, targets):
     assert (a - b).abs().max() <= 1e-5 < 0.05 < (a - plain).abs().max()
 
 
+@PEFT_ON_TRANSFORMERS_5
+def test_one_training_step_is_that_of_transformers_and_peft(published, tmp_path):
+    """The loss, and the gradient of every A and B, from the same adapters and labels."""
+    from peft import PeftModel
+
+    make_ours, make_theirs = published
+    ours = make_ours()
+    add_lora(ours, 4, alpha=6, targets=EVERYWHERE)
+    save_adapter(stir(ours, 0.1), tmp_path)
+    theirs = PeftModel.from_pretrained(make_theirs(), tmp_path, is_trainable=True).train()
+    batch = random_batch()
+    learnt = torch.zeros_like(batch["input_ids"])
+    learnt[:, -5:] = 1  # the answers
+    batch |= {"token_type_ids": learnt, "labels": batch["input_ids"].masked_fill(learnt == 0, -100)}
+    a, b = ours.train()(**batch).loss, theirs(**batch).loss
+    a.backward(), b.backward()
+    assert abs(a.item() - b.item()) <= 1e-5
+    other = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters()
+             if p.requires_grad}  # fmt: skip
+    own = {f"base_model.model.model.{n}": p.grad for n, p in ours.named_parameters()
+           if p.requires_grad}  # fmt: skip
+    assert own.keys() == other.keys() and len(own) == 2 * len(adapters(ours))
+    gaps = [(own[name] - other[name]).abs().max().item() for name in own]
+    assert max(gaps) <= 1e-5 < 1e-3 < max(gradient.abs().max() for gradient in own.values())
+
+
 RELEASES = ("0.7.1", "0.11.1", "0.21.2")
 LAYOUTS = {  # transformers' names for the same layers in its releases
     "5": lambda name: name,
