@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from numbers import Integral
 from typing import Any
 
@@ -14,7 +14,7 @@ from paligemma.support.files import read_json, shorten, spell_path
 from paligemma.support.replacing import settled
 
 Picture = str | os.PathLike | Image.Image | np.ndarray  # what `open_picture` takes
-STRIP = 1 << 22  # pixels that are converted at a time, where numbers take eight bytes each
+STRIP = 1 << 22  # pixels that are converted at a time, where that takes more than the result
 LARGEST = 4096  # side of what a vision tower reads, pixels; published: 896
 EXTREME = 1e6  # no mean or deviation of brightness is larger, or as small as its inverse
 OVERSHOOT = 0.25  # resizing with a sharp filter leaves 0…1 by less than this
@@ -123,10 +123,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     has_alpha = {"A", "a"} & set(image.getbands())
     if has_alpha or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        laid = Image.new("RGB", image.size)
+        for top, strip in _strips(image):
+            white = Image.new("RGBA", strip.size, "white")
+            laid.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), (0, top))
+        return laid
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """A picture in parts, each with its place from the top: what is made of them takes less."""
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
@@ -134,9 +143,8 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     top, slack = (1, OVERSHOOT) if image.mode == "F" else (65535, 0)
     hidden = image.info.get("transparency")  # one grey that means "see through"
     grey = np.empty((image.height, image.width), np.uint8)
-    rows, least, most = max(1, STRIP // image.width), np.inf, -np.inf
-    for start in range(0, image.height, rows):
-        strip = image.crop((0, start, image.width, min(start + rows, image.height)))
+    least, most = np.inf, -np.inf
+    for start, strip in _strips(image):
         values = np.array(strip, dtype=np.float64)
         seen = np.isfinite(values)
         least = min(least, values.min(where=seen, initial=np.inf))
@@ -145,7 +153,7 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
         part = np.clip(np.round(values * (255 / top)), 0, 255)
         if hidden is not None:
             part[seen & (values == hidden)] = 255
-        grey[start : start + rows] = part
+        grey[start : start + len(part)] = part
     if least < -slack or most > top + slack:
         raise ImageError(
             f"its mode is {image.mode}, which holds 0…{top}, but its values run from {least:.6g} "

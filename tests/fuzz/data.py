@@ -104,14 +104,14 @@ def npz(rng: random.Random, file: Path) -> str:
         with zipfile.ZipFile(file, "w") as made:
             made.writestr(f"{key}.npy", body)
         return name
-    elif how == 6:  # four gigabytes of zeros in four megabytes
+    elif how == 6:  # hundreds of megabytes of zeros in less than one, said to be four gigabytes
         text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**28}, 4), }}\n".encode()
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
             with made.open(
                 f"{rng.choice(['decoder.0.bias', key])}.npy", "w", force_zip64=True
             ) as out:
                 out.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text)
-                for _ in range(64 if rng.random() < 0.9 else 4096):
+                for _ in range(rng.choice([64, 320])):
                     out.write(bytes(2**20))
         return "a bomb"
     np.savez(file, **arrays)

@@ -60,6 +60,8 @@ def checkpoints(rng: random.Random, folder: Path) -> tuple[str, Run]:
     elif how < 0.75:
         name = "a pickle"
         torch.save({"a": Payload(folder.parent / "executed")}, file)
+    elif how < 0.8:
+        name = switched(rng, folder)
     else:
         name = sharded(rng, folder)
 
@@ -78,6 +80,23 @@ def shards() -> tuple[dict, dict[str, bytes]]:
     save_model(load_model(TINY, dtype=None), place, max_shard_bytes=10**6)
     index = json.loads((place / "model.safetensors.index.json").read_text())
     return index, {file.name: file.read_bytes() for file in place.glob("*.safetensors")}
+
+
+def switched(rng: random.Random, folder: Path) -> str:
+    """What an interrupted save leaves, with other things in it than a save would write."""
+    place = folder / ".paligemma-switched"
+    place.mkdir()
+    odd = [
+        "../model.safetensors",
+        "/etc/passwd",
+        "config.json",
+        "model.safetensors",
+        "\x00",
+        "n" * 300,
+    ]
+    (place / ".paligemma-older").write_text("\n".join(rng.sample(odd, 3)))
+    inner = rng.choice(["config.json", "model.safetensors", "tokenizer.model"])
+    return f"switched: {no_file(rng, place / inner)}"
 
 
 def sharded(rng: random.Random, folder: Path) -> str:

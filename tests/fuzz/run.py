@@ -1,8 +1,9 @@
 """Throws hostile files, texts and arguments at the package, and counts what became of them.
 
 Each case follows from the seed, its family and its number. It ends in a right result or in a
-ValueError of one clear line (the command: exit 2 and one line), within 10 seconds and 2 GB, without
-running code or writing outside its folder; everything else is a failure, and printed. A case again:
+ValueError of one clear line (the command: exit 2 and one line), in 10 seconds of work and with 2 GB
+more memory than the shipped model has, without running code or writing outside its folder.
+Everything else is a failure, and printed. A case again:
     python tests/fuzz/run.py --only checkpoints --first 17 --cases 1
 """
 

@@ -428,6 +428,17 @@ def test_deep_greys_are_converted_strip_by_strip(mode, monkeypatch):
         refused(Image.fromarray(values), "to 2;")
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_is_laid_over_white_strip_by_strip(mode, monkeypatch):
+    image = noise(7, 50, 4).convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    expected = open_picture(image).tobytes()
+    for strip in (1, 20, 70):
+        monkeypatch.setattr(pictures, "STRIP", strip)
+        assert open_picture(image).tobytes() == expected
+
+
 def test_a_deep_grey_takes_little_more_than_itself(monkeypatch):
     monkeypatch.setattr(pictures, "STRIP", 1 << 14)
     image = Image.new("I;16", (1000, 1000), 40000)
