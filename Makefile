@@ -53,7 +53,7 @@ sync: $(DEV) ## bring notebooks, pairs, modules and the README's table into step
 plain: $(DEV) ## every notebook run without this processor's vector instructions
 	@cache=$$(mktemp -d); trap 'rm -rf $$cache' EXIT; \
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default TORCHINDUCTOR_CACHE_DIR=$$cache \
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(NBVAL) notebooks
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(NBVAL) --nbval-cell-timeout 300 notebooks
 
 lab: $(DEV) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab --notebook-dir=.
