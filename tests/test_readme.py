@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from paligemma.checkpoint import load_model
-from paligemma.support.command_line import make_parser
+from paligemma.support import coco_command, command_line, train_command
+from paligemma.training import JsonlDataset
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,11 +36,38 @@ def test_python_example_prints_what_the_readme_shows(monkeypatch):
     assert out.getvalue().strip() == shown.strip()
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "inference.py" in c])
+PARSERS = {
+    "python inference.py": command_line.make_parser,
+    "paligemma": command_line.make_parser,
+    "paligemma-coco": coco_command.make_parser,
+    "paligemma-train": train_command.make_parser,
+}
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(tuple(PARSERS))])
 def test_options_exist(command):
     words = shlex.split(command)
-    assert words[:2] == ["python", "inference.py"] and (ROOT / words[1]).is_file()
-    make_parser().parse_args(words[2:])  # exits on an unknown option
+    name = words.pop(0)
+    if name == "python":
+        name = f"python {words.pop(0)}"
+        assert (ROOT / name.split()[1]).is_file()
+    PARSERS[name]().parse_args(words)  # exits on an unknown option
+
+
+def test_commands_are_installed():
+    text = (ROOT / "pyproject.toml").read_text()
+    for name in PARSERS:
+        if not name.startswith("python"):
+            module = PARSERS[name].__module__
+            assert f'\n{name} = "{module}:main"\n' in text
+            assert any(command.startswith(f"{name} ") for command in commands())
+
+
+def test_lines_to_learn_from_are_as_shown(tmp_path):
+    (line,) = blocks("json")
+    (tmp_path / json.loads(line)["image"]).touch()
+    (tmp_path / "mine.jsonl").write_text(line)
+    assert len(JsonlDataset(tmp_path)) == 1
 
 
 def test_figures_of_the_shipped_model_are_those_of_its_card():
