@@ -294,6 +294,14 @@ def test_a_bad_recipe_is_one_line_and_exit_2(tmp_path, capsys, values, named):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("words", [[], ["--work"], ["--work", "x", "--speed", "9"]])
+def test_a_bad_option_is_one_line_and_exit_2(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and ": error: " in error
+
+
 def test_the_shipped_recipe_can_be_read():
     recipe = Recipe.read(TINY / "recipe.json")
     assert recipe.curriculum[0][0] == 0 and recipe.total_steps > recipe.look_steps

@@ -43,6 +43,7 @@ from paligemma.image_processor import ImageProcessor
 from paligemma.model import PaliGemma, PaliGemmaConfig
 from paligemma.processor import Processor
 from paligemma.siglip import SiglipVisionConfig
+from paligemma.support.command import Parser
 from paligemma.support.replacing import replacing, settled
 from paligemma.support.runs import noted_interrupt, read_checkpoint
 
@@ -389,7 +390,7 @@ def export(run: Run, target: Path, tokenizer: Path = TINY) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 2 and one line on bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(  # whose errors are one line
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
