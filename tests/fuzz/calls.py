@@ -142,7 +142,6 @@ ODD += [
     1j,
     range(3),
     {1, 2},
-    (x for x in "ab"),
     np.zeros((2, 2, 3)),
     [SCENE, None],
     ["cat", 3],
