@@ -6,9 +6,11 @@ killed goes on to the losses and weights of one that was left alone, bit for bit
 """
 
 import argparse
+import json
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # children are forked: this process stays single
 
@@ -27,10 +29,12 @@ def main() -> int:
     parser.add_argument("--harms", nargs="+", choices=harms, default=harms, metavar="HARM")
     parser.add_argument("--tries", type=int, default=50, help="for what happens at random")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a JSON file for the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| what | harm | tried | survived |\n|---|---|---|---|")
     tried = survived = 0
+    table: dict[str, dict] = {}
     start = time.perf_counter()
     for name in options.kinds:
         module = saves if name in saves.KINDS else runs
@@ -40,11 +44,16 @@ def main() -> int:
             found = list(module.tries(name, harm, options.tries, options.seed))
             wrong = [outcome for outcome in found if outcome is not None]
             tried, survived = tried + len(found), survived + len(found) - len(wrong)
-            print(f"| {name} | {harm} | {len(found)} | {len(found) - len(wrong)} |", flush=True)
+            row = {"tried": len(found), "survived": len(found) - len(wrong)}
+            table.setdefault(name, {})[harm] = row
+            print(f"| {name} | {harm} | {row['tried']} | {row['survived']} |", flush=True)
             for outcome in wrong[:3]:
                 print(f"{name}, {harm}: {outcome}", file=sys.stderr, flush=True)
     print(f"| all | | {tried} | {survived} |")
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if options.output:
+        text = json.dumps({"seed": options.seed, "kinds": table}, indent=1)
+        options.output.write_text(text + "\n", encoding="utf-8")
     return int(survived < tried)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -139,6 +140,7 @@ def tries(name: str, harm: str, count: int, seed: int) -> Outcomes:
                 found = result(folder)
                 differ = {n for n in expected.keys() | found if expected.get(n) != found.get(n)}
                 yield f"differ: {differ}" if differ else None
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 HARMS = ("killed at random", "killed at each step")
