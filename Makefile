@@ -45,7 +45,7 @@ fuzz: $(DEV) ## minutes: 10,400 hostile files, texts and arguments; a table of w
 	@$(BIN)/python tests/fuzz/run.py --output tests/fuzz/table.json
 
 faults: $(DEV) ## minutes: saves and trainings killed, starved and locked out; a table of what survived
-	@$(BIN)/python tests/faults/run.py
+	@$(BIN)/python tests/faults/run.py --output tests/faults/table.json
 
 sync: $(DEV) ## bring notebooks, pairs, modules and the README's table into step
 	@$(BIN)/python tools/sync.py

@@ -22,7 +22,7 @@ from paligemma.model import PaliGemma
 from paligemma.processor import Processor, collate
 from paligemma.quantization import quantize_model
 from paligemma.segmentation import Segment, score_segments
-from paligemma.support.adapters import add_adapter, find_adapter
+from paligemma.support.adapters import add_adapter, find_adapter, refuse_adapter
 from paligemma.support.arguments import check_context
 from paligemma.support.config import parse_device, parse_dtype
 from paligemma.support.files import find_folder, shorten
@@ -191,6 +191,7 @@ class Pipeline:
     def save(self, path: str | os.PathLike) -> None:
         """Write model, processor and mask codec into a directory, which `load` opens again."""
         quantized = self.model.language_model.head is not None
+        refuse_adapter(path)
         with replacing(path) as draft:  # all files at once
             (save_quantized if quantized else save_model)(self.model, draft)
             self.processor.save_pretrained(draft)

@@ -640,6 +640,19 @@ def test_an_adapter_is_applied(pg, tmp_path, where):
     assert torch.equal(again, logits)
 
 
+def test_a_model_is_not_saved_beside_the_adapter_that_it_holds(tmp_path):
+    shutil.copytree(TINY, tmp_path / "both")
+    shutil.copytree(adapter_folder(tmp_path / "adapter"), tmp_path / "both", dirs_exist_ok=True)
+    pg = load(tmp_path / "both")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "both").iterdir()}
+    with pytest.raises(ValueError, match="would be added once more .* give another directory"):
+        pg.save(tmp_path / "both")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "both").iterdir()} == before
+    pg.save(tmp_path / "whole")
+    again = load(tmp_path / "whole").model.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in pg.model.state_dict().items())
+
+
 def test_an_adapter_and_fewer_bits(tmp_path):
     adapter = adapter_folder(tmp_path / "adapter")
     small = load(adapter=adapter, quantize="int8")

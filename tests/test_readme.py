@@ -99,3 +99,45 @@ def test_files_that_the_readme_names_exist():
     assert named
     missing = [name for name in named if "stem" not in name and not (ROOT / name).exists()]
     assert not missing
+
+
+HOSTILE = {  # rows of the README: families of the fuzzer
+    "checkpoints, configs, tokenizers, adapters": (
+        "checkpoints configs settings tokenizers quantised adapters"
+    ),
+    "pictures": "pictures",
+    "mask codecs, data sets, states of training": "codecs datasets resumes",
+    "prompts and answers": "texts",
+    "arguments and command lines": "options commands",
+}
+
+
+def trust_table() -> str:
+    """What `make fuzz` and `make faults` counted last, as the README shows it."""
+    fuzz = json.loads((ROOT / "tests/fuzz/table.json").read_text())["families"]
+    lines = [
+        "| hostile | tried | one clear error | right result | failed |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row, families in (HOSTILE | {"all (`make fuzz`)": "all"}).items():
+        counts = [fuzz[family] for family in families.split()]
+        tried, clear, right = (sum(c[key] for c in counts) for key in ("tried", "clear", "right"))
+        lines.append(f"| {row} | {tried:,} | {clear:,} | {right:,} | {tried - clear - right} |")
+    faults = json.loads((ROOT / "tests/faults/table.json").read_text())["kinds"]
+    harms = dict.fromkeys(harm for kind in faults.values() for harm in kind)
+    lines += ["", "| saving or training | tried | nothing lost or mixed |", "|---|---:|---:|"]
+    total = [0, 0]
+    for harm in harms:
+        rows = [kind[harm] for kind in faults.values() if harm in kind]
+        tried, survived = (sum(row[key] for row in rows) for key in ("tried", "survived"))
+        total = [total[0] + tried, total[1] + survived]
+        lines.append(f"| {harm} | {tried:,} | {survived:,} |")
+    return "\n".join([*lines, f"| all (`make faults`) | {total[0]:,} | {total[1]:,} |"])
+
+
+def test_hostile_files_and_faults_are_those_that_were_counted():
+    (shown,) = re.findall(r"<!-- trust -->\n(.*?)\n<!-- /trust -->", README, re.DOTALL)
+    assert shown == trust_table(), f"copy this into the README:\n{trust_table()}"
+    fuzz = json.loads((ROOT / "tests/fuzz/table.json").read_text())["families"]
+    named = " ".join(HOSTILE.values()).split()
+    assert sorted(named) == sorted(fuzz.keys() - {"all"}), "a family is in no row"

@@ -52,3 +52,16 @@ def add_adapter(model: PaliGemma, path: Path) -> None:
 
     load_adapter(model, path)
     merge_lora(model)
+
+
+def refuse_adapter(path: str | os.PathLike) -> None:
+    """A whole model is not saved beside an adapter: loaded again, it would get it once more.
+
+    Raises:
+        ValueError: the directory holds one.
+    """
+    if (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{path} holds an adapter, which would be added once more to the model that is saved "
+            "there; give another directory"
+        )
