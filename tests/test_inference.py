@@ -645,7 +645,7 @@ def test_a_model_is_not_saved_beside_the_adapter_that_it_holds(tmp_path):
     shutil.copytree(adapter_folder(tmp_path / "adapter"), tmp_path / "both", dirs_exist_ok=True)
     pg = load(tmp_path / "both")
     before = {file.name: file.read_bytes() for file in (tmp_path / "both").iterdir()}
-    with pytest.raises(ValueError, match="would be added once more .* give another directory"):
+    with pytest.raises(ValueError, match=r"would be added once more .* give another directory"):
         pg.save(tmp_path / "both")
     assert {file.name: file.read_bytes() for file in (tmp_path / "both").iterdir()} == before
     pg.save(tmp_path / "whole")

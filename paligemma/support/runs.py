@@ -142,14 +142,7 @@ def taking_up(file: Path, optimizer: torch.optim.Optimizer | None = None) -> Ite
                 moment, shape = moments[name], () if name == "step" else parameter.shape
                 if moment.shape != shape or not moment.isfinite().all():
                     raise ValueError(f"{name} of the optimizer does not fit")
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except WRONG_STATE as error:
         reason = shorten(" ".join(str(error).split()), 100)
         raise ValueError(
             f"{file} holds the state of another run ({reason}); give another folder"
