@@ -258,7 +258,11 @@ def test_chunks_do_not_change_the_result(kind, monkeypatch):
     x = torch.randn(3, 64)
     whole = layer(x)
     monkeypatch.setattr(quantization, "CHUNK", 64 * 64)
+    monkeypatch.setattr(quantization, "PIECE", 3 * 64)
     torch.testing.assert_close(layer(x), whole)
+    layer.has_kernel = False
+    rows = acting_input(layer, x) if kind == "int8" else x
+    torch.testing.assert_close(layer(rows), whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
