@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def value(rng: random.Random) -> object:
     """Something that a field does not expect."""
     if rng.random() < 0.1:
         return rng.choice([rng.randrange(-(2**40), 2**40), rng.gauss(0, 1e6), str(rng.random())])
-    return rng.choice(VALUES)
+    return deepcopy(rng.choice(VALUES))  # a case may go on to break what it was given
 
 
 def places(tree: object, path: tuple = ()) -> list[tuple]:
