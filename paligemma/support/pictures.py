@@ -3,13 +3,12 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paligemma.support.arguments import as_number
+from paligemma.support.arguments import as_number, is_whole
 from paligemma.support.files import read_json, shorten, spell_path
 from paligemma.support.replacing import settled
 
@@ -200,7 +199,7 @@ def check_settings(size: Any, mean: Any, std: Any, resample: Any) -> tuple:
     Raises:
         ValueError: a setting with which no picture could be processed.
     """
-    if not isinstance(size, Integral) or isinstance(size, bool) or not 1 <= int(size) <= LARGEST:
+    if not is_whole(size) or not 1 <= int(size) <= LARGEST:
         raise ValueError(
             f"size is {shorten(size)}; expected a side in pixels such as 224, at most {LARGEST}"
         )
